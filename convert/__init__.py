@@ -1,0 +1,1 @@
+"""Other formats and places: the hub cache, foreign checkpoints, verification."""

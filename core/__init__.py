@@ -1,0 +1,1 @@
+"""The runtime: configs, checkpoints, layers, models, state, text and generation."""

@@ -1,0 +1,37 @@
+"""Run FalconMamba, RecurrentGemma, OLMoE, DBRX and Mixtral on the machine you have.
+
+Names are loaded when first used, so that `import lmx` stays cheap: it imports no torch.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmx.api import load as load
+    from lmx.core.errors import LmxError as LmxError
+
+# Started from the root of a checkout, Python finds this folder before any installed lmx; its siblings
+# (core, cli, ...) are then looked up beside it. An installed package has no pyproject.toml beside it.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and str(_root) not in __path__:
+    __path__.append(str(_root))
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "LmxError": "lmx.core.errors",
+    "load": "lmx.api",
+}
+
+__all__ = ["LmxError", "__version__", "load"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'lmx' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""Quantization: pure functions, modules, the streaming quantizer and its report."""
