@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 from lmx.core.errors import InputError
 from lmx.core.files import open_regular, quoted, read_range
@@ -162,7 +162,9 @@ def _tensor_info(name: str, entry: JSON, data_start: int, path: Path) -> TensorI
 
 def _is_natural_list(value: JSON) -> TypeGuard[list[int]]:
     """A list of integers >= 0 (True is an int to Python, but not to us)."""
-    return isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        return False
+    return min(cast("list[int]", value), default=0) >= 0
 
 
 def _is_countable(shape: list[int]) -> bool:

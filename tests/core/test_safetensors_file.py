@@ -4,6 +4,7 @@ import gc
 import json
 import mmap
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -112,7 +113,7 @@ def test_a_write_never_reaches_the_file_and_is_seen_by_other_views(tmp_path: Pat
     before = path.read_bytes()
     file = open_safetensors(path)
     weight = view(file, "w").requires_grad_()
-    weight.sum().backward()
+    weight.sum().backward()  # type: ignore[no-untyped-call]
     torch.optim.SGD([weight], lr=0.5).step()
     assert torch.equal(view(file, "w"), torch.full((5000,), 0.5))
     assert path.read_bytes() == before
@@ -222,15 +223,15 @@ STRICTER = {
     "takes a bare list [dtype, shape, offsets], which the format does not have",
     "has an impossible shape": "empty tensors whose other dimensions overflow the 64 bits that torch counts strides in",
 }
-# Where we accept what the package refuses: a part of the file, and why.
+# Where we accept what the package refuses: a pattern of the file, and why.
 LAXER = {
-    "-0": "-0 is an integer in JSON and 0 to Python; the package's parser makes a float of it",
+    r"[\[ ,]-0[ ,\]]": "-0 is an integer in JSON and 0 to Python; the package's parser makes a float of it",
 }
 
 
 def package_reads(data: bytes) -> dict[str, tuple[str, list[int], bytes]] | None:
     try:
-        entries = safetensors.deserialize(data)
+        entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError:
         return None
     return {name: (entry["dtype"], list(entry["shape"]), bytes(entry["data"])) for name, entry in entries}
@@ -262,7 +263,22 @@ def base_header(rng: random.Random) -> tuple[dict[str, object], int]:
 NUMBERS = [-1, 0, 1, 2, 3, 4, 7, 8, 16, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64, 10**30, 1.0, 0.5, True, None, "1"]
 DTYPES = ["F32", "F64", "BF16", "F8_E4M3", "U16", "f32", "F4", "C64", "Q4_0", "", 3, None, ["F32"]]
 FIELDS = ["dtype", "shape", "data_offsets"]
-JUNK = [None, True, 0, -1, 1.5, "", "x", [], {}, [[]], {"a": 1}, {"dtype": "U8"}, ["U8", [0], [0, 0]], {"a": "b"}]
+JUNK: list[object] = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    "",
+    "x",
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    {"dtype": "U8"},
+    ["U8", [0], [0, 0]],
+    {"a": "b"},
+]
 
 
 def mutate_object(header: dict[str, object], rng: random.Random) -> None:
@@ -335,7 +351,7 @@ def test_same_verdict_as_the_package_on_damaged_files(tmp_path: Path) -> None:
             seen[reason] += 1
         else:
             assert theirs is None, data
-            reason = next((text for text in LAXER if text.encode() in data), None)
+            reason = next((text for text in LAXER if re.search(text.encode(), data)), None)
             assert reason is not None, data
             seen[reason] += 1
     assert seen["both read"] > 300, seen
