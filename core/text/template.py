@@ -16,20 +16,11 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lmx.core.errors import InputError
-from lmx.core.text.types import Message
+from lmx.core.text.types import Message, TemplateError
 
 MAX_RENDERED_CHARS = 4 << 20
 _MAX_POWER_BITS = 4096
 _FIX_TEMPLATE = "Use `lmx generate` for raw text, or repair the checkpoint's chat template."
-
-
-class TemplateError(InputError):
-    """The chat template could not be run. `refusal` is its own message if it refused the conversation on purpose."""
-
-    def __init__(self, message: str, hint: str, refusal: str | None = None) -> None:
-        super().__init__(message, hint)
-        self.refusal = refusal
 
 
 class ChatTemplate:

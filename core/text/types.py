@@ -1,10 +1,19 @@
 """What the text side exchanges with its callers: facts about a tokenizer, an encoded chat, and the one protocol."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, Self, TypedDict
 
+from lmx.core.errors import InputError
 from lmx.core.text.stream import TextStream
+
+
+class TemplateError(InputError):
+    """The chat template could not be run. `refusal` is its own message if it refused the conversation on purpose."""
+
+    def __init__(self, message: str, hint: str, refusal: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.refusal = refusal
 
 
 
@@ -40,6 +49,11 @@ class TextInfo:
     def has_chat_template(self) -> bool:
         """Whether the checkpoint brings a chat template."""
         return self.chat_template is not None
+
+    def with_stop(self, end_of_turn_id: int | None) -> "TextInfo":
+        """The same facts with the stop ids that follow from the template's end-of-turn token."""
+        stop = {i for i in (end_of_turn_id, self.eos_id) if i is not None}
+        return replace(self, end_of_turn_ids=tuple(sorted(stop)))
 
 
 @dataclass(frozen=True)
@@ -96,5 +110,3 @@ class TextCodec(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc: object) -> None: ...
-
-
