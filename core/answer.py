@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from lmx.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from lmx.core.text.stream import TextStream
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -73,18 +76,6 @@ class Finished:
 Event = PromptProcessed | Token | Finished
 
 
-class TextStream(Protocol):
-    """Turns token ids into text piece by piece, never half a character (`lmx.core.text`)."""
-
-    def push(self, token_id: int, /) -> str:
-        """Return what one more token makes certain."""
-        ...
-
-    def flush(self) -> str:
-        """Return what is left at the end."""
-        ...
-
-
 class StopStrings:
     """Cuts a text at the first stop string, however the text arrives in pieces.
 
@@ -125,7 +116,7 @@ class Answer:
     """Takes tokens in until one of them ends the answer; then `reason` is set."""
 
     def __init__(
-        self, stream: TextStream, stop_strings: Sequence[str], stop_ids: frozenset[int], limit: int | None
+        self, stream: "TextStream", stop_strings: Sequence[str], stop_ids: frozenset[int], limit: int | None
     ) -> None:
         """`limit`: the most tokens to take, None for no end; 0 is an answer that is over already."""
         self.token_ids: list[int] = []

@@ -24,9 +24,8 @@ from lmx.core.errors import InputError, UsageError
 from lmx.core.sampling import Sampler, Sampling, sample_rows
 
 if TYPE_CHECKING:
-    from lmx.core.model import LanguageModel
-    from lmx.core.state import LayerState, State
-    from lmx.core.text.engine import TextEngine
+    from lmx.core.model import AnyState, LanguageModel, Output
+    from lmx.core.text.types import TextCodec
 
 PROMPT_CHUNK = 512
 """Prompt tokens a forward pass: bounds the memory of a long prompt, and how long a cancel waits."""
@@ -49,14 +48,14 @@ def check_prompt(model: "LanguageModel", prompt_ids: Sequence[int]) -> None:
 
 def generate(
     model: "LanguageModel",
-    text_engine: "TextEngine",
+    text_engine: "TextCodec",
     prompt_ids: Sequence[int],
     *,
     sampling: Sampling,
     max_new_tokens: int | None = None,
     stop_strings: Sequence[str] = (),
-    stop_ids: frozenset[int] | None = None,
-    state: "State[LayerState] | None" = None,
+    stop_ids: frozenset[int] = frozenset(),
+    state: "AnyState | None" = None,
     stream_context: Sequence[int] = (),
     cancel: threading.Event | None = None,
     prompt_chunk: int = PROMPT_CHUNK,
@@ -64,7 +63,7 @@ def generate(
     """Continue `prompt_ids`: yields `PromptProcessed`, one `Token` for each token, then `Finished`.
 
     max_new_tokens: None goes on to the end of the context, or for ever where a model has none; 0 computes nothing.
-    stop_ids: tokens that end the answer, None for the model's own.
+    stop_ids: tokens that end the answer.
     state: one that already holds the first `state.length` tokens of the prompt, at most all but one: only the rest is
     computed. It is advanced in place, and may be cut to any of its tokens by the caller afterwards.
     stream_context: the ids that the answer's text follows on, so that its first space is decided as in one text;
@@ -113,14 +112,14 @@ class BatchResult:
 
 def generate_batch(
     model: "LanguageModel",
-    text_engine: "TextEngine",
+    text_engine: "TextCodec",
     prompts: Sequence[Sequence[int]],
     *,
     batch_size: int,
     sampling: Sampling,
     max_new_tokens: int | None = None,
     stop_strings: Sequence[str] = (),
-    stop_ids: frozenset[int] | None = None,
+    stop_ids: frozenset[int] = frozenset(),
     continue_text: bool = False,
     cancel: threading.Event | None = None,
     prompt_chunk: int = PROMPT_CHUNK,
@@ -191,7 +190,7 @@ class _Options:
     sampling: Sampling
     max_new_tokens: int | None
     stop_strings: tuple[str, ...]
-    stop_ids: frozenset[int] | None
+    stop_ids: frozenset[int]
 
     def limit(self, model: "LanguageModel", prompt_length: int) -> int | None:
         """The most tokens to generate after a prompt: what was asked for, as far as the context reaches."""
@@ -207,7 +206,7 @@ class _Row:
     def __init__(
         self,
         model: "LanguageModel",
-        text_engine: "TextEngine",
+        text_engine: "TextCodec",
         prompt_ids: Sequence[int],
         stream_context: Sequence[int],
         options: _Options,
@@ -217,7 +216,7 @@ class _Row:
         self.answer = Answer(
             text_engine.stream(stream_context),
             options.stop_strings,
-            model.stop_ids if options.stop_ids is None else options.stop_ids,
+            options.stop_ids,
             options.limit(model, len(prompt_ids)),
         )
         self.computed_tokens = 0
@@ -246,7 +245,7 @@ class _Row:
 class _Run:
     """Feeds a model and keeps the time."""
 
-    def __init__(self, model: "LanguageModel", state: "State[LayerState]", cancel: threading.Event | None) -> None:
+    def __init__(self, model: "LanguageModel", state: "AnyState", cancel: threading.Event | None) -> None:
         self.prompt_is_read = False
         self.columns = 0
         self.prompt_seconds = 0.0
@@ -255,7 +254,6 @@ class _Run:
         self._model = model
         self._state = state
         self._cancel = cancel
-        self._device = next(model.parameters()).device
 
     @property
     def must_stop(self) -> bool:
@@ -272,17 +270,17 @@ class _Run:
             self.feed(input_ids[:, part], None if mask is None else mask[:, part])
             self.columns = min(first + chunk, input_ids.shape[1])
         self.prompt_is_read = self.columns == input_ids.shape[1]
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
+        if self._model.device.type != "cpu":
+            torch.accelerator.synchronize(self._model.device)
         self.prompt_seconds = perf_counter() - start
 
     # no_grad rather than inference_mode: a state that grew in inference mode could not be continued outside of it.
     @torch.no_grad()
     def feed(self, input_ids: Tensor, mask: Tensor | None) -> None:
         """Run the model over [rows, length] more tokens."""
-        output = self._model(
-            input_ids=input_ids.to(self._device),
-            attention_mask=None if mask is None else mask.to(self._device),
+        output: Output = self._model(
+            input_ids=input_ids.to(self._model.device),
+            attention_mask=None if mask is None else mask.to(self._model.device),
             state=self._state,
             logits_to_keep=1,
         )
