@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lmx.core.answer import Event, Finished, Token
+from lmx.core.answer import Event, Finished, StopStrings, Token
 from lmx.core.errors import InputError, UsageError
 from lmx.core.generate import check_prompt, generate
 from lmx.core.sampling import Sampling
@@ -178,7 +178,7 @@ class ChatSession:
             yield from self._events(encoded, cancel)
         except GeneratorExit:
             if self._kept.turn is None:
-                self._end(encoded, None)
+                self._end(encoded)
             raise
         except BaseException:
             # The model may have been stopped between two layers: only a copy from before it ran is sure to be whole.
@@ -195,9 +195,9 @@ class ChatSession:
         encoded = self._text_engine.encode_chat([{"role": m.role, "content": m.content} for m in messages])
         ids = self._next_ids(encoded)
         check_prompt(self._model, ids)
-        state = self._rewound(ids)
+        self._state = state = self._rewound(ids)
         self._snapshot = state.clone() if state.length and not state.rewinds else None
-        self._state, self._ids = state, ids
+        self._ids = list(ids)
         self._kept = _Kept(messages, tuple(ids), len(ids), None)
         self._system_merged = encoded.system_merged
         return encoded
@@ -215,7 +215,7 @@ class ChatSession:
 
     def _rewound(self, ids: list[int]) -> "AnyState":
         """The state that already holds the most of the beginning of `ids`, at least one token short of all."""
-        state = self._state
+        state, self._state = self._state, None
         if state is None:
             return self._model.make_state(1)
         shared = min(_common_prefix(self._ids[: state.length], ids), len(ids) - 1)
@@ -242,7 +242,7 @@ class ChatSession:
             if isinstance(event, Token):
                 self._ids.append(event.id)
             if isinstance(event, Finished):
-                self._end(encoded, event)
+                self._end(encoded)
             yield event
 
     def _seeded(self) -> Sampling:
@@ -251,18 +251,17 @@ class ChatSession:
         answers = sum(message.role == "assistant" for message in self._kept.messages)
         return replace(self.sampling, seed=(self.sampling.seed + answers) % 2**63)
 
-    def _end(self, encoded: "EncodedChat", finished: Finished | None) -> None:
+    def _end(self, encoded: "EncodedChat") -> None:
         """Put the answer, as far as it came, into the conversation."""
         reply = self._ids[self._kept.prompt_length :]
         by_token = bool(reply) and reply[-1] in self._stop_ids
-        by_string = finished is not None and finished.reason == "stop" and not by_token
-        shown = reply[:-1] if by_token else reply
-        content = finished.text if finished is not None and by_string else self._text_engine.decode(shown)
+        stops = StopStrings(self.stop_strings)
+        content = stops.push(self._text_engine.decode(reply[:-1] if by_token else reply)) + stops.finish()
         self._kept = replace(
             self._kept,
             messages=(*self._kept.messages, Message("assistant", content)),
             ids=tuple(self._ids),
-            turn=_Turn(encoded.text, by_token, not by_string),
+            turn=_Turn(encoded.text, ended_by_token=by_token, as_shown=not stops.found),
         )
 
 
