@@ -2,18 +2,16 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lmx.core.config import ModelConfig
 from lmx.core.layers.attention import Implementation, Visibility
+from lmx.core.layers.padding import Compaction
 from lmx.core.layers.rope import Rotary
 from lmx.core.state import LayerState, Span, State
-
-if TYPE_CHECKING:
-    from lmx.core.layers.padding import Compaction
 
 L = TypeVar("L", bound=LayerState)
 
@@ -56,7 +54,7 @@ class Call:
     attention: Implementation = "sdpa"
     rotary: Rotary | None = None
     visibility: Visibility | None = None
-    compaction: "Compaction | None" = None
+    compaction: Compaction | None = None
 
 
 @dataclass

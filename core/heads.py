@@ -25,7 +25,8 @@ class CausalHead(nn.Module):
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """hidden: [batch, length, hidden] -> [batch, length, vocab]."""
-        logits = F.linear(hidden, embedding if self.weight is None else self.weight)
+        weight = embedding if self.weight is None else self.weight
+        logits = F.linear(hidden.to(weight.dtype), weight)
         if self.soft_cap is None:
             return logits
         return torch.tanh(logits / self.soft_cap) * self.soft_cap
@@ -54,7 +55,7 @@ class ClassHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [batch, length, hidden] -> [batch, length, labels]."""
-        scores: Tensor = self.score(hidden)
+        scores: Tensor = self.score(hidden.to(self.score.weight.dtype))
         return scores
 
     def reset_parameters(self, std: float) -> None:
