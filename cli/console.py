@@ -22,6 +22,11 @@ def may_decorate(stream: TextIO) -> bool:
     return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def may_animate() -> bool:
+    """Whether progress may be drawn on stderr."""
+    return may_decorate(sys.stderr)
+
+
 def accept_any_text() -> None:
     """Let the streams replace what their encoding cannot say: an old locale is no reason to fail."""
     for stream in (sys.stdout, sys.stderr):
@@ -46,3 +51,8 @@ def note(text: str, *, quiet: bool = False) -> None:
     if not quiet:
         sys.stderr.write(safe_line(text) + "\n")
         sys.stderr.flush()
+
+
+def dim(text: str) -> str:
+    """A side remark for the terminal: grey where stdout may have colours. `text` must be safe already."""
+    return f"\x1b[2m{text}\x1b[0m" if may_decorate(sys.stdout) else text

@@ -5,11 +5,14 @@ import re
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import wraps
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from lmx.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from lmx.core.sampling import Sampling
 
 ModelArgument = Annotated[
     str | None,
@@ -47,10 +50,10 @@ class RuntimeOptions:
         typer.Option(help="Precision of the output head; bf16 leaves it as it is. int8 and nf4 are not in this version."),
     ] = "bf16"
     attention: Annotated[
-        Literal["sdpa", "eager", "flash"], typer.Option(help="How to compute attention. flash is not in this version.")
+        Literal["sdpa", "eager", "flash"], typer.Option(help="How to compute attention; flash needs CUDA.")
     ] = "sdpa"
     gpu_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="The most GPU memory to use, such as 20GB; with --device cuda.")
+        str | None, typer.Option(metavar="SIZE", help="The most GPU memory to use, such as 20GB; needs CUDA.")
     ] = None
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False
     revision: Annotated[str | None, typer.Option(help="A hub model's branch, tag or commit.")] = None
@@ -62,12 +65,8 @@ class RuntimeOptions:
                 raise UsageError(f"{name}: quantizing is not in this version", _LATER)
         if self.head != "bf16":
             raise UsageError(f"--head {self.head}: quantizing is not in this version", _LATER)
-        if self.attention == "flash":
-            raise UsageError("--attention flash is not in this version", "use sdpa: on CUDA it runs a flash kernel")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads is {self.threads}", "give 1 or more")
-        if self.gpu_memory is not None and self.device != "cuda":
-            raise UsageError("--gpu-memory needs --device cuda", "add --device cuda, or leave it out")
 
     @property
     def gpu_memory_bytes(self) -> int | None:
@@ -100,6 +99,19 @@ class SamplingOptions:
             raise UsageError(f"--max-new-tokens is {self.max_new_tokens}", "give 0 or more")
         if not all(self.stop):
             raise UsageError("--stop is empty", "give the text to stop at")
+
+    def over(self, defaults: "Sampling") -> "Sampling":
+        """The checkpoint's way of choosing tokens with what was given put over it. Raises UsageError."""
+        return defaults.override(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repeat_penalty=self.repeat_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=self.seed,
+        )
 
 
 def parse_size(option: str, text: str) -> int:

@@ -109,7 +109,7 @@ def _tell(outcome: Outcome, debugged: BaseException | None) -> None:
         if outcome.message is not None:
             note(f"lmx: error: {outcome.message}")
         if outcome.hint is not None:
-            note(f"     {outcome.hint}")
+            note(f"lmx: hint: {outcome.hint}")
 
 
 def _drop_output() -> None:

@@ -4,6 +4,7 @@ import importlib.resources
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -212,6 +213,12 @@ def stored_bytes(checkpoint: Checkpoint) -> dict[str, int]:
     for info in checkpoint.infos.values():
         counted[info.dtype] = counted.get(info.dtype, 0) + info.nbytes
     return counted
+
+
+def import_runtime() -> None:
+    """Import torch and what builds on it now, seconds before it is needed."""
+    import_module("lmx.core.loader")
+    import_module("lmx.language_model")
 
 
 def limit_threads(threads: int | None) -> None:
