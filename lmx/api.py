@@ -96,10 +96,8 @@ class OpenedModel:
         chat: bool = False,
     ) -> "OpenedModel":
         """Find a model and open its files. chat: it will be talked to, so prepare its template. Raises as `load`."""
-        folder = demo_path() if model is None else _find(model, revision, offline, show_progress)
-        checkpoint = Checkpoint.open(folder)
-        check_runnable(checkpoint)
-        return cls(model_name(model), model is None, checkpoint, TextEngine.open(folder, chat=chat))
+        checkpoint = open_checkpoint(model, revision=revision, offline=offline, show_progress=show_progress)
+        return cls(model_name(model, revision), model is None, checkpoint, TextEngine.open(checkpoint.folder, chat=chat))
 
     def load(
         self,
@@ -144,15 +142,24 @@ class OpenedModel:
         self.close()
 
 
-def _find(model: str | Path, revision: str | None, offline: bool, show_progress: bool) -> Path:
-    return find_model(model, revision=revision, offline=offline, show_progress=show_progress)
+def open_checkpoint(
+    model: str | Path | None, *, revision: str | None = None, offline: bool = False, show_progress: bool = False
+) -> Checkpoint:
+    """Find a model and check its headers. None is the demo. Raises as `load`."""
+    if model is None:
+        folder = demo_path()
+    else:
+        folder = find_model(model, revision=revision, offline=offline, show_progress=show_progress)
+    checkpoint = Checkpoint.open(folder)
+    check_runnable(checkpoint)
+    return checkpoint
 
 
-def model_name(model: str | Path | None) -> str:
-    """What reports call a model: "demo", a hub id as given, or a path as given."""
+def model_name(model: str | Path | None, revision: str | None = None) -> str:
+    """What reports call a model: "demo", a hub id with its revision, or a path as given."""
     if model is None:
         return "demo"
-    hub_id = HubId.parse(model) if isinstance(model, str) else None
+    hub_id = HubId.parse(model, revision) if isinstance(model, str) and not Path(model).exists() else None
     return str(hub_id or model)
 
 
@@ -186,25 +193,20 @@ def choose_device(device: Device | None) -> "torch.device":
     return torch.device(device)
 
 
-def choose_dtype(dtype: "torch.dtype | str | None", checkpoint: Checkpoint) -> "torch.dtype | None":
-    """The dtype to convert all weights to, or None where they stay as stored. Raises UsageError.
+def choose_dtype(dtype: "torch.dtype | str | None", checkpoint: Checkpoint) -> "torch.dtype":
+    """The dtype of all weights once loaded. Raises UsageError for an unknown name.
 
-    Weights stored in several dtypes become that of most of their bytes: a product of two dtypes is not defined.
+    None is the one that they are stored in; of several, that of most bytes: a product of two dtypes is not defined.
     """
     import torch
 
-    if isinstance(dtype, str):
-        if dtype not in _DTYPES:
-            raise UsageError(f"dtype {quoted(dtype)} is unknown", "give bf16, fp16 or fp32")
-        chosen = getattr(torch, _DTYPES[dtype])
-        return chosen if isinstance(chosen, torch.dtype) else None
-    if dtype is not None:
+    if isinstance(dtype, torch.dtype):
         return dtype
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"dtype {quoted(dtype)} is unknown", "give bf16, fp16 or fp32")
     stored = stored_bytes(checkpoint)
-    if len(stored) <= 1:
-        return None
-    most = getattr(torch, _STORED[max(stored, key=lambda name: stored[name])])
-    return most if isinstance(most, torch.dtype) else None
+    name = _STORED[max(stored, key=lambda name: stored[name])] if dtype is None else _DTYPES[dtype]
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
 
 
 def stored_bytes(checkpoint: Checkpoint) -> dict[str, int]:
