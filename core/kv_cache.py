@@ -72,6 +72,7 @@ class KVCache(AttentionCache):
     """Every key and value so far; a token's slot is its number in the row, spare slots lie behind."""
 
     KIND = "kv"
+    REWINDS = True
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys = keys

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Self, TypeVar, cast
+from typing import ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class LayerState(ABC):
     """One layer's memory."""
 
     KIND: str
+    REWINDS: ClassVar[bool] = False
+    """Whether it can be truncated to any length at any time."""
 
     @abstractmethod
     def tensors(self, length: int) -> dict[str, Tensor]:
@@ -156,6 +158,11 @@ class State(Generic[L]):
         ]
         lengths = None if self.lengths is None else self.lengths.clone()
         return type(self)(self.family, layers, self.batch_size, self.length, lengths)
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether `truncate` works to any length at any time; if not, going back takes a `clone` from before."""
+        return all(layer.REWINDS for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
