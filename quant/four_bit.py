@@ -19,7 +19,7 @@ NESTED_BLOCK_SIZE = 256
 SOURCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Elements worked on at a time: a multiple of every block size, small enough that the temporaries stay in the cache.
-_CHUNK = 1 << 17
+_CHUNK = 1 << 18
 _SMALLEST_ABSMAX = 1e-38
 
 

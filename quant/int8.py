@@ -13,7 +13,7 @@ from lmx.core.errors import InputError
 from lmx.quant.four_bit import check_finite, check_source
 
 # Elements worked on at a time, so that the temporaries stay in the cache.
-_CHUNK = 1 << 17
+_CHUNK = 1 << 18
 # 1 / 127 in float32, as bitsandbytes writes it.
 _INVERSE_127 = 7.874015718698502e-3
 
@@ -54,10 +54,10 @@ def quantize_int8(x: Tensor, name: str = "the tensor") -> Int8:
     absmax = torch.empty(len(x), dtype=torch.float32)
     step = max(1, _CHUNK // x.shape[1])
     for start in range(0, len(x), step):
-        rows = _round_to_half(x.detach()[start : start + step])
-        largest = torch.amax(rows.abs(), 1, out=absmax[start : start + step])
+        rows, largest = _round_to_half(x.detach()[start : start + step])
         scale = torch.where(largest > 0, 127.0 / largest, 0.0)
-        weight[start : start + step] = (rows * scale[:, None]).round_()
+        weight[start : start + step] = rows.mul_(scale[:, None]).round_()
+        absmax[start : start + step] = largest
     check_finite(absmax, name)
     return Int8(weight, absmax, x.dtype)
 
@@ -76,7 +76,11 @@ def dequantize_rows(q: Int8, start: int, stop: int) -> Tensor:
     return (q.weight[start:stop] * q.absmax[start:stop, None]).mul_(_INVERSE_127)
 
 
-def _round_to_half(rows: Tensor) -> Tensor:
-    """`rows` as float32, rounded to float16's precision; what overflows there stays as it is."""
-    rounded = rows.half().float()
-    return torch.where(rounded.isinf(), rows.float(), rounded) if rounded.isinf().any() else rounded
+def _round_to_half(source: Tensor) -> tuple[Tensor, Tensor]:
+    """`source` as float32, rounded to float16's precision but for what overflows there, and each row's absmax."""
+    rows = source.half().float()
+    absmax = rows.abs().amax(1)
+    if not absmax.isfinite().all():
+        rows = torch.where(rows.isinf(), source.float(), rows)
+        absmax = rows.abs().amax(1)
+    return rows, absmax
