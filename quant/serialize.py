@@ -12,7 +12,7 @@ a uint8 scalar that is 0 for "row by row".
 
 import json
 from collections.abc import Mapping
-from math import ceil, isfinite, prod
+from math import ceil, prod
 from typing import cast, get_args
 
 import torch
@@ -155,12 +155,12 @@ def _read_nested(
     if f"{name}.nested_absmax" not in tensors:
         return None
     offset = state.get("nested_offset")
-    _check(isinstance(offset, int | float) and isfinite(offset), name, f"the nested_offset {offset!r}")
+    _check(isinstance(offset, float) and abs(offset) <= torch.finfo(torch.float32).max, name, f"an offset of {offset}")
     size, dtype = state.get("nested_blocksize"), state.get("nested_dtype")
     _check(size == NESTED_BLOCK_SIZE and dtype == "float32", name, f"nested blocks of {size!r} {dtype!r}")
     absmax = _sized(tensors, f"{name}.nested_absmax", torch.float32, ceil(blocks / NESTED_BLOCK_SIZE))
     quant_map = _sized(tensors, f"{name}.nested_quant_map", torch.float32, 256)
-    return NestedScales(absmax, quant_map, float(cast(float, offset)))
+    return NestedScales(absmax, quant_map, cast(float, offset))
 
 
 def _read_packed(name: str, packed: Tensor, size: int) -> Tensor:
