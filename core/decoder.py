@@ -1,0 +1,121 @@
+"""What every family's stack of layers shares: the call's plan, the record of what was asked for, the loop."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lmx.core.config import ModelConfig
+from lmx.core.layers.attention import Implementation, Visibility
+from lmx.core.layers.padding import Compaction
+from lmx.core.layers.rope import Rotary
+from lmx.core.state import LayerState, Span, State
+
+L = TypeVar("L", bound=LayerState)
+
+
+@dataclass
+class Record:
+    """Collects the inner tensors that a caller asked for; what was not asked for stays None."""
+
+    hidden_states: list[Tensor] | None = None
+    attentions: list[Tensor] | None = None
+    router_logits: list[Tensor] | None = None
+
+    def hidden(self, x: Tensor) -> None:
+        """Note the input of a layer, or the last norm's output."""
+        if self.hidden_states is not None:
+            self.hidden_states.append(x)
+
+    def attention(self, weights: Tensor | None) -> None:
+        """Note a layer's attention weights [batch, heads, queries, keys]."""
+        if self.attentions is not None and weights is not None:
+            self.attentions.append(weights)
+
+    def router(self, logits: Tensor) -> None:
+        """Note a layer's router logits [tokens, experts]."""
+        if self.router_logits is not None:
+            self.router_logits.append(logits)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one forward call means for every layer, worked out once.
+
+    positions: [batch or 1, length] for rotary embeddings and resets; rotary and visibility: None in a family without
+    attention; compaction: where padding must be moved out of a recurrence's way.
+    """
+
+    span: Span
+    positions: Tensor
+    record: Record
+    attention: Implementation = "sdpa"
+    rotary: Rotary | None = None
+    visibility: Visibility | None = None
+    compaction: Compaction | None = None
+
+
+@dataclass
+class Inputs:
+    """The arguments of one call, as a decoder takes them. embeds: [batch, length, hidden]; mask: bool or None."""
+
+    embeds: Tensor
+    mask: Tensor | None
+    positions: Tensor | None
+    attention: Implementation
+    record: Record = field(default_factory=Record)
+
+
+class Decoder(nn.Module, ABC, Generic[L]):
+    """A family's embedding, layers and last norm.
+
+    A family supplies `embed`, `layers`, `norm`, its plan of a call and its empty layer states.
+    """
+
+    FAMILY: ClassVar[str]
+
+    embed: nn.Embedding
+    layers: nn.ModuleList
+    norm: nn.Module
+    embed_scale: float | None = None
+
+    @abstractmethod
+    def plan(self, inputs: Inputs, span: Span, state: State[L] | None) -> Call:
+        """Work out what all layers of this call share."""
+
+    @abstractmethod
+    def empty_layers(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> list[L]:
+        """Each layer's state before the first token."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Initialise all weights as the config says, so that training can begin from nothing."""
+
+    @property
+    @abstractmethod
+    def config(self) -> ModelConfig:
+        """The config that the decoder was built from."""
+
+    def make_state(self, batch_size: int) -> State[L]:
+        """An empty state on the model's device, in its dtype."""
+        weight = self.embed.weight
+        return State(self.FAMILY, self.empty_layers(batch_size, weight.dtype, weight.device), batch_size)
+
+    def forward(self, inputs: Inputs, state: State[L] | None) -> Tensor:
+        """Run all layers; the state, if any, is advanced in place. Returns the last norm's output [batch, length, hidden]."""
+        length = inputs.embeds.shape[1]
+        span = state.span(length, inputs.mask) if state is not None else Span.stateless(length, inputs.mask)
+        call = self.plan(inputs, span, state)
+        x = inputs.embeds
+        if self.embed_scale is not None:
+            x = x * torch.tensor(self.embed_scale, dtype=torch.bfloat16).to(x.dtype)
+        for index, layer in enumerate(self.layers):
+            inputs.record.hidden(x)
+            x = layer(x, call, state.layers[index] if state is not None else None)
+        x = self.norm(x)
+        inputs.record.hidden(x)
+        if state is not None:
+            state.advance(span)
+        return x

@@ -1,0 +1,101 @@
+"""What turns the decoder's output into an answer: next-token logits, classes of a sequence, or classes of each token."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmx.core.config import ModelConfig
+from lmx.core.errors import UsageError
+
+HeadKind = Literal["causal", "none", "sequence", "token"]
+HEAD_KINDS: tuple[HeadKind, ...] = ("causal", "none", "sequence", "token")
+
+IGNORED_LABEL = -100
+
+
+class CausalHead(nn.Module):
+    """Logits of the next token: a matrix of its own, or the embedding's where the config ties them."""
+
+    def __init__(self, config: ModelConfig, *, tied: bool) -> None:
+        super().__init__()
+        self.soft_cap = config.logits_soft_cap
+        self.weight = None if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """hidden: [batch, length, hidden] -> [batch, length, vocab]."""
+        weight = embedding if self.weight is None else self.weight
+        logits = F.linear(hidden.to(weight.dtype), weight)
+        if self.soft_cap is None:
+            return logits
+        return torch.tanh(logits / self.soft_cap) * self.soft_cap
+
+    def reset_parameters(self, std: float) -> None:
+        """Normal weights, if they are its own."""
+        if self.weight is not None:
+            nn.init.normal_(self.weight, 0.0, std)
+
+    @staticmethod
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy of predicting each label from the tokens before it; labels of -100 do not count.
+
+        logits: [batch, length, vocab]; labels: [batch, length].
+        """
+        predictions = logits[:, :-1].float().flatten(0, 1)
+        return F.cross_entropy(predictions, labels[:, 1:].flatten().to(logits.device), ignore_index=IGNORED_LABEL)
+
+
+class ClassHead(nn.Module):
+    """A linear layer to class scores; `bias` as transformers has it (token: yes, sequence: no)."""
+
+    def __init__(self, config: ModelConfig, *, bias: bool) -> None:
+        super().__init__()
+        self.score = nn.Linear(config.hidden_size, config.labels, bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: [batch, length, hidden] -> [batch, length, labels]."""
+        scores: Tensor = self.score(hidden.to(self.score.weight.dtype))
+        return scores
+
+    def reset_parameters(self, std: float) -> None:
+        """Normal weights, zero bias."""
+        nn.init.normal_(self.score.weight, 0.0, std)
+        if self.score.bias is not None:
+            nn.init.zeros_(self.score.bias)
+
+
+def last_real_token(input_ids: Tensor | None, mask: Tensor | None, pad_id: int | None, length: int, batch: int) -> Tensor:
+    """The column that a sequence is judged by: its last that is no padding. Returns [batch].
+
+    Known from the mask, else from the padding token. Raises UsageError for a batch where neither is known.
+    """
+    if mask is None and (pad_id is None or input_ids is None):
+        if batch > 1:
+            raise UsageError(
+                "a batch of sequences needs an attention_mask or a config with pad_token_id",
+                "Pass attention_mask, with 0 for padding.",
+            )
+        return torch.full((batch,), length - 1)
+    real = mask if mask is not None else torch.ne(torch.as_tensor(input_ids), torch.as_tensor(pad_id))
+    columns = torch.arange(length, device=real.device)
+    return (columns * real).argmax(-1)
+
+
+def sequence_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """The loss that transformers infers from the labels: regression for one class, cross entropy for class numbers,
+    else one yes-or-no question a class. scores: [batch, labels].
+    """
+    labels = labels.to(scores.device)
+    if scores.shape[-1] == 1:
+        return F.mse_loss(scores.squeeze(), labels.squeeze().to(scores.dtype))
+    if labels.dtype in (torch.int64, torch.int32):
+        return F.cross_entropy(scores, labels.long().view(-1))
+    return F.binary_cross_entropy_with_logits(scores, labels)
+
+
+def token_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy over the tokens with a label other than -100. scores: [batch, length, labels]."""
+    return F.cross_entropy(
+        scores.float().flatten(0, 1), labels.flatten().to(scores.device), ignore_index=IGNORED_LABEL
+    )

@@ -1,0 +1,217 @@
+"""Keys and values kept between calls: whole, or the last window of them in a ring (see the example in state.py)."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from lmx.core.errors import InputError
+from lmx.core.layers.attention import Visibility
+from lmx.core.state import LayerState, Span, StateError, take
+
+_GROW = 256
+
+
+def causal_visibility(span: Span, window: int | None, device: torch.device) -> Visibility:
+    """Queries see the earlier keys of the same call, and no cache: the stateless pass of training and scoring.
+
+    window: how many keys back a query sees, itself included; None for all.
+    """
+    if span.ordinals is None and (window is None or span.length <= window):
+        return Visibility(None, causal=span.length > 1)
+    if span.ordinals is None:
+        row = torch.arange(span.length, device=device)[None]
+        return Visibility(_seen(row, row, window))
+    seen = _seen(span.ordinals, span.ordinals, window)
+    # A padding query sees itself, so that its softmax has something to share; nobody sees its answer.
+    return Visibility(seen | torch.eye(span.length, dtype=torch.bool, device=device))
+
+
+def _seen(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which keys come no later than each query, and no more than the window before it: [batch, 1, queries, keys]."""
+    query, key = queries[:, None, :, None], keys[:, None, None, :]
+    seen = (key <= query) & (key >= 0)
+    return seen if window is None else seen & (key > query - window)
+
+
+def _pair(tensors: Mapping[str, Tensor], kind: str) -> tuple[Tensor, Tensor]:
+    keys, values = take(tensors, kind, keys=4, values=4)
+    if keys.shape != values.shape or keys.dtype != values.dtype:
+        raise InputError(f"saved state: keys and values of a {kind} layer differ", "The file is damaged.")
+    return keys, values
+
+
+class AttentionCache(LayerState):
+    """Keys and values of one attention layer. keys, values: [batch, kv_heads, slots, head_dim]."""
+
+    keys: Tensor
+    values: Tensor
+
+    @abstractmethod
+    def visibility(self, span: Span) -> Visibility:
+        """Which of the keys that `update` will return each query of the span sees."""
+
+    @abstractmethod
+    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Take in the span's keys and values [batch, kv_heads, length, head_dim]; return all that it may attend to."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both buffers, spare slots included."""
+        return self.keys.nbytes + self.values.nbytes
+
+
+class KVCache(AttentionCache):
+    """Every key and value so far; a token's slot is its number in the row, spare slots lie behind."""
+
+    KIND = "kv"
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys = keys
+        self.values = values
+
+    @classmethod
+    def empty(
+        cls, batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, slots: int = 0
+    ) -> Self:
+        """A cache with room for `slots` tokens; it grows by half when it is full."""
+        shape = (batch, kv_heads, slots, head_dim)
+        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+    def visibility(self, span: Span) -> Visibility:
+        """Keys lie in slots 0 .. start + length."""
+        if span.ordinals is None and span.start == 0:
+            return causal_visibility(span, None, self.keys.device)
+        if span.ordinals is None and span.length == 1:
+            return Visibility(None)
+        slots = torch.arange(span.start + span.length, device=self.keys.device)[None]
+        queries = slots[:, span.start :] if span.ordinals is None else span.ordinals.clamp(min=0)
+        return Visibility(_seen(queries, slots, None))
+
+    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Write behind what is there; return views of all slots in use."""
+        end = span.start + span.length
+        if end > self.keys.shape[2]:
+            self._grow(max(end, self.keys.shape[2] * 3 // 2))
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            if span.ordinals is None:
+                buffer[:, :, span.start : end] = new
+            else:
+                _scatter(buffer, new, span.ordinals, span.ordinals)
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _grow(self, slots: int) -> None:
+        slots = -(-slots // _GROW) * _GROW
+        for name in ("keys", "values"):
+            old: Tensor = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], slots, old.shape[3])
+            new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+    def tensors(self, length: int) -> dict[str, Tensor]:
+        """The slots in use."""
+        return {"keys": self.keys[:, :, :length], "values": self.values[:, :, :length]}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Take over the slots of `tensors()`."""
+        return cls(*_pair(tensors, "kv"))
+
+    def truncate(self, length: int, held: int) -> None:
+        """Nothing to do: slots past the state's length are never seen, and are written over."""
+
+
+class WindowKVCache(AttentionCache):
+    """The last `window` keys and values in a ring: a token's slot is its number in the row modulo the window."""
+
+    KIND = "window"
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys = keys
+        self.values = values
+
+    @classmethod
+    def empty(
+        cls, batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, window: int
+    ) -> Self:
+        """A ring of `window` slots, whole from the start: its memory never grows."""
+        shape = (batch, kv_heads, window, head_dim)
+        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+    @property
+    def window(self) -> int:
+        """How many keys back a query sees, itself included."""
+        return self.keys.shape[2]
+
+    def visibility(self, span: Span) -> Visibility:
+        """One token is written first and sees the ring; several see the ring as it was, and each other."""
+        if span.ordinals is None and span.start == 0:
+            return causal_visibility(span, self.window, self.keys.device)
+        slots = torch.arange(self.window, device=self.keys.device)
+        if span.length == 1:
+            if span.ordinals is None:
+                return Visibility(None)
+            return Visibility(_seen(span.ordinals.clamp(min=0), slots[None], None))
+        if span.ordinals is None or span.held is None:
+            queries = torch.arange(span.start, span.start + span.length, device=self.keys.device)[None]
+            held = torch.full((1, 1), span.start, device=self.keys.device)
+        else:
+            queries = span.ordinals
+            held = span.held[:, None]  # [batch, 1]
+        # The ordinal that each slot holds: the largest below `held` that is congruent to the slot.
+        kept = held - 1 - (held - 1 - slots[None]) % self.window
+        seen = _seen(queries, torch.cat((kept, queries), dim=1), self.window)
+        if span.ordinals is not None:
+            seen[..., self.window :] |= torch.eye(span.length, dtype=torch.bool, device=seen.device)
+        return Visibility(seen)
+
+    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Write over the oldest; return the ring, or for several tokens the ring as it was and their own keys."""
+        fresh = span.ordinals is None and span.start == 0
+        if span.length == 1 and not fresh:
+            self._write(keys, values, span)
+            used = self.window if span.ordinals is not None else min(span.start + 1, self.window)
+            return self.keys[:, :, :used], self.values[:, :, :used]
+        seen = (keys, values) if fresh else (torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2))
+        self._write(keys, values, span)
+        return seen
+
+    def _write(self, keys: Tensor, values: Tensor, span: Span) -> None:
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            if span.ordinals is not None:
+                newest = span.ordinals.max(dim=1, keepdim=True).values
+                kept = span.ordinals.masked_fill(span.ordinals <= newest - self.window, -1)
+                _scatter(buffer, new, kept, kept % self.window)
+                continue
+            last = new[:, :, -self.window :]
+            first = span.start + span.length - last.shape[2]
+            slot = first % self.window
+            room = self.window - slot
+            buffer[:, :, slot : slot + min(room, last.shape[2])] = last[:, :, :room]
+            if last.shape[2] > room:
+                buffer[:, :, : last.shape[2] - room] = last[:, :, room:]
+
+    def tensors(self, length: int) -> dict[str, Tensor]:
+        """The whole ring."""
+        return {"keys": self.keys, "values": self.values}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Take over the ring of `tensors()`."""
+        return cls(*_pair(tensors, "window"))
+
+    def truncate(self, length: int, held: int) -> None:
+        """Possible while nothing was written over. Raises StateError after the ring went round."""
+        if held > self.window:
+            raise StateError(
+                f"a sliding window of {self.window} has already dropped what it held after {length} tokens",
+                "Continue from a clone() taken at that point.",
+            )
+
+
+def _scatter(buffer: Tensor, new: Tensor, ordinals: Tensor, slots: Tensor) -> None:
+    """Write each row's real tokens (ordinal not negative) into its own slots. buffer, new: [batch, heads, *, width]."""
+    rows, columns = (ordinals >= 0).nonzero(as_tuple=True)
+    buffer[rows, :, slots[rows, columns]] = new[rows, :, columns]

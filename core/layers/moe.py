@@ -1,0 +1,153 @@
+"""Mixture of experts: the router's choice, the bank of experts, and the load balancing loss."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmx.core.layers.activation import ACTIVATIONS
+
+
+def route(router_logits: Tensor, top_k: int, normalize: float | None) -> tuple[Tensor, Tensor]:
+    """Choose experts and weigh them: softmax over all experts, the `top_k` largest, divided by their p-norm.
+
+    router_logits: [tokens, experts]; normalize: the p of the norm, or None to leave the probabilities as they are.
+    Returns the experts' ids [tokens, top_k] and their weights [tokens, top_k] in float32.
+    """
+    probabilities = F.softmax(router_logits.float(), dim=-1)
+    weights, ids = torch.topk(probabilities, top_k, dim=-1)
+    if normalize is not None:
+        weights = weights / torch.linalg.vector_norm(weights, ord=normalize, dim=-1, keepdim=True)
+    return ids, weights
+
+
+def jitter(x: Tensor, noise: float, training: bool) -> Tensor:
+    """Multiply by uniform noise from [1 - noise, 1 + noise], in training only."""
+    if not training or not noise:
+        return x
+    return x * torch.empty_like(x).uniform_(1.0 - noise, 1.0 + noise)
+
+
+def balance_loss(router_logits: Sequence[Tensor], top_k: int, mask: Tensor | None) -> Tensor:
+    """The load balancing loss of the Switch Transformer (arXiv 2101.03961, equations 4 to 6), over all layers at once.
+
+    router_logits: one [tokens, experts] a layer; mask: [batch, length] with 0 for padding, or None.
+    """
+    experts = router_logits[0].shape[-1]
+    counts = torch.zeros(experts, device=router_logits[0].device)
+    probability = torch.zeros(experts, device=router_logits[0].device)
+    rows = torch.zeros((), device=router_logits[0].device)
+    for logits in router_logits:
+        probabilities = F.softmax(logits, dim=-1)
+        ids = torch.topk(probabilities, top_k, dim=-1).indices
+        real = torch.ones(ids.shape[0], device=ids.device) if mask is None else mask.reshape(-1).float()
+        counts = counts.index_add(0, ids.flatten(), real.repeat_interleave(top_k))
+        probability = probability + (probabilities.float() * real[:, None]).sum(0)
+        rows = rows + real.sum()
+    return experts * torch.sum(counts / rows * (probability / rows))
+
+
+def run_experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    activation: str,
+) -> Tensor:
+    """Send each token through its experts and add up their answers by weight.
+
+    Tokens are sorted by expert, so that each expert that was hit reads its weights once, and none that was not.
+    Experts answer in the order of their numbers, for one token as for many: a prompt and a decode step add alike.
+
+    x: [tokens, hidden]; ids, weights: [tokens, top_k]; gate, up: [inner, hidden] an expert; down: [hidden, inner].
+    """
+    act = ACTIVATIONS[activation]
+    top_k = ids.shape[-1]
+    out = torch.zeros_like(x)
+    order = ids.flatten().argsort(stable=True)  # [tokens * top_k], by expert
+    counts = torch.bincount(ids.flatten(), minlength=len(gate)).tolist()
+    flat_weights = weights.flatten()
+    for expert, slots in enumerate(order.split(counts)):
+        if not len(slots):
+            continue
+        tokens = slots // top_k
+        inputs = x[tokens]  # [tokens of this expert, hidden]
+        inner = act(F.linear(inputs, gate[expert])) * F.linear(inputs, up[expert])
+        answer = F.linear(inner, down[expert]) * flat_weights[slots, None]
+        out.index_add_(0, tokens, answer.to(out.dtype))
+    return out
+
+
+def run_experts_once(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    activation: str,
+) -> Tensor:
+    """`run_experts` for a single token, the step of every generated token: no sorting, no gathering. x: [1, hidden]."""
+    act = ACTIVATIONS[activation]
+    out = torch.zeros_like(x)
+    for expert, slot in sorted((expert, slot) for slot, expert in enumerate(ids[0].tolist())):
+        inner = act(F.linear(x, gate[expert])) * F.linear(x, up[expert])
+        out += (F.linear(inner, down[expert]) * weights[0, slot]).to(out.dtype)
+    return out
+
+
+@torch.library.custom_op("lmx::experts", mutates_args=())
+def _experts_op(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate: list[Tensor],
+    up: list[Tensor],
+    down: list[Tensor],
+    activation: str,
+) -> Tensor:
+    return run_experts(x, ids, weights, gate, up, down, activation)
+
+
+@_experts_op.register_fake
+def _(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate: list[Tensor],
+    up: list[Tensor],
+    down: list[Tensor],
+    activation: str,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+class ExpertBank(nn.Module):
+    """All experts of one layer: gated MLPs, `down(act(gate(x)) * up(x))`.
+
+    Each expert's matrices are parameters of their own, so that they can be views of a mapped file in whatever order
+    that file holds them.
+
+    forward: x [tokens, hidden], ids and weights [tokens, top_k] -> [tokens, hidden].
+    """
+
+    def __init__(self, experts: int, hidden: int, inner: int, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate = nn.ParameterList(torch.empty(inner, hidden) for _ in range(experts))
+        self.up = nn.ParameterList(torch.empty(inner, hidden) for _ in range(experts))
+        self.down = nn.ParameterList(torch.empty(hidden, inner) for _ in range(experts))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts' answers."""
+        gate, up, down = list(self.gate), list(self.up), list(self.down)
+        if torch.is_grad_enabled():
+            return run_experts(x, ids, weights, gate, up, down, self.activation)
+        # The choice of experts is data: inside a compiled graph it must be one opaque operation.
+        if torch.compiler.is_compiling():
+            return torch.ops.lmx.experts(x, ids, weights, gate, up, down, self.activation)  # type: ignore[no-any-return]
+        run = run_experts_once if len(x) == 1 else run_experts
+        return run(x, ids, weights, gate, up, down, self.activation)

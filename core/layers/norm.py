@@ -1,0 +1,42 @@
+"""Root-mean-square normalisation (arXiv 1910.07467)."""
+
+import torch
+from torch import Tensor, nn
+
+
+def rms_normalise(x: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps)` over the last dimension, in float32 whatever the input.
+
+    x: [..., width] -> [..., width] float32.
+    """
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """The normalised input times a learned scale; the product is taken in the model's dtype, as Llama does.
+
+    forward: [..., width] -> [..., width].
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise over the last dimension."""
+        return self.weight * rms_normalise(x, self.eps).to(x.dtype)
+
+
+class OffsetRMSNorm(nn.Module):
+    """Gemma's variant: the learned scale is stored minus one, and the product is taken in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise over the last dimension."""
+        return (rms_normalise(x, self.eps) * (1.0 + self.weight.float())).to(x.dtype)

@@ -1,0 +1,35 @@
+"""Rotary position embedding (arXiv 2104.09864), in the half-split layout of the hub's checkpoints."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Rotary = tuple[Tensor, Tensor]
+
+
+@lru_cache(maxsize=64)
+def _frequencies(width: int, theta: float, device: torch.device) -> Tensor:
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+    return 1.0 / theta**exponents  # [width / 2]
+
+
+def rotary_tables(positions: Tensor, width: int, theta: float) -> Rotary:
+    """Cosines and sines of the angles `position * theta^(-2i / width)`.
+
+    positions: [batch, length] -> two tensors [batch, 1, length, width / 2] in float32 (the 1 is the heads').
+    """
+    angles = positions[:, None, :, None].float() * _frequencies(width, theta, positions.device)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turn the first `2 * table width` channels of every head, pair (i, i + half), and leave the others.
+
+    x: [batch, heads, length, head_dim] -> the same shape and dtype; the product is taken in float32.
+    """
+    cos, sin = rotary
+    half = cos.shape[-1]
+    left, right, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

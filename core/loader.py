@@ -1,0 +1,112 @@
+"""From a checkpoint to a running model: built on the meta device, then every weight assigned, strictly.
+
+On the CPU, a weight whose dtype is already right stays a view of the mapped file: loading costs headers, and memory
+what is touched.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lmx.core.checkpoint import Source
+from lmx.core.errors import InputError
+from lmx.core.heads import HeadKind
+from lmx.core.model import LanguageModel
+from lmx.core.names import NameTable, Piece, Shape
+from lmx.core.registry import Family, family_of
+
+HEAD_NAMES = {"head.weight": "lm_head.weight", "head.score.weight": "score.weight", "head.score.bias": "score.bias"}
+_PREFIX = "decoder."
+
+
+def build(config: Mapping[str, object], head: HeadKind = "causal", *, tied: bool | None = None) -> LanguageModel:
+    """A model with the config's shapes on torch's current default device, its weights not set.
+
+    Under `torch.device("meta")` it costs no memory. `reset_parameters()` makes it ready for training.
+    Raises InputError for an architecture or a key that we do not support.
+    """
+    family = family_of(config)
+    return LanguageModel(family.decoder(family.parse(config)), head, tied=tied)
+
+
+def hub_shapes(model: LanguageModel, family: Family) -> dict[str, Shape]:
+    """Names and shapes of every tensor that a checkpoint of this model has on the hub."""
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    heads = {HEAD_NAMES[name]: shapes.pop(name) for name in list(shapes) if name in HEAD_NAMES}
+    table = family.names(model.config)
+    return table.hub_shapes({name.removeprefix(_PREFIX): shape for name, shape in shapes.items()}) | heads
+
+
+def load_model(
+    source: Source,
+    *,
+    head: HeadKind = "causal",
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> LanguageModel:
+    """Load a checkpoint.
+
+    head: what to put on the decoder; a classification head that the checkpoint lacks begins from random weights.
+    dtype: convert all weights; None keeps each as stored. device: None is the CPU. The model is in evaluation mode.
+    Raises InputError where config, names or shapes do not fit.
+    """
+    family = family_of(source.config)
+    stored = {name: info.shape for name, info in source.infos.items()}
+    # A tied model may still bring an output matrix of its own; then that one counts.
+    tied = None if "lm_head.weight" not in stored else False
+    with torch.device("meta"):
+        model = build(source.config, head, tied=tied)
+    bound = bind(model, family.names(model.config), stored)
+    device = device or torch.device("cpu")
+    for name, piece in bound.items():
+        weight = piece.of(source.tensor(piece.hub))
+        assign(model, name, weight.to(device=device, dtype=dtype or weight.dtype))
+    _start_missing_head(model, dtype, device)
+    return model.eval()
+
+
+def bind(model: LanguageModel, table: NameTable, stored: Mapping[str, Shape]) -> dict[str, Piece]:
+    """Where in the file each of the model's weights lies. Raises InputError for what does not fit."""
+    wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    heads = {name: wanted.pop(name) for name in list(wanted) if name in HEAD_NAMES}
+    body = {name: shape for name, shape in stored.items() if name not in HEAD_NAMES.values()}
+    prefix = table.base_prefix
+    if prefix and not any(name.startswith(prefix) for name in body):
+        # A model saved without its head lacks the prefix that the head's class puts before the decoder.
+        bound = table.bind(
+            {prefix + name: shape for name, shape in body.items()}, {n.removeprefix(_PREFIX): s for n, s in wanted.items()}
+        )
+        bound = {name: piece.renamed(piece.hub.removeprefix(prefix)) for name, piece in bound.items()}
+    else:
+        bound = table.bind(body, {n.removeprefix(_PREFIX): s for n, s in wanted.items()})
+    found = {_PREFIX + name: piece for name, piece in bound.items()}
+    for name, shape in heads.items():
+        hub = HEAD_NAMES[name]
+        if hub in stored:
+            if stored[hub] != shape:
+                raise InputError(
+                    f"{hub}: shape {list(stored[hub])} where config.json asks for {list(shape)}",
+                    "Weights and config.json belong to different models.",
+                )
+            found[name] = Piece(hub, shape)
+        elif model.kind == "causal":
+            raise InputError(
+                f"the checkpoint lacks {hub}, and config.json does not tie it to the embedding",
+                "Load the decoder alone with head='none', or pull the model again.",
+            )
+    return found
+
+
+def assign(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Put a weight in the place of the meta one."""
+    owner, _, last = name.rpartition(".")
+    model.get_submodule(owner).register_parameter(last, nn.Parameter(weight, weight.is_floating_point()))
+
+
+def _start_missing_head(model: LanguageModel, dtype: torch.dtype | None, device: torch.device) -> None:
+    if model.head is None or not any(weight.is_meta for weight in model.head.parameters()):
+        return
+    model.head.to_empty(device=device)
+    model.head.to(dtype or model.decoder.embed.weight.dtype)
+    model.head.reset_parameters(model.config.initializer_range)

@@ -1,0 +1,216 @@
+"""Mixtral (arXiv 2401.04088): attention with grouped queries, and in every layer a mixture of gated MLPs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lmx.core.config import ConfigReader, ModelConfig, RopeConfig, count_labels
+from lmx.core.decoder import Call, Decoder, Inputs
+from lmx.core.kv_cache import AttentionCache, KVCache, WindowKVCache, causal_visibility
+from lmx.core.layers.activation import ACTIVATION_NAMES
+from lmx.core.layers.attention import attend
+from lmx.core.layers.initialise import initialise_normal
+from lmx.core.layers.moe import ExpertBank, jitter, route
+from lmx.core.layers.norm import RMSNorm
+from lmx.core.layers.rope import rotary_tables, rotate
+from lmx.core.names import ExpertStack, NameTable, Rename
+from lmx.core.registry import Family
+from lmx.core.state import Span, State
+
+
+@dataclass(frozen=True)
+class MixtralConfig(ModelConfig):
+    """Widths, counts and switches of a Mixtral model, by the names of its `config.json`."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    experts: int
+    experts_per_token: int
+    activation: str
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    sliding_window: int | None
+    attention_dropout: float
+    router_jitter_noise: float
+    router_aux_loss: float
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, object]) -> "MixtralConfig":
+        """Read a `config.json` in the spelling of transformers 4 or 5. Raises InputError naming the key."""
+        read = ConfigReader(raw)
+        hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
+        experts = read.integer("num_experts" if read.has("num_experts") else "num_local_experts", 8, most=4096)
+        read.ignore("num_experts", "num_local_experts")
+        config = cls(
+            vocab_size=read.integer("vocab_size"),
+            hidden_size=hidden,
+            layers=read.integer("num_hidden_layers", most=4096),
+            initializer_range=read.number("initializer_range", 0.02),
+            tie_word_embeddings=read.flag("tie_word_embeddings", False),
+            bos_ids=read.token_ids("bos_token_id"),
+            eos_ids=read.token_ids("eos_token_id"),
+            pad_id=read.optional_integer("pad_token_id", least=0),
+            labels=count_labels(raw),
+            heads=heads,
+            kv_heads=read.integer("num_key_value_heads", heads),
+            head_dim=read.integer("head_dim", hidden // heads),
+            intermediate_size=read.integer("intermediate_size"),
+            experts=experts,
+            experts_per_token=read.integer("num_experts_per_tok", 2, most=experts),
+            activation=read.choice("hidden_act", "silu", ACTIVATION_NAMES),
+            rms_norm_eps=read.number("rms_norm_eps", 1e-5),
+            rope=RopeConfig.read(read, 1e6),
+            max_position_embeddings=read.integer("max_position_embeddings", 131072),
+            sliding_window=read.optional_integer("sliding_window"),
+            attention_dropout=read.number("attention_dropout", 0.0, most=1.0),
+            router_jitter_noise=read.number("router_jitter_noise", 0.0, most=1.0),
+            router_aux_loss=read.number("router_aux_loss_coef", 0.001),
+        )
+        if config.heads % config.kv_heads:
+            raise read.error("num_key_value_heads", f"({config.kv_heads}) does not divide {config.heads} heads")
+        read.finish()
+        return config
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence that the positions were trained for."""
+        return self.max_position_embeddings
+
+    @property
+    def experts_to_choose(self) -> int:
+        """How many experts a token is sent to."""
+        return self.experts_per_token
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """The weight of the load balancing loss."""
+        return self.router_aux_loss
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, over a cache if there is one."""
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__()
+        self.head_dim, self.dropout = config.head_dim, config.attention_dropout
+        wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q = nn.Linear(config.hidden_size, wide, bias=False)
+        self.k = nn.Linear(config.hidden_size, narrow, bias=False)
+        self.v = nn.Linear(config.hidden_size, narrow, bias=False)
+        self.o = nn.Linear(wide, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, call: Call, cache: AttentionCache | None) -> Tensor:
+        """x: [batch, length, hidden] -> the same."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        query, key, value = (p(x).view(heads).transpose(1, 2) for p in (self.q, self.k, self.v))
+        query, key = rotate(query, call.rotary), rotate(key, call.rotary)
+        if cache is not None:
+            key, value = cache.update(key, value, call.span)
+        dropout = self.dropout if self.training else 0.0
+        answer, weights = attend(query, key, value, call.visibility, call.attention, dropout)
+        call.record.attention(weights)
+        return self.o(answer)
+
+
+class SparseMLP(nn.Module):
+    """The router and its experts."""
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__()
+        self.top_k, self.noise = config.experts_per_token, config.router_jitter_noise
+        self.router = nn.Linear(config.hidden_size, config.experts, bias=False)
+        self.experts = ExpertBank(config.experts, config.hidden_size, config.intermediate_size, config.activation)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        """x: [batch, length, hidden] -> the same."""
+        tokens = jitter(x, self.noise, self.training).flatten(0, 1)  # [batch * length, hidden]
+        router_logits = self.router(tokens)
+        call.record.router(router_logits)
+        ids, weights = route(router_logits, self.top_k, normalize=1.0)
+        return self.experts(tokens, ids, weights).view_as(x)
+
+
+class Block(nn.Module):
+    """Attention, then experts, each on the normalised stream and added back to it."""
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SparseMLP(config)
+
+    def forward(self, x: Tensor, call: Call, cache: AttentionCache | None) -> Tensor:
+        """x: [batch, length, hidden] -> the same."""
+        x = x + self.attention(self.attention_norm(x), call, cache)
+        return x + self.mlp(self.mlp_norm(x), call)
+
+
+class MixtralDecoder(Decoder[AttentionCache]):
+    """Embedding, layers and the last norm."""
+
+    FAMILY: ClassVar[str] = "mixtral"
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_id)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    @property
+    def config(self) -> MixtralConfig:
+        """The config that the decoder was built from."""
+        return self._config
+
+    def plan(self, inputs: Inputs, span: Span, state: State[AttentionCache] | None) -> Call:
+        """Rotary tables and one mask for all layers."""
+        device, config = inputs.embeds.device, self._config
+        positions = inputs.positions if inputs.positions is not None else span.positions(device)
+        rotary = rotary_tables(positions, config.head_dim, config.rope.theta)
+        if state is not None:
+            visibility = state.layers[0].visibility(span)
+        else:
+            visibility = causal_visibility(span, config.sliding_window, device)
+        return Call(span, positions, inputs.record, inputs.attention, rotary, visibility)
+
+    def empty_layers(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> list[AttentionCache]:
+        """A ring as wide as the sliding window where the config has one, else a cache that grows."""
+        config = self._config
+        shape = (batch_size, config.kv_heads, config.head_dim, dtype, device)
+        if config.sliding_window is not None:
+            return [WindowKVCache.empty(*shape, window=config.sliding_window) for _ in self.layers]
+        return [KVCache.empty(*shape) for _ in self.layers]
+
+    def reset_parameters(self) -> None:
+        """Normal weights of the config's width, norms of one, the padding's embedding zero."""
+        initialise_normal(self, self._config.initializer_range)
+
+
+_LAYER, _OURS = "model.layers.{}.", "layers.{}."
+_MOE = _LAYER + "block_sparse_moe."
+_EXPERTS = _OURS + "mlp.experts."
+
+NAMES = NameTable(
+    Rename("model.embed_tokens.weight", "embed.weight"),
+    *(Rename(f"{_LAYER}self_attn.{n}_proj.weight", f"{_OURS}attention.{n}.weight") for n in "qkvo"),
+    Rename(_LAYER + "input_layernorm.weight", _OURS + "attention_norm.weight"),
+    Rename(_LAYER + "post_attention_layernorm.weight", _OURS + "mlp_norm.weight"),
+    Rename(_MOE + "gate.weight", _OURS + "mlp.router.weight"),
+    Rename(_MOE + "experts.{}.w1.weight", _EXPERTS + "gate.{}"),
+    Rename(_MOE + "experts.{}.w3.weight", _EXPERTS + "up.{}"),
+    Rename(_MOE + "experts.{}.w2.weight", _EXPERTS + "down.{}"),
+    Rename("model.norm.weight", "norm.weight"),
+    # transformers 5 in memory, and files written by it without its conversion back
+    Rename(_LAYER + "mlp.gate.weight", _OURS + "mlp.router.weight"),
+    ExpertStack(_LAYER + "mlp.experts.gate_up_proj", (_EXPERTS + "gate.{}", _EXPERTS + "up.{}")),
+    ExpertStack(_LAYER + "mlp.experts.down_proj", (_EXPERTS + "down.{}",)),
+)
+
+FAMILY = Family("mixtral", "Mixtral", MixtralConfig.parse, MixtralDecoder, lambda config: NAMES)

@@ -1,0 +1,168 @@
+"""What a model remembers between calls: typed, owned by the caller, exact.
+
+A state belongs to one model family and holds one entry a layer. The model's own modules hold none: two conversations
+are two states over the same weights. Rows of a batch are kept compact: a row's slot number counts its real tokens, so
+padding never enters a state and rows of different lengths continue exactly.
+
+Worked example, a full cache and a ring of window 4, after the tokens a b c d e f:
+
+    KVCache        slots  a b c d e f . .     slot = ordinal, grown when full
+    WindowKVCache  slots  e f c d             slot = ordinal mod 4: e and f replaced a and b
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from lmx.core.errors import InputError, UsageError
+
+
+class StateError(UsageError):
+    """A state that cannot do what was asked of it, such as forgetting what it has already folded in."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the tokens of one call go.
+
+    start: real tokens that every row already holds (the most, if they differ); length: columns of this call;
+    ordinals: [batch, length], each real token's number in its row and -1 for padding; None while no row was ever padded;
+    held: [batch], real tokens that each row already holds; None likewise.
+    """
+
+    start: int
+    length: int
+    ordinals: Tensor | None = None
+    held: Tensor | None = None
+
+    @classmethod
+    def stateless(cls, columns: int, mask: Tensor | None) -> "Span":
+        """The span of a call without a state. mask: [batch, columns] bool, False for padding, or None."""
+        if mask is None:
+            return cls(0, columns)
+        return cls(0, columns, (mask.cumsum(1) - 1).masked_fill(~mask, -1), torch.zeros_like(mask[:, 0], dtype=torch.int64))
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Rotary positions: real tokens count from 0 in each row; padding gets 0. [batch or 1, length]."""
+        if self.ordinals is not None:
+            return self.ordinals.clamp(min=0)
+        return torch.arange(self.start, self.start + self.length, device=device)[None]
+
+
+class LayerState(ABC):
+    """One layer's memory."""
+
+    KIND: str
+
+    @abstractmethod
+    def tensors(self, length: int) -> dict[str, Tensor]:
+        """What must be kept of it after `length` tokens: to copy, to save, to count."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Rebuild from `tensors()`; it takes them over without a copy. Raises InputError if they do not fit."""
+
+    @abstractmethod
+    def truncate(self, length: int, held: int) -> None:
+        """Forget all but the first `length` of `held` tokens. Raises StateError where they are no longer apart."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of memory that it occupies."""
+
+
+L = TypeVar("L", bound=LayerState)
+
+
+def take(tensors: Mapping[str, Tensor], kind: str, **dimensions: int) -> list[Tensor]:
+    """The named tensors of a saved layer, each of the given number of dimensions; anything else is an InputError."""
+    if set(tensors) != set(dimensions) or any(tensors[name].dim() != n for name, n in dimensions.items()):
+        raise InputError(f"saved state: a {kind} layer holds {sorted(tensors)}", "The file is not a state of this model.")
+    return [tensors[name] for name in dimensions]
+
+
+@dataclass
+class State(Generic[L]):
+    """The memory of one batch of conversations.
+
+    length: real tokens that each row has consumed (the most, if rows were padded differently);
+    lengths: [batch], each row's own count, or None while all rows are alike.
+    """
+
+    family: str
+    layers: list[L]
+    batch_size: int
+    length: int = 0
+    lengths: Tensor | None = None
+
+    def span(self, columns: int, mask: Tensor | None) -> Span:
+        """Place the next `columns` tokens of every row. mask: [batch, columns] bool, False for padding."""
+        if mask is None and self.lengths is None:
+            return Span(self.length, columns)
+        device = self.lengths.device if self.lengths is not None else mask.device if mask is not None else None
+        held = self.lengths if self.lengths is not None else torch.full((self.batch_size,), self.length, device=device)
+        if mask is None:
+            mask = torch.ones(self.batch_size, columns, dtype=torch.bool, device=device)
+        ordinals = (held[:, None] + mask.cumsum(1) - 1).masked_fill(~mask, -1)  # [batch, columns]
+        return Span(self.length, columns, ordinals, held)
+
+    def advance(self, span: Span) -> None:
+        """Count the tokens of a call whose layers have all been written."""
+        if span.ordinals is None or span.held is None:
+            self.length += span.length
+            return
+        self.lengths = span.held + (span.ordinals >= 0).sum(1)
+        self.length = int(self.lengths.max())
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` real tokens of every row.
+
+        Raises StateError if a layer has folded later tokens in (a ring that went round, a recurrence): continue from a
+        `clone()` taken at that point instead.
+        """
+        if not 0 <= length <= self.length:
+            raise StateError(f"cannot cut a state of {self.length} tokens to {length}", "Cut to a length that it holds.")
+        if length == self.length:
+            return
+        for layer in self.layers:
+            layer.truncate(length, self.length)
+        self.length = length
+        if self.lengths is not None:
+            self.lengths = self.lengths.clamp(max=length)
+
+    def clone(self) -> Self:
+        """An independent copy; the two continue separately."""
+        layers = [
+            type(layer).restore({name: tensor.clone() for name, tensor in layer.tensors(self.length).items()})
+            for layer in self.layers
+        ]
+        lengths = None if self.lengths is None else self.lengths.clone()
+        return type(self)(self.family, layers, self.batch_size, self.length, lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the state occupies."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def save(self, path: Path) -> None:
+        """Write the state as one safetensors file, beside its final name first and renamed when complete."""
+        from lmx.core.state_file import save_state
+
+        save_state(self, path)
+
+    def check_fits(self, family: str, kinds: list[str], batch_size: int) -> None:
+        """Raise StateError unless this is a state of that family, those layers and that batch."""
+        mine = [layer.KIND for layer in self.layers]
+        if self.family != family or mine != kinds or self.batch_size != batch_size:
+            raise StateError(
+                f"this state is of {self.family}, {len(mine)} layers, batch {self.batch_size}; "
+                f"the call is for {family}, {len(kinds)} layers, batch {batch_size}",
+                "Make a state with model.make_state(batch_size).",
+            )
