@@ -1,4 +1,4 @@
-"""The memory of recurrent layers: the last inputs of a short convolution and the hidden state; its size never changes."""
+"""The memory of recurrent layers: the last inputs of a short convolution and the hidden state; it never grows."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Self
@@ -42,6 +42,11 @@ class RecurrentState(LayerState):
             )
         self.conv = torch.zeros_like(self.conv)
         self.hidden = torch.zeros_like(self.hidden)
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """Kind, shapes of a row and dtypes."""
+        return self.KIND, self.conv.shape[1:], self.conv.dtype, self.hidden.shape[1:], self.hidden.dtype
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The short causal convolution before a recurrence: one filter a channel, and the inputs it still needs as its state."""
+"""The short causal convolution before a recurrence: one filter a channel; its state is the inputs it still needs."""
 
 import torch
 from torch import Tensor
@@ -35,7 +35,9 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> 
     offset = None if bias is None else bias.to(dtype)
     tensors = (x, weight, state) if bias is None else (x, weight, state, bias)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    first = length if differentiable else min(length, BLOCK_STEPS)  # autograd wants one piece, and keeps it whole anyway
+    first = (
+        length if differentiable else min(length, BLOCK_STEPS)
+    )  # autograd wants one piece, and keeps it whole anyway
     head = _taps(torch.cat((state.transpose(1, 2), x[:, :first]), 1), taps, offset, x.dtype)
     if first == length:
         return head

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 def rg_lru(a: Tensor, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Run `length` steps from `state`; returns every h and the last one.
 
-    a and x [batch, length, width], state [batch, width], all of one dtype, float32 or float64; h [batch, length, width].
+    a, x [batch, length, width], state [batch, width], all of one dtype, float32 or float64; h [batch, length, width].
     A step with a = 1 and x = 0 leaves the state as it is; a length of 0 is a no-op.
     Differentiable in all three; the backward pass keeps a and h and is the same recurrence reversed.
     """
@@ -65,7 +65,7 @@ class _LinearRecurrence(torch.autograd.Function):
         return h
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """With g_t = dL/dh_t in all: g_t = grad_h_t + a_{t+1} g_{t+1}."""
         a, h, state = ctx.saved_tensors

@@ -167,7 +167,8 @@ class FalconMambaDecoder(Decoder[MambaState]):
         super().__init__()
         self._config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = [Block(config) for _ in range(config.layers)]
+        self.layers = nn.ModuleList(self.blocks)
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
     @property
@@ -182,13 +183,13 @@ class FalconMambaDecoder(Decoder[MambaState]):
 
     def empty_layers(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> list[MambaState]:
         """Zeros of a size that no length changes."""
-        return [layer.mixer.empty_state(batch_size, dtype, device) for layer in self.layers]
+        return [layer.mixer.empty_state(batch_size, dtype, device) for layer in self.blocks]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Normal projections; A = -(1 .. state), D = 1 and log-uniform step sizes, as Mamba begins."""
         initialise_normal(self, self._config.initializer_range)
-        for layer in self.layers:
+        for layer in self.blocks:
             _initialise_mixer(layer.mixer, self._config)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmx.core.config import ConfigReader, ModelConfig, RopeConfig, count_labels
-from lmx.core.decoder import Call, Decoder, Inputs
+from lmx.core.decoder import AttentionCall, Decoder, Inputs
 from lmx.core.kv_cache import WindowKVCache, causal_visibility
 from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS
 from lmx.core.layers.attention import attend
@@ -119,7 +119,7 @@ class LocalAttention(nn.Module):
         self.v = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
         self.o = nn.Linear(wide, config.hidden_size)
 
-    def forward(self, x: Tensor, call: Call, cache: WindowKVCache | None) -> Tensor:
+    def forward(self, x: Tensor, call: AttentionCall, cache: WindowKVCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         heads = (*x.shape[:2], -1, self.head_dim)
         query, key, value = (p(x).view(heads).transpose(1, 2) for p in (self.q, self.k, self.v))
@@ -127,7 +127,7 @@ class LocalAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, call.span)
         dropout = self.dropout if self.training else 0.0
-        answer, weights = attend(query, key, value, call.visibility, call.attention, dropout)
+        answer, weights = attend(query, key, value, call.visibility, call.implementation, dropout)
         call.record.attention(weights)
         return self.o(answer)
 
@@ -143,7 +143,12 @@ class _BoundedSqrt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return cast(Tensor, grad / torch.sqrt(torch.clip(4.0 * x, min=1.0 / _LARGEST_SQRT_GRADIENT**2)))
+        return grad / torch.sqrt(torch.clip(4.0 * x, min=1.0 / _LARGEST_SQRT_GRADIENT**2))
+
+
+def bounded_sqrt(x: Tensor) -> Tensor:
+    """The square root of x >= 0, its gradient at most 1000 (arXiv 2402.19427, appendix A)."""
+    return cast(Tensor, _BoundedSqrt.apply(x))  # type: ignore[no-untyped-call]
 
 
 class RGLRU(nn.Module):
@@ -169,7 +174,7 @@ class RGLRU(nn.Module):
         log_a = -8.0 * recurrent_gate * F.softplus(self.recurrent_param.float())
         kept = 1.0 - torch.exp(2.0 * log_a)
         # With gradients off the plain root is the same, and opens the way to a compiled graph.
-        root = cast(Tensor, _BoundedSqrt.apply(kept)) if torch.is_grad_enabled() else kept.sqrt()  # type: ignore[no-untyped-call]
+        root = bounded_sqrt(kept) if torch.is_grad_enabled() else kept.sqrt()
         start = reset[..., None]
         drive = x.float() * input_gate * torch.where(start, 1.0, root)
         a = log_a.exp().masked_fill(start, 0.0)
@@ -204,7 +209,7 @@ class RecurrentBlock(nn.Module):
         conv = torch.zeros(batch, width, kernel - 1, dtype=dtype, device=device)
         return GriffinState(conv, torch.zeros(batch, width, device=device))
 
-    def forward(self, x: Tensor, call: Call, state: GriffinState | None) -> Tensor:
+    def forward(self, x: Tensor, call: AttentionCall, state: GriffinState | None) -> Tensor:
         """x: [batch, length, hidden] -> the same; the state is advanced in place."""
         gate, branch = self.act(self.linear_y(x)), self.linear_x(x)
         before = state if state is not None else self.empty_state(x.shape[0], x.dtype, x.device)
@@ -241,11 +246,13 @@ class Block(nn.Module):
     def __init__(self, config: RecurrentGemmaConfig, block_type: str) -> None:
         super().__init__()
         self.temporal_norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.temporal = LocalAttention(config) if block_type == "attention" else RecurrentBlock(config)
+        self.temporal: LocalAttention | RecurrentBlock = (
+            LocalAttention(config) if block_type == "attention" else RecurrentBlock(config)
+        )
         self.mlp_norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(self, x: Tensor, call: Call, state: LayerMemory | None) -> Tensor:
+    def forward(self, x: Tensor, call: AttentionCall, state: LayerMemory | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         x = x + self.temporal(self.temporal_norm(x), call, state)
         return x + self.mlp(self.mlp_norm(x))
@@ -260,7 +267,8 @@ class RecurrentGemmaDecoder(Decoder[LayerMemory]):
         super().__init__()
         self._config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_id)
-        self.layers = nn.ModuleList(Block(config, block_type) for block_type in config.block_types)
+        self.blocks = [Block(config, block_type) for block_type in config.block_types]
+        self.layers = nn.ModuleList(self.blocks)
         self.norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.embed_scale = math.sqrt(config.hidden_size) if config.scale_embeddings else None
 
@@ -269,7 +277,7 @@ class RecurrentGemmaDecoder(Decoder[LayerMemory]):
         """The config that the decoder was built from."""
         return self._config
 
-    def plan(self, inputs: Inputs, span: Span, state: State[LayerMemory] | None) -> Call:
+    def plan(self, inputs: Inputs, span: Span, state: State[LayerMemory] | None) -> AttentionCall:
         """Rotary tables and one mask for the attention layers, and padding out of the recurrences' way."""
         device, config = inputs.embeds.device, self._config
         positions = inputs.positions if inputs.positions is not None else span.positions(device)
@@ -277,7 +285,15 @@ class RecurrentGemmaDecoder(Decoder[LayerMemory]):
         caches = [] if state is None else [layer for layer in state.layers if isinstance(layer, WindowKVCache)]
         visibility = caches[0].visibility(span) if caches else causal_visibility(span, config.window, device)
         compaction = None if inputs.mask is None else Compaction.of(inputs.mask)
-        return Call(span, positions, inputs.record, inputs.attention, rotary, visibility, compaction)
+        return AttentionCall(
+            span,
+            positions,
+            inputs.record,
+            compaction,
+            implementation=inputs.implementation,
+            rotary=rotary,
+            visibility=visibility,
+        )
 
     def empty_layers(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> list[LayerMemory]:
         """A ring for each attention layer, zeros for each recurrence: none of them grows."""
@@ -287,7 +303,7 @@ class RecurrentGemmaDecoder(Decoder[LayerMemory]):
             layer.temporal.empty_state(batch_size, dtype, device)
             if isinstance(layer.temporal, RecurrentBlock)
             else WindowKVCache.empty(*shape, window=config.window)
-            for layer in self.layers
+            for layer in self.blocks
         ]
 
     @torch.no_grad()
@@ -297,7 +313,7 @@ class RecurrentGemmaDecoder(Decoder[LayerMemory]):
         initialise_normal(self, config.initializer_range)
         into = math.sqrt(1.0 / config.hidden_size)
         final = 2.0 / config.layers
-        for layer in self.layers:
+        for layer in self.blocks:
             temporal = layer.temporal
             if isinstance(temporal, LocalAttention):
                 for projection in (temporal.q, temporal.k, temporal.v):
