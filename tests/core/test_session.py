@@ -184,19 +184,31 @@ def test_a_reply_that_renders_to_its_own_tokens_needs_no_reply_end(text: ToyText
 
 @BOTH
 def test_a_recurrence_goes_back_to_the_start_of_the_turn_before(text: ToyText, recurrent: bool) -> None:
-    model = ToyModel(VOCAB, recurrent=recurrent, answer=replying(text, "Nice", "Hello STOP", "Goodbye"))
-    session = ChatSession(model, text, GREEDY, stop_strings=["STOP"])
+    answer = replying(text, text.encode("Nice to meet you!"), "Hello STOP", "Goodbye")
+    session = ChatSession(ToyModel(VOCAB, recurrent=recurrent, answer=answer), text, GREEDY, stop_strings=["STOP"])
     talk(session, "my name is Ada")
-    kept = len(session.ids) - 1
+    start = len(session.ids) - 1
     talk(session, "one")
     prompt = session.prompt_ids
     assert (session._snapshot is not None) == recurrent
+    # The first reply is rendered as it was produced; of the second, the stop string is not rendered.
     third = talk(session, "two")
-    # "Nice" is rendered as its tokens were not produced, so the re-rendered conversation parts from the state there.
-    common = next(n for n, (a, b) in enumerate(zip(prompt, session.prompt_ids, strict=False)) if a != b)
-    assert common < kept
-    assert third.computed_prompt_tokens == len(session.prompt_ids) - (0 if recurrent else common)
+    assert session.prompt_ids == rendered(text, session)
+    assert third.computed_prompt_tokens == len(session.prompt_ids) - (start if recurrent else len(prompt))
     assert third.text == "Goodbye"
+
+
+@BOTH
+def test_a_template_that_rewrites_the_past_is_followed(text: ToyText, recurrent: bool) -> None:
+    """Today's date at its top, say: then what is kept is no longer what the template wants."""
+    session = ChatSession(ToyModel(VOCAB, recurrent=recurrent, answer=replying(text, "Nice", "Hello")), text, GREEDY)
+    text.header = "<s>today\n"
+    talk(session, "my name is Ada")
+    text.header = "<s>tomorrow\n"
+    second = talk(session, "one")
+    assert session.prompt_ids == rendered(text, session)
+    assert second.computed_prompt_tokens < len(session.prompt_ids) or recurrent
+    assert second.text == "Hello"
 
 
 @BOTH
@@ -248,6 +260,15 @@ def test_loaded_messages_are_answered_and_continued(text: ToyText, recurrent: bo
     again = list(session.answer())[-1]
     check(session)
     assert (again.text, again.computed_prompt_tokens) == ("Hello there", len(session.prompt_ids) if recurrent else 1)
+
+
+def test_loaded_messages_replace_what_was_really_said(text: ToyText) -> None:
+    session = ChatSession(ToyModel(VOCAB, answer=replying(text, "Nice", "Hello")), text, GREEDY)
+    talk(session, "I")
+    session.load_messages([Message("user", "I"), Message("assistant", "Goodbye"), Message("user", "one")])
+    list(session.answer())
+    check(session)
+    assert session.prompt_ids == rendered(text, session)
 
 
 def test_a_conversation_that_ends_with_an_answer_has_nothing_to_answer(text: ToyText) -> None:
