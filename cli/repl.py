@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 from lmx.cli.answers import cancel_on_interrupt, peak_memory_bytes
@@ -81,8 +82,8 @@ class Repl:
     def _answer(self, text: str) -> None:
         """Stream the answer. Ctrl-C ends it where it is; what was said so far stays in the conversation."""
         finished = None
-        with cancel_on_interrupt() as cancel:
-            for event in self._session.ask(text, cancel):
+        with cancel_on_interrupt() as cancel, closing(self._session.ask(text, cancel)) as events:
+            for event in events:
                 if isinstance(event, Token):
                     write(event.text)
                 elif isinstance(event, Finished):

@@ -1,6 +1,7 @@
 """Answering for a script: `-p`, piped text and `--messages`, as text, JSON or a stream of events."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from lmx.cli.answers import answer_object, cancel_on_interrupt, event_object
@@ -31,14 +32,15 @@ def answer_script(
             raise KeyboardInterrupt
 
 
-def _print(name: str, session: ChatSession, events: Iterator[Event], output: "OutputOptions") -> None:
-    for event in events:
-        if isinstance(event, Finished):
-            _print_end(name, session, event, output)
-        elif output.jsonl:
-            write_json(event_object(event))
-        elif isinstance(event, Token) and not output.json:
-            write(event.text)
+def _print(name: str, session: ChatSession, events: Generator[Event, None, None], output: "OutputOptions") -> None:
+    with closing(events):  # before the text process ends, which an answer cut short still needs
+        for event in events:
+            if isinstance(event, Finished):
+                _print_end(name, session, event, output)
+            elif output.jsonl:
+                write_json(event_object(event))
+            elif isinstance(event, Token) and not output.json:
+                write(event.text)
 
 
 def _print_end(name: str, session: ChatSession, finished: Finished, output: "OutputOptions") -> None:
