@@ -53,7 +53,7 @@ def chat_command(
     *,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this and exit. Repeated: the turns of a conversation."),
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this and exit. Repeated: a conversation."),
     ] = None,
     messages: Annotated[
         str | None,
@@ -78,7 +78,7 @@ def chat_command(
 
 @dataclass(frozen=True)
 class Script:
-    """What is said: a conversation so far, then turns to answer one after another; none of them means a person types."""
+    """What is said: a conversation so far, then turns to answer in order; neither means a person types."""
 
     system: str | None
     history: tuple[Message, ...]

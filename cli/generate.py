@@ -29,14 +29,18 @@ def register(app: typer.Typer) -> None:
 
 def generate_command(
     model: ModelArgument = None,
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text to continue. Without it: stdin.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The text to continue. Without it: stdin.")
+    ] = None,
     *,
     prompt_ids: Annotated[
         str | None, typer.Option(metavar="1,2,3", help="Token ids to continue, instead of a text.")
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="One prompt a line, or in a .jsonl an object a line with prompt or prompt_ids. One result a line."),
+        typer.Option(
+            help="A prompt a line, or in a .jsonl an object a line with prompt or prompt_ids; a result a line."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="How many prompts of --file run at once.")] = 8,
     json: JsonOption = False,
@@ -67,7 +71,9 @@ def _prompts(prompt: str | None, prompt_ids: str | None, file: Path | None) -> l
     if prompt is not None:
         return [text_prompt(prompt, "the prompt")]
     if is_terminal(sys.stdin):
-        raise UsageError("there is no prompt", 'give one: lmx generate MODEL "PROMPT", or pipe it into lmx generate MODEL')
+        raise UsageError(
+            "there is no prompt", 'give one: lmx generate MODEL "PROMPT", or pipe it into lmx generate MODEL'
+        )
     return [text_prompt(read_stdin(), "the prompt from stdin")]
 
 

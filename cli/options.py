@@ -40,14 +40,15 @@ class RuntimeOptions:
 
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to run.")] = "auto"
     dtype: Annotated[
-        Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="Convert the weights. Without it: as they are stored.")
+        Literal["bf16", "fp16", "fp32"] | None,
+        typer.Option(help="Convert the weights. Without it: as stored."),
     ] = None
     threads: Annotated[int | None, typer.Option(help="CPU threads. Without it: as many as torch chooses.")] = None
     four_bit: Annotated[bool, typer.Option("--4bit", help="Quantize to 4 bits. Not in this version.")] = False
     eight_bit: Annotated[bool, typer.Option("--8bit", help="Quantize to 8 bits. Not in this version.")] = False
     head: Annotated[
         Literal["bf16", "int8", "nf4"],
-        typer.Option(help="Precision of the output head; bf16 leaves it as it is. int8 and nf4 are not in this version."),
+        typer.Option(help="The output head; bf16 leaves it as it is. int8 and nf4 are not in this version."),
     ] = "bf16"
     attention: Annotated[
         Literal["sdpa", "eager", "flash"], typer.Option(help="How to compute attention; flash needs CUDA.")
@@ -125,7 +126,7 @@ def parse_size(option: str, text: str) -> int:
 def spread_groups(command: Callable[..., None]) -> Callable[..., None]:
     """Make each parameter whose type is one of the groups above appear to Typer as one parameter for each field."""
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         if parameter.name in groups:

@@ -16,7 +16,7 @@ from lmx.core.session import ChatSession
 from lmx.core.text.safe import safe_line
 
 HINT = "/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves"
-DEMO = "This small demo model comes with lmx and knows little else. For a real one: lmx chat FOLDER, or lmx chat ORG/NAME"
+DEMO = "This is the small demo that comes with lmx. For a real model: lmx chat FOLDER, or lmx chat ORG/NAME"
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,10 @@ class Repl:
     def _help(self, _rest: str) -> None:
         for command in self._commands.values():
             self._say(f"{command.usage} - {command.help}")
-        self._say("A line that ends with a backslash goes on in the next one" + ("." if self._plain else "; so does Alt-Enter."))
+        self._say(
+            "A line that ends with a backslash goes on in the next one"
+            + ("." if self._plain else "; so does Alt-Enter.")
+        )
 
     def _system(self, text: str) -> None:
         if text:

@@ -11,15 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lmx.core.checkpoint import INDEX, SINGLE
 from lmx.core.errors import InputError, LmxError, NetworkError, NotFoundError, ResourceError, UsageError
 from lmx.core.files import quoted
 from lmx.core.jsonfile import read_json
-
-if TYPE_CHECKING:
-    import httpx
 
 # What a run needs: no second copy of the weights (consolidated, .bin, .pt, original/).
 WANTED = (
@@ -141,7 +137,7 @@ def _cached(hub_id: HubId) -> Path | None:
 
 def _pulled(hub_id: HubId, show_progress: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     hidden = not show_progress and not are_progress_bars_disabled()
     if hidden:
@@ -160,7 +156,6 @@ def _pulled(hub_id: HubId, show_progress: bool) -> Path:
 @contextmanager
 def _hub_errors(hub_id: HubId) -> Iterator[None]:
     """Every way that a pull can fail, as ours. No message of the hub is passed on: they hold URLs with signatures."""
-    import httpx
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -182,20 +177,24 @@ def _hub_errors(hub_id: HubId) -> Iterator[None]:
             f"the hub has no {hub_id.repo}, or it is private", "check its spelling; for a private model set HF_TOKEN"
         ) from error
     except HfHubHTTPError as error:
-        raise _status_error(hub_id, error.response) from error
-    except (LocalEntryNotFoundError, httpx.TransportError, ConnectionError, TimeoutError) as error:
+        raise _status_error(hub_id, error.response.status_code) from error
+    except (LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
         raise NetworkError(f"{hub_id} could not be pulled: no answer from the hub", _TRY_AGAIN) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{hub_id} does not fit on the disk", "free some space, or set HF_HOME") from error
         raise
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _HTTP_CLIENTS:
+            raise
+        raise NetworkError(f"{hub_id} could not be pulled: {type(error).__name__}", _TRY_AGAIN) from error
 
 
+_HTTP_CLIENTS = ("httpx", "httpx2")  # which of them huggingface_hub uses depends on its version
 _TRY_AGAIN = "check the connection and try again: what has arrived is kept"
 
 
-def _status_error(hub_id: HubId, response: "httpx.Response | None") -> LmxError:
-    status = response.status_code if response is not None else 0
+def _status_error(hub_id: HubId, status: int) -> LmxError:
     if status in (401, 403):
         return NotFoundError(f"the hub refused {hub_id} (HTTP {status})", "set HF_TOKEN to a token that may read it")
     if status == 404:

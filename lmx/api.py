@@ -97,7 +97,9 @@ class OpenedModel:
     ) -> "OpenedModel":
         """Find a model and open its files. chat: it will be talked to, so prepare its template. Raises as `load`."""
         checkpoint = open_checkpoint(model, revision=revision, offline=offline, show_progress=show_progress)
-        return cls(model_name(model, revision), model is None, checkpoint, TextEngine.open(checkpoint.folder, chat=chat))
+        return cls(
+            model_name(model, revision), model is None, checkpoint, TextEngine.open(checkpoint.folder, chat=chat)
+        )
 
     def load(
         self,
@@ -168,7 +170,7 @@ def check_runnable(checkpoint: Checkpoint) -> None:
     if checkpoint.quantization_config is not None:
         method = checkpoint.quantization_config.get("quant_method")
         raise InputError(
-            f"{quoted(checkpoint.label)} is quantized ({str(method):.40})",
+            f"{quoted(checkpoint.label)} is quantized ({method!s:.40})",
             "this version of lmx runs unquantized checkpoints: take the model it was made from",
         )
     for info in checkpoint.infos.values():
@@ -180,15 +182,15 @@ def check_runnable(checkpoint: Checkpoint) -> None:
 
 
 def choose_device(device: Device | None) -> "torch.device":
-    """The device by name; None and "auto" take CUDA, else MPS, else the CPU. Raises UsageError for one that is not here."""
+    """The device by name; None and "auto" take CUDA, else MPS, else the CPU. Raises UsageError for an absent one."""
     import torch
 
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device is None or device == "auto":
-        return torch.device(next(name for name, is_here in available.items() if is_here()))
-    if device not in available:
+        return torch.device(next(name for name, is_here in here.items() if is_here))
+    if device not in here:
         raise UsageError(f"device {quoted(str(device))} is unknown", "give auto, cpu, cuda or mps")
-    if not available[device]():
+    if not here[device]:
         raise UsageError(f"this machine, or this build of torch, has no {device} device", "use --device auto or cpu")
     return torch.device(device)
 

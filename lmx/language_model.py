@@ -23,7 +23,12 @@ class LanguageModel(core.LanguageModel):
     """
 
     def __init__(
-        self, model: core.LanguageModel, tokenizer: TextCodec, *, stop_ids: frozenset[int], defaults: Mapping[str, object]
+        self,
+        model: core.LanguageModel,
+        tokenizer: TextCodec,
+        *,
+        stop_ids: frozenset[int],
+        defaults: Mapping[str, object],
     ) -> None:
         """Take over `model`'s weights. defaults: the checkpoint's generation_config.json."""
         with torch.device("meta"):

@@ -20,7 +20,7 @@ _CONTROL_DIRECTIONS = ("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "
 
 
 def test_ordinary_text_is_untouched() -> None:
-    text = "Grüße,\tשלום 你好 👩‍👩‍👧 e\u0301 \u200b\n\n  done"
+    text = "Grüße,\tש 你好 👩‍👩‍👧 e\u0301 \u200b\n\n  done"
     assert safe_text(text) == text
 
 
