@@ -1,5 +1,6 @@
 import contextlib
 import io
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +24,18 @@ class Ran:
 Lmx = Callable[..., Ran]
 
 
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def write_checkpoint(folder: Path, *, template: str | None = INST, **config: int) -> Path:
     """A Mixtral of random weights with a tokenizer and a template that takes no system role."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     byte_fallback_folder(folder, template)
+    config_file = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config_file))
     sizes = {
         "vocab_size": 512,
         "hidden_size": 32,
@@ -55,8 +63,8 @@ def lmx() -> Lmx:
     from lmx.cli.main import app
     from lmx.cli.run import run
 
-    def call(*args: object, stdin: str = "") -> Ran:
-        out, err = io.StringIO(), io.StringIO()
+    def call(*args: object, stdin: str = "", terminal: bool = False) -> Ran:
+        out, err = Screen() if terminal else io.StringIO(), io.StringIO()
         given = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "stdin", given):
             code = run(app, [str(arg) for arg in args])

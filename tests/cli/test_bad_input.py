@@ -105,16 +105,15 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
 def test_an_endless_template_ends_soon_in_a_process_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     (folder / "chat_template.jinja").write_text(ENDLESS)
-    run_lmx("--version")  # the interpreter's files are in memory from here on
-    start, busy = time.monotonic(), time.process_time()
+    start = time.monotonic()
     ran = run_lmx("chat", str(folder), "-p", "Hello")
     seconds = time.monotonic() - start
     assert ran.returncode == 3
-    _check_error(ran.stdout, ran.stderr, "seconds")
-    # 5 seconds of an idle machine; the time it takes to import torch here says how idle this one is
+    _check_error(ran.stdout, ran.stderr, "too long")
+    # 5 seconds are those of an idle machine: how long an ordinary run takes says how idle this one is
     start = time.monotonic()
     run_lmx("generate", str(folder), "--prompt-ids", "1", "-n", "0")
-    assert seconds < max(5, 2.5 + 1.5 * (time.monotonic() - start)), busy
+    assert seconds < max(5, 2.5 + 1.5 * (time.monotonic() - start))
 
 
 def test_a_template_that_repeats_for_ever_is_not_started_again_and_again(

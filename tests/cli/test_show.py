@@ -85,3 +85,15 @@ def test_weights_that_do_not_fit_the_config_are_refused(lmx: Any, copy: Path) ->
     ran = lmx("show", copy)
     assert ran.code == 3
     assert "layers.2." in ran.err
+
+
+def test_it_is_a_table_on_a_terminal(lmx: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = lmx("show", checkpoint, terminal=True).out
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = lmx("show", checkpoint, terminal=True).out
+    assert "\x1b[" in coloured
+    assert "\x1b[" not in plain
+    assert "architecture" in plain
+    assert "Mixtral (mixtral)" in plain
