@@ -133,7 +133,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("args", "named"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize(
+    ("args", "named"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
+)
 def test_wrong_usage_names_the_option(lmx: Any, checkpoint: Path, args: tuple[str, ...], named: str) -> None:
     ran = lmx("chat", checkpoint, *args)
     assert ran.code == 2

@@ -57,7 +57,10 @@ def test_chat_gives_the_replies_turn_by_turn(lmx: Any, chains: list[list[dict[st
     assert max(map(len, chains)) > 1
     for chain in chains:
         prompts = [arg for text in _user_texts(chain) for arg in ("-p", text)]
-        answers = [json.loads(line) for line in lmx("chat", FOLDER, *prompts, *_system(chain), *FLOAT32, "--json").out.splitlines()]
+        answers = [
+            json.loads(line)
+            for line in lmx("chat", FOLDER, *prompts, *_system(chain), *FLOAT32, "--json").out.splitlines()
+        ]
         assert [answer["text"] for answer in answers] == [expected["reply"] for expected in chain]
         assert [answer["prompt_ids"] for answer in answers] == [expected["prompt_ids"] for expected in chain]
         assert [answer["token_ids"] for answer in answers] == [expected["greedy_ids"] for expected in chain]
@@ -69,9 +72,7 @@ def test_chat_answers_whole_conversations(lmx: Any, conversations: list[dict[str
         assert json.loads(ran.out)["text"] == expected["reply"]
 
 
-def test_messages_typed_one_after_another_get_the_replies(
-    chains: list[list[dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_messages_typed_one_after_another_get_the_replies(chains: list[list[dict[str, Any]]], tmp_path: Path) -> None:
     chain = max(chains, key=len)
     child = pexpect.spawn(
         sys.executable,

@@ -46,7 +46,11 @@ def reference(checkpoint: Path) -> Callable[[list[int], int], tuple[list[int], l
 
     def greedy(prompt: list[int], count: int) -> tuple[list[int], list[float]]:
         out = model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=count, output_logits=True, return_dict_in_generate=True
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=count,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         ids = out.sequences[0, len(prompt) :].tolist()
         return ids, [step[0].log_softmax(-1)[i].item() for step, i in zip(out.logits, ids, strict=True)]
@@ -94,7 +98,9 @@ def test_batches_give_what_single_prompts_give(answers: Generate, tmp_path: Path
     assert [answer["prompt_ids"][-1:] for answer in batched][1::2] == [[7], [5]]
 
 
-def test_plain_output_is_the_generated_text_alone(lmx: Any, answers: Generate, checkpoint: Path, tmp_path: Path) -> None:
+def test_plain_output_is_the_generated_text_alone(
+    lmx: Any, answers: Generate, checkpoint: Path, tmp_path: Path
+) -> None:
     (answer,) = answers(PROMPT, "-n", 6)
     ran = lmx("generate", checkpoint, PROMPT, "-n", 6)
     assert (ran.code, ran.err) == (0, "")
@@ -141,9 +147,7 @@ def test_each_truncation_reaches_the_sampler(answers: Generate, option: tuple[st
 
 
 @pytest.mark.parametrize("option", [("--repeat-penalty", 50), ("--presence-penalty", 2), ("--frequency-penalty", 2)])
-def test_each_penalty_reaches_the_sampler(
-    answers: Generate, option: tuple[str, float]
-) -> None:
+def test_each_penalty_reaches_the_sampler(answers: Generate, option: tuple[str, float]) -> None:
     (plain,) = answers("--prompt-ids", ",".join(["7"] * 4), "-n", 60, "--dtype", "fp32")
     (penalized,) = answers("--prompt-ids", ",".join(["7"] * 4), "-n", 60, "--dtype", "fp32", *option)
     assert len(set(penalized["token_ids"])) > len(set(plain["token_ids"]))
