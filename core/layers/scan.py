@@ -1,3 +1,4 @@
+# ruff: noqa: N803, N806 (A, B and C are the names of the paper and of every checkpoint)
 """The selective scan of Mamba: a linear recurrence whose decay and input depend on the token.
 
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t        y_t = sum_n C_t[n] h_t[n]
@@ -23,9 +24,7 @@ LOG2_E = 1 / math.log(2)
 BLOCK_ELEMENTS = 1 << 20
 
 
-def selective_scan(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Scan `length` steps from `state`; returns y and the state after the last step.
 
     x [batch, length, inner], delta [batch, length, inner] (after softplus; 0 leaves the state as it is),
@@ -51,7 +50,7 @@ def selective_scan(
 def selective_scan_step(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan` for a length of 1, with the same shapes: seven plain torch calls, for decoding and torch.compile."""
+    """`selective_scan` for a length of 1, with the same shapes: a few plain torch calls, as decoding wants."""
     delta = delta.to(state.dtype).transpose(1, 2)  # [batch, inner, 1]
     drive = delta * x.transpose(1, 2) * B  # [batch, inner, state]
     state = torch.addcmul(drive, torch.exp2(delta * LOG2_E * A), state)
@@ -77,9 +76,7 @@ def block_length(batch: int, inner: int, state: int) -> int:
     return max(1, BLOCK_ELEMENTS // max(1, batch * inner * state))
 
 
-def _scan_into(
-    y: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
-) -> Tensor:
+def _scan_into(y: Tensor, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
     """Write the outputs into y [batch, length, inner] and return the last state, without autograd.
 
     Of the formulations tried, this was the quickest: decays of a block in two calls, then two calls a step that turn
@@ -87,7 +84,7 @@ def _scan_into(
     Inside, `inner` is the last axis: a last axis of 16 would leave the vector units idle. Sums of logarithms or
     quotients of products of decays would need fewer calls, but overflow.
     """
-    batch, length, inner = x.shape
+    batch, length, _ = x.shape
     rates = _rates(A, state.dtype)  # [state, inner]
     columns, rows = B.to(state.dtype)[..., None], C.to(state.dtype)[:, :, None]
     carried = state.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # [batch, state, inner]
