@@ -66,7 +66,7 @@ class _LinearRecurrence(torch.autograd.Function):
         return h
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """With g_t = dL/dh_t in all: g_t = grad_h_t + a_{t+1} g_{t+1}."""
         a, h, state = ctx.saved_tensors

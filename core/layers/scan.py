@@ -135,7 +135,7 @@ class _SelectiveScan(torch.autograd.Function):
         return y, state
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor, ...]:
         x, delta, A, B, C, *entering = ctx.saved_tensors
         grads = [torch.empty_like(tensor) for tensor in (x, delta, B, C)]
