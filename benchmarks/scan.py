@@ -209,6 +209,9 @@ def report_times(layer: Layer, arguments: argparse.Namespace) -> None:
     samples = time_parts(layer, arguments.tokens, arguments.repetitions)
     whole = samples["whole layer"]
     print(f"  {arguments.tokens} tokens, float32, {arguments.threads} threads, median of {arguments.repetitions}")
+    print(
+        f"  load average {os.getloadavg()[0]:.1f} (the recurrence is many short calls: other work on the cores slows it most)"
+    )
     for name, times in samples.items():
         share = 100 * statistics.median(a / b for a, b in zip(times, whole, strict=True))
         print(

@@ -110,7 +110,7 @@ def test_the_step_is_one_graph() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_step_is_the_step() -> None:
-    """Inductor compiles C++ for some 20 seconds."""
+    """Some seconds in inductor, which needs a C++ compiler."""
     inputs = make(1, 4)
     compiled = torch.compile(causal_conv, fullgraph=True)
     for ours, eager in zip(compiled(*inputs), causal_conv(*inputs), strict=True):

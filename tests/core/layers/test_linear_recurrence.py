@@ -142,7 +142,7 @@ def test_the_step_is_one_graph() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_step_is_the_step() -> None:
-    """Inductor compiles C++ for some 20 seconds."""
+    """Some seconds in inductor, which needs a C++ compiler."""
     inputs = make(2, 1, 24)
     compiled = torch.compile(rg_lru, fullgraph=True)
     for ours, eager in zip(compiled(*inputs), rg_lru_step(*inputs), strict=True):

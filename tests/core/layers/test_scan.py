@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import FalconMambaConfig
 from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
 
@@ -72,6 +74,31 @@ def test_blocks_hold_a_bounded_number_of_states() -> None:
         steps = scan.block_length(batch, inner, n)
         assert steps == 1 or steps * batch * inner * n <= scan.BLOCK_ELEMENTS
     assert scan.block_length(1, 8192, 16) == 8
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many elements the largest tensor that any operation returned has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_states_never_exist_for_the_whole_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "BLOCK_ELEMENTS", 1024)
+    length, inner, n = 400, 32, 16
+    inputs = make(1, length, inner, n)
+    with LargestTensor() as forward:
+        selective_scan(*inputs)
+    assert forward.elements <= length * inner  # x itself
+    with LargestTensor() as training:
+        selective_scan(*(tensor.requires_grad_() for tensor in inputs))[0].sum().backward()
+    assert training.elements <= max(length * inner, 20 * inner * n)  # a segment of sqrt(400) steps
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 20, 39, 40])
@@ -263,7 +290,7 @@ def test_falcon_mamba_gradients_equal_transformers() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_step_is_the_step() -> None:
-    """Inductor compiles C++ for some 20 seconds."""
+    """Some seconds in inductor, which needs a C++ compiler."""
     inputs = make(2, 1, 24, 8)
     compiled = torch.compile(selective_scan, fullgraph=True)
     for ours, eager in zip(compiled(*inputs), selective_scan_step(*inputs), strict=True):
