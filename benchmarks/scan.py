@@ -210,7 +210,7 @@ def report_times(layer: Layer, arguments: argparse.Namespace) -> None:
     whole = samples["whole layer"]
     print(f"  {arguments.tokens} tokens, float32, {arguments.threads} threads, median of {arguments.repetitions}")
     print(
-        f"  load average {os.getloadavg()[0]:.1f} (the recurrence is many short calls: other work on the cores slows it most)"
+        f"  load average {os.getloadavg()[0]:.1f} (a recurrence is many short calls: others on the cores slow it most)"
     )
     for name, times in samples.items():
         share = 100 * statistics.median(a / b for a, b in zip(times, whole, strict=True))
