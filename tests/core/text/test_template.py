@@ -4,10 +4,11 @@ import json
 from datetime import datetime
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from lmx.core.errors import InputError
 from lmx.core.text.template import MAX_RENDERED_CHARS, ChatTemplate, TemplateError
 from lmx.core.text.types import Message
-from transformers.utils.chat_template_utils import render_jinja_template
 
 MESSAGES = [
     Message(role="user", content="<b>Grüße & 'quotes' \"</b>\n"),
@@ -19,13 +20,17 @@ TEMPLATES = {
     "tojson separators": "{{ messages | tojson(separators=(',', ':'), sort_keys=true) }}",
     "generation": "{% for m in messages %}{% generation %}{{ m['content'] }}\n{% endgeneration %}{% endfor %}",
     "generation scope": "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
-    "loopcontrols": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}",
-    "defaults": "{{ tools is none }}{{ documents is none }}{{ add_generation_prompt }}{{ missing is defined }}{{ missing }}",
+    "loopcontrols": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}"
+    "{{ m.role }}{% break %}{% endfor %}",
+    "defaults": "{{ tools is none }}{{ documents is none }}{{ add_generation_prompt }}"
+    "{{ missing is defined }}{{ missing }}",
     "tokens": "{{ bos_token }}{{ eos_token }}{{ additional_special_tokens | join(',') }}",
-    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 2 %}{% endfor %}{{ ns.n * 3 }}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 2 %}{% endfor %}"
+    "{{ ns.n * 3 }}",
     "macro": "{% macro f(x) %}[{{ x | trim }}]{% endmacro %}{% for m in messages %}{{ f(m['content']) }}{% endfor %}",
     "whitespace": "  {%- if true -%}  a  {%- endif %}  b\n\n",
-    "methods": "{{ messages[0]['content'].split('b') | join('-') }}{{ messages[1].content.strip() | upper }}{{ 2 ** 10 }}",
+    "methods": "{{ messages[0]['content'].split('b') | join('-') }}"
+    "{{ messages[1].content.strip() | upper }}{{ 2 ** 10 }}",
 }
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<a>", "<b>"]}
 
@@ -88,7 +93,9 @@ def test_an_unsafe_attribute_is_as_good_as_undefined() -> None:
     assert ChatTemplate("[{{ messages.__class__ }}{{ ''|attr('__class__') }}]", {}).render(MESSAGES, True) == "[]"
 
 
-@pytest.mark.parametrize("source", ["{% for %}", "{{ }", "{% if x %}", "{{ x | nofilter }}", "{{ " + "(" * 5000 + " }}"])
+@pytest.mark.parametrize(
+    "source", ["{% for %}", "{{ }", "{% if x %}", "{{ x | nofilter }}", "{{ " + "(" * 5000 + " }}"]
+)
 def test_malformed_templates(source: str) -> None:
     with pytest.raises(InputError, match="malformed"):
         ChatTemplate(source, {})
@@ -96,7 +103,9 @@ def test_malformed_templates(source: str) -> None:
 
 def test_output_is_bounded_but_large_enough() -> None:
     text = "x" * (MAX_RENDERED_CHARS - 10)
-    assert len(ChatTemplate("{{ messages[0].content }}", {}).render([Message(role="user", content=text)], True)) == len(text)
+    assert len(ChatTemplate("{{ messages[0].content }}", {}).render([Message(role="user", content=text)], True)) == len(
+        text
+    )
 
 
 def test_messages_are_not_changed() -> None:

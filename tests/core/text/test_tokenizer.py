@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lmx.core.errors import InputError, NotFoundError
-from lmx.core.text.files import read_tokenizer_files
-from lmx.core.text.tokenizer import Tokenizer
 from support import SHARED, needs_shared
 from text_folders import CHATML, byte_fallback_folder, byte_level_folder
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
+
+from lmx.core.errors import InputError, NotFoundError
+from lmx.core.text.files import read_tokenizer_files
+from lmx.core.text.tokenizer import Tokenizer
 
 Load = Callable[[str], Tokenizer]
 VECTORS = SHARED / "data" / "vectors"
@@ -66,7 +67,8 @@ def test_parity_with_transformers(name: str, tokenizer_of: Load) -> None:
             expected = theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
             assert ours.decode(ids, skip_special_tokens=skip) == expected
         messages = [
-            {"role": role, "content": "".join(rng.choices("ab 12\n.,é生🦙", k=9))} for role in ("user", "assistant", "user")
+            {"role": role, "content": "".join(rng.choices("ab 12\n.,é生🦙", k=9))}
+            for role in ("user", "assistant", "user")
         ]
         for prompt in (True, False):
             chat = ours.encode_chat(messages, prompt)
@@ -132,7 +134,9 @@ def test_template_places(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]
     _edit(folder, "tokenizer_config.json", chat_template=named)
     assert read_tokenizer_files(folder).chat_template == "named"
-    _edit(folder, "tokenizer_config.json", chat_template=[{"name": "a", "template": "x"}, {"name": "b", "template": "y"}])
+    _edit(
+        folder, "tokenizer_config.json", chat_template=[{"name": "a", "template": "x"}, {"name": "b", "template": "y"}]
+    )
     assert read_tokenizer_files(folder).chat_template is None
     (folder / "chat_template.jinja").write_text("file")
     assert read_tokenizer_files(folder).chat_template == "file"
@@ -140,8 +144,12 @@ def test_template_places(tmp_path: Path) -> None:
 
 def test_special_tokens_by_either_file_and_form(tmp_path: Path) -> None:
     folder = byte_level_folder(tmp_path / "a")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}, "bos_token": None}))
-    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|endoftext|>", "pad_token": "[nowhere]"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": {"content": "<|im_end|>"}, "bos_token": None})
+    )
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": "<|endoftext|>", "pad_token": "[nowhere]"})
+    )
     info = Tokenizer.load(folder).info
     assert (info.bos_id, info.eos_id, info.pad_id) == (0, 2, None)
 
