@@ -33,8 +33,7 @@ class ChildError(Exception):
 
 
 class Child:
-    """
-    A started worker. One request is answered at a time; a failure in between kills it, so that no answer is late.
+    """A started worker. One request is answered at a time; a failure in between kills it, so that no answer is late.
 
     The line is a pair of sockets rather than pipes: they know deadlines, and writing to a dead child raises no SIGPIPE.
     """
@@ -169,8 +168,7 @@ def _error(fault: dict[str, object]) -> LmxError:
 
 
 def _import_roots() -> tuple[str, list[str]]:
-    """
-    Where the child finds lmx (installed, editable or a checkout), and, last, the libraries that it imports.
+    """Where the child finds lmx (installed, editable or a checkout), and, last, the libraries that it imports.
 
     It runs isolated (`-I`): no PYTHONPATH, no user packages, nothing of the current folder.
     """

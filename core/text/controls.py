@@ -1,5 +1,4 @@
-"""
-Keeps control tokens that a template writes apart from text of a message that only looks like them.
+"""Keeps control tokens that a template writes apart from text of a message that only looks like them.
 
 The way of a conversation (`StandIns` and `ControlTokens`, put together in `lmx.core.text.chat`):
 

@@ -1,5 +1,4 @@
-"""
-The tokenizer of a checkpoint in a process of its own: what a hostile checkpoint can reach ends there.
+"""The tokenizer of a checkpoint in a process of its own: what a hostile checkpoint can reach ends there.
 
 The child (`lmx.core.text.worker`) loads no torch and has limits of memory and files; each call has a deadline, past
 which the child is killed and the call raises `InputError`. The next call starts a new child.
@@ -38,8 +37,7 @@ class TextEngine:
 
     @classmethod
     def open(cls, folder: Path, *, chat: bool = False) -> Self:
-        """
-        Start the child for `folder` without waiting for it, so that it loads while the caller imports torch.
+        """Start the child for `folder` without waiting for it, so that it loads while the caller imports torch.
 
         `chat`: also prepare for `encode_chat` (a second copy of the vocabulary) meanwhile. Raises `InputError` if
         `tokenizer.json` is missing; what is wrong inside the files shows at the first call.

@@ -1,5 +1,4 @@
-"""
-The tokenizer's files of a checkpoint folder, read with limits: whoever made them may mean harm.
+"""The tokenizer's files of a checkpoint folder, read with limits: whoever made them may mean harm.
 
 `tokenizer.json` is the vocabulary; `tokenizer_config.json` (and older `special_tokens_map.json`) names the special
 tokens and may add some; the chat template is `chat_template.jinja`, or stands in the config as one text or as a

@@ -9,8 +9,7 @@ _KEPT_TOKENS = 4
 
 
 class TextStream:
-    """
-    Turns one token after another into text.
+    """Turns one token after another into text.
 
     The pieces of all `push` calls and the last `flush`, joined, are what `decode(context_ids + ids)` has beyond
     `decode(context_ids)`. Only a window of the last tokens is decoded, so a token costs the same at any length.
@@ -31,8 +30,7 @@ class TextStream:
         byte_ids: Collection[int] = frozenset(),
         hidden_ids: Collection[int] = frozenset(),
     ) -> None:
-        """
-        Start after `context_ids`.
+        """Start after `context_ids`.
 
         `decode` turns ids to text, leaving out `hidden_ids` (control tokens and ids without a token); `byte_ids` are
         the tokens that its decoder joins as raw bytes.

@@ -1,5 +1,4 @@
-"""
-Chat templates: Jinja programs that come with a checkpoint, run in Jinja's immutable sandbox.
+"""Chat templates: Jinja programs that come with a checkpoint, run in Jinja's immutable sandbox.
 
 The environment follows the hub's conventions, https://huggingface.co/docs/transformers/chat_templating_writing.
 The sandbox bounds what a template can reach and the size of its output; time and memory are bounded by the process

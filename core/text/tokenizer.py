@@ -23,8 +23,7 @@ _DOWNLOAD_AGAIN = "Download the checkpoint again, or ask its author."
 
 
 class Tokenizer:
-    """
-    Encoding, decoding and the chat template of one checkpoint folder.
+    """Encoding, decoding and the chat template of one checkpoint folder.
 
     Raises `InputError` for what the files or the given text are to blame for; a template that loops for ever does so
     here, too: that is what the engine's process is for.

@@ -25,8 +25,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class TextInfo:
-    """
-    What a checkpoint's tokenizer files say, read once.
+    """What a checkpoint's tokenizer files say, read once.
 
     `vocab_size` is one more than the largest token id. `special_ids` are the control tokens that a decoded text does
     not show. `hidden_ids` adds the ids below `vocab_size` that stand for nothing (DBRX leaves a gap before its chat
@@ -58,8 +57,7 @@ class TextInfo:
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """
-    A conversation as the model reads it.
+    """A conversation as the model reads it.
 
     `text` is the rendered conversation and `ids` its tokens. `ids[reply_end:]` is what the template puts after the
     last assistant message's words: a session that keeps the tokens the model really produced appends only these.
@@ -74,8 +72,7 @@ class EncodedChat:
 
 
 class TextCodec(Protocol):
-    """
-    Text in and out: the in-process `Tokenizer` and the `TextEngine` beside it both offer this.
+    """Text in and out: the in-process `Tokenizer` and the `TextEngine` beside it both offer this.
 
     Every method raises `InputError` for what the checkpoint's files or the given text are to blame for.
     """

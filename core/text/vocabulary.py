@@ -24,8 +24,7 @@ class Vocabulary:
 
 
 def read_vocabulary(files: TokenizerFiles) -> Vocabulary:
-    """
-    Parse `tokenizer.json` and enter what `tokenizer_config.json` adds. Raises `InputError`.
+    """Parse `tokenizer.json` and enter what `tokenizer_config.json` adds. Raises `InputError`.
 
     Added tokens of the config are added; tokens that it names (`eos_token` and its like) become special ones.
     A name that the vocabulary does not know is ignored: there is no embedding for it.
@@ -52,8 +51,7 @@ def read_vocabulary(files: TokenizerFiles) -> Vocabulary:
 
 
 def rename(vocabulary: Vocabulary, names: Mapping[str, str]) -> Document:
-    """
-    A document in which the added tokens `names` are called otherwise, and that adds no token by itself.
+    """A document in which the added tokens `names` are called otherwise, and that adds no token by itself.
 
     Text that spells an old name is ordinary text to it. Names change in the model's own vocabulary, too: else
     a unigram model, or a BPE one that takes whole words, could still find them there.
@@ -93,8 +91,7 @@ def _pieces(document: Document) -> dict[str, int]:
 
 
 def _without(merges: list[object], names: Mapping[str, str]) -> list[object]:
-    """
-    The BPE merges but for those that take or make one of `names`: these would name a token that is gone.
+    """The BPE merges but for those that take or make one of `names`: these would name a token that is gone.
 
     There are hundreds of thousands, so first a look whether any can (a token of several characters must be made).
     """

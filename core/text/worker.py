@@ -1,5 +1,4 @@
-"""
-The child process that meets a checkpoint's tokenizer files: limited, torch-free, one JSON line for each call.
+"""The child process that meets a checkpoint's tokenizer files: limited, torch-free, one JSON line for each call.
 
 A request is `{"id", "call", "seconds", "arguments"}`; the answer is `{"id", "value"}`, `{"id", "error": {"message",
 "hint", "refusal"}}`, or `{"id", "bug"}` with a traceback. A call that takes longer than its seconds ends the process
