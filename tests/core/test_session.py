@@ -1,16 +1,22 @@
 """Conversations over one kept state: what is computed in a turn, and that the state never lies about what it holds."""
 
+import json
 import threading
 
 import pytest
+import torch
+from support import SHARED, needs_shared
 from tokenizers import Tokenizer
 from toys import END, CancelAfter, ToyModel, ToyText, replying, spell, toy_tokenizer
 
 from lmx.core.answer import Event, Finished, PromptProcessed, Token
+from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, UsageError
 from lmx.core.generate import generate
+from lmx.core.loader import load_model
 from lmx.core.sampling import Sampling
 from lmx.core.session import ChatSession, Message
+from lmx.core.text.engine import TextEngine
 
 GREEDY = Sampling()
 VOCAB = 400
@@ -387,3 +393,29 @@ def test_stop_ids_beside_the_templates_own(text: ToyText) -> None:
     talk(session, "one")
     # The template knows nothing of that stop token: it puts its own after the reply, and the other is dropped.
     assert session.prompt_ids[: len(before)] == [*before[:-1], END]
+
+
+@needs_shared
+@pytest.mark.parametrize("family", ["mixtral", "falcon_mamba", "recurrent_gemma"])
+def test_conversations_of_trained_checkpoints(family: str) -> None:
+    """Typed one message after another: the ids and replies that transformers gives to each whole conversation."""
+    folder = SHARED / "checkpoints" / family
+    expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    model = load_model(Checkpoint.open(folder), dtype=torch.float32)
+    continued = 0
+    with TextEngine.open(folder, chat=True) as engine:
+        session = ChatSession(model, engine, GREEDY, stop_ids=frozenset(expected["stop_ids"]), max_new_tokens=48)
+        for case in expected["conversations"]:
+            history = [Message(message["role"], message["content"]) for message in case["messages"]]
+            if session.messages != history[:-1]:
+                session.clear()
+                session.load_messages(history[:-1])
+            held = session._state.length if session._state is not None else 0
+            continued += held > 0
+            finished = list(session.ask(history[-1].content))[-1]
+            assert isinstance(finished, Finished)
+            assert session.prompt_ids == case["prompt_ids"]
+            assert list(finished.token_ids) == case["greedy_ids"]
+            assert session.messages[-1].content == finished.text == case["reply"]
+            assert finished.computed_prompt_tokens == len(case["prompt_ids"]) - held
+    assert continued > 0
