@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from lmx.core.config import ModelConfig
 from lmx.core.kv_cache import AttentionCache, causal_visibility
 from lmx.core.layers.attention import Implementation, Visibility, attend
+from lmx.core.layers.padding import Compaction
 from lmx.core.layers.rope import Rotary, rotary_tables, rotate
 from lmx.core.state import LayerState, Span, State
-
-if TYPE_CHECKING:
-    from lmx.core.layers.padding import Compaction
 
 L = TypeVar("L", bound=LayerState)
 
@@ -48,17 +46,23 @@ class Record:
 class Call:
     """What one forward call means for every layer, worked out once.
 
-    positions: [batch or 1, length] for rotary embeddings and resets; rotary and visibility: None in a family without
-    attention; compaction: where padding must be moved out of a recurrence's way.
+    positions: [batch or 1, length] for rotary embeddings and resets; compaction: where padding must be moved out of a
+    recurrence's way.
     """
 
     span: Span
     positions: Tensor
     record: Record
-    attention: Implementation = "sdpa"
-    rotary: Rotary | None = None
-    visibility: Visibility | None = None
-    compaction: "Compaction | None" = None
+    compaction: Compaction | None = None
+
+
+@dataclass(frozen=True)
+class AttentionCall(Call):
+    """The same for a family with attention layers."""
+
+    implementation: Implementation = field(kw_only=True)
+    rotary: Rotary = field(kw_only=True)
+    visibility: Visibility = field(kw_only=True)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache | None, dropout: float = 0.0
@@ -69,12 +73,10 @@ class Call:
         Returns the heads' answers side by side: [batch, length, heads * head_dim].
         """
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if self.rotary is not None:
-            query, key = rotate(query, self.rotary), rotate(key, self.rotary)
+        query, key = rotate(query, self.rotary), rotate(key, self.rotary)
         if cache is not None:
             key, value = cache.update(key, value, self.span)
-        visibility = self.visibility if self.visibility is not None else Visibility(None)
-        answer, weights = attend(query, key, value, visibility, self.attention, dropout)
+        answer, weights = attend(query, key, value, self.visibility, self.implementation, dropout)
         self.record.attention(weights)
         return answer
 
@@ -86,13 +88,13 @@ class Inputs:
     embeds: Tensor
     mask: Tensor | None
     positions: Tensor | None
-    attention: Implementation
+    implementation: Implementation
     record: Record = field(default_factory=Record)
 
 
 def plan_attention(
     inputs: Inputs, span: Span, cache: AttentionCache | None, rotary_width: int, theta: float, window: int | None = None
-) -> Call:
+) -> AttentionCall:
     """The call of a family whose attention layers are all alike: one rotary table and one mask for all of them.
 
     cache: any layer's, before the call; None in a stateless pass. rotary_width: channels of a head that turn.
@@ -101,7 +103,9 @@ def plan_attention(
     positions = inputs.positions if inputs.positions is not None else span.positions(device)
     visibility = causal_visibility(span, window, device) if cache is None else cache.visibility(span)
     rotary = rotary_tables(positions, rotary_width, theta)
-    return Call(span, positions, inputs.record, inputs.attention, rotary, visibility)
+    return AttentionCall(
+        span, positions, inputs.record, implementation=inputs.implementation, rotary=rotary, visibility=visibility
+    )
 
 
 class Decoder(nn.Module, ABC, Generic[L]):
@@ -141,7 +145,10 @@ class Decoder(nn.Module, ABC, Generic[L]):
         return State(self.FAMILY, self.empty_layers(batch_size, weight.dtype, weight.device), batch_size)
 
     def forward(self, inputs: Inputs, state: State[L] | None) -> Tensor:
-        """Run all layers; the state, if any, is advanced in place. Returns the last norm's output [batch, length, hidden]."""
+        """Run all layers; the state, if any, is advanced in place.
+
+        Returns the last norm's output [batch, length, hidden].
+        """
         length = inputs.embeds.shape[1]
         span = state.span(length, inputs.mask) if state is not None else Span.stateless(length, inputs.mask)
         call = self.plan(inputs, span, state)

@@ -1,4 +1,4 @@
-"""What turns the decoder's output into an answer: next-token logits, classes of a sequence, or classes of each token."""
+"""What turns the decoder's output into an answer: next-token logits, or classes of a sequence or of each token."""
 
 from typing import Literal
 
@@ -25,7 +25,8 @@ class CausalHead(nn.Module):
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """hidden: [batch, length, hidden] -> [batch, length, vocab]."""
-        logits = F.linear(hidden, embedding if self.weight is None else self.weight)
+        weight = embedding if self.weight is None else self.weight
+        logits = F.linear(hidden.to(weight.dtype), weight)
         if self.soft_cap is None:
             return logits
         return torch.tanh(logits / self.soft_cap) * self.soft_cap
@@ -55,7 +56,8 @@ class ClassHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [batch, length, hidden] -> [batch, length, labels]."""
-        scores: Tensor = self.score(F.dropout(hidden, self.dropout, self.training))
+        hidden = F.dropout(hidden.to(self.score.weight.dtype), self.dropout, self.training)
+        scores: Tensor = self.score(hidden)
         return scores
 
     def reset_parameters(self, std: float) -> None:
@@ -65,10 +67,13 @@ class ClassHead(nn.Module):
             nn.init.zeros_(self.score.bias)
 
 
-def last_real_token(input_ids: Tensor | None, mask: Tensor | None, pad_id: int | None, length: int, batch: int) -> Tensor:
+def last_real_token(
+    input_ids: Tensor | None, mask: Tensor | None, pad_id: int | None, length: int, batch: int
+) -> Tensor:
     """The column that a sequence is judged by: its last that is no padding. Returns [batch].
 
-    mask: as the caller gave it. Known from the mask, else from the padding token. Raises UsageError for a batch where neither is known.
+    mask: as the caller gave it. Known from it, else from the padding token. Raises UsageError for a batch where neither
+    is known.
     """
     if mask is None and (pad_id is None or input_ids is None):
         if batch > 1:
@@ -77,7 +82,9 @@ def last_real_token(input_ids: Tensor | None, mask: Tensor | None, pad_id: int |
                 "Pass attention_mask, with 0 for padding.",
             )
         return torch.full((batch,), length - 1)
-    real = mask[:, -length:].bool() if mask is not None else torch.ne(torch.as_tensor(input_ids), torch.as_tensor(pad_id))
+    real = (
+        mask[:, -length:].bool() if mask is not None else torch.ne(torch.as_tensor(input_ids), torch.as_tensor(pad_id))
+    )
     columns = torch.arange(length, device=real.device)
     return (columns * real).argmax(-1)
 
@@ -105,6 +112,4 @@ def sequence_loss(scores: Tensor, labels: Tensor, problem: str | None) -> Tensor
 
 def token_loss(scores: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy over the tokens with a label other than -100. scores: [batch, length, labels]."""
-    return F.cross_entropy(
-        scores.float().flatten(0, 1), labels.flatten().to(scores.device), ignore_index=IGNORED_LABEL
-    )
+    return F.cross_entropy(scores.float().flatten(0, 1), labels.flatten().to(scores.device), ignore_index=IGNORED_LABEL)

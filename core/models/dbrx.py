@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmx.core.config import ConfigReader, ModelConfig, RopeConfig, count_labels
-from lmx.core.decoder import Call, Decoder, Inputs, plan_attention
+from lmx.core.decoder import AttentionCall, Decoder, Inputs, plan_attention
 from lmx.core.kv_cache import AttentionCache, KVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES
 from lmx.core.layers.attention import clip
@@ -166,7 +166,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, wide + 2 * narrow, bias=False)
         self.o = nn.Linear(wide, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, call: Call, cache: AttentionCache | None) -> Tensor:
+    def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         fused = clip(self.qkv(x), self.limit).view(*x.shape[:2], -1, self.head_dim)  # [batch, length, heads, head_dim]
         query, key, value = fused.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
@@ -182,7 +182,7 @@ class SparseMLP(nn.Module):
         self.router = nn.Linear(hidden_size, config.experts, bias=False)
         self.experts = ExpertBank(config.experts, hidden_size, config.intermediate_size, config.activation)
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, call: AttentionCall) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         tokens = jitter(x, self.noise, self.training).flatten(0, 1)  # [batch * length, hidden]
         router_logits = self.router(tokens)
@@ -202,7 +202,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, bias=False)
         self.mlp = SparseMLP(config.ffn, config.hidden_size)
 
-    def forward(self, x: Tensor, call: Call, cache: AttentionCache | None) -> Tensor:
+    def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         x = x + F.dropout(self.attention(self.attention_norm(x), call, cache), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x), call), self.dropout, self.training)
@@ -226,7 +226,7 @@ class DbrxDecoder(Decoder[AttentionCache]):
         """The config that the decoder was built from."""
         return self._config
 
-    def plan(self, inputs: Inputs, span: Span, state: State[AttentionCache] | None) -> Call:
+    def plan(self, inputs: Inputs, span: Span, state: State[AttentionCache] | None) -> AttentionCall:
         """Rotary tables and one mask for all layers."""
         cache = state.layers[0] if state is not None else None
         return plan_attention(inputs, span, cache, self._config.head_dim, self._config.rope.theta)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lmx.core.config import ConfigReader, ModelConfig, RopeConfig, count_labels
-from lmx.core.decoder import Call, Decoder, Inputs, plan_attention
+from lmx.core.decoder import AttentionCall, Decoder, Inputs, plan_attention
 from lmx.core.kv_cache import AttentionCache, KVCache, WindowKVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES
 from lmx.core.layers.initialise import initialise_normal
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.hidden_size, narrow, bias=False)
         self.o = nn.Linear(wide, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, call: Call, cache: AttentionCache | None) -> Tensor:
+    def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         heads = (*x.shape[:2], -1, self.head_dim)
         query, key, value = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
@@ -121,7 +121,7 @@ class SparseMLP(nn.Module):
         self.router = nn.Linear(config.hidden_size, config.experts, bias=False)
         self.experts = ExpertBank(config.experts, config.hidden_size, config.intermediate_size, config.activation)
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, call: AttentionCall) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         tokens = jitter(x, self.noise, self.training).flatten(0, 1)  # [batch * length, hidden]
         router_logits = self.router(tokens)
@@ -140,7 +140,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SparseMLP(config)
 
-    def forward(self, x: Tensor, call: Call, cache: AttentionCache | None) -> Tensor:
+    def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         x = x + self.attention(self.attention_norm(x), call, cache)
         return x + self.mlp(self.mlp_norm(x), call)
@@ -163,7 +163,7 @@ class MixtralDecoder(Decoder[AttentionCache]):
         """The config that the decoder was built from."""
         return self._config
 
-    def plan(self, inputs: Inputs, span: Span, state: State[AttentionCache] | None) -> Call:
+    def plan(self, inputs: Inputs, span: Span, state: State[AttentionCache] | None) -> AttentionCall:
         """Rotary tables and one mask for all layers."""
         config, cache = self._config, state.layers[0] if state is not None else None
         return plan_attention(inputs, span, cache, config.head_dim, config.rope.theta, config.sliding_window)

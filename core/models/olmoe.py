@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lmx.core.config import ConfigReader, ModelConfig, RopeConfig, count_labels
-from lmx.core.decoder import Call, Decoder, Inputs, plan_attention
+from lmx.core.decoder import AttentionCall, Decoder, Inputs, plan_attention
 from lmx.core.kv_cache import AttentionCache, KVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES
 from lmx.core.layers.attention import clip
@@ -112,7 +112,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(wide, config.rms_norm_eps)
         self.k_norm = RMSNorm(narrow, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, call: Call, cache: AttentionCache | None) -> Tensor:
+    def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         heads = (*x.shape[:2], -1, self.head_dim)
         query, key, value = self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x)
@@ -130,7 +130,7 @@ class SparseMLP(nn.Module):
         self.router = nn.Linear(config.hidden_size, config.experts, bias=False)
         self.experts = ExpertBank(config.experts, config.hidden_size, config.intermediate_size, config.activation)
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, call: AttentionCall) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         tokens = x.flatten(0, 1)  # [batch * length, hidden]
         router_logits = self.router(tokens)
@@ -149,7 +149,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SparseMLP(config)
 
-    def forward(self, x: Tensor, call: Call, cache: AttentionCache | None) -> Tensor:
+    def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         x = x + self.attention(self.attention_norm(x), call, cache)
         return x + self.mlp(self.mlp_norm(x), call)
@@ -172,7 +172,7 @@ class OlmoeDecoder(Decoder[AttentionCache]):
         """The config that the decoder was built from."""
         return self._config
 
-    def plan(self, inputs: Inputs, span: Span, state: State[AttentionCache] | None) -> Call:
+    def plan(self, inputs: Inputs, span: Span, state: State[AttentionCache] | None) -> AttentionCall:
         """Rotary tables and one mask for all layers."""
         cache = state.layers[0] if state is not None else None
         return plan_attention(inputs, span, cache, self._config.head_dim, self._config.rope.theta)
