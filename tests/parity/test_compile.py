@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from parity.families import FAMILIES, FamilyRow, padded, pair, random_ids
 from torch import Tensor
 
 from lmx.core.model import AnyState
-from parity.families import FAMILIES, FamilyRow, padded, pair, random_ids
 
 STEPS = 14
 PROMPT = padded([random_ids(7), random_ids(4)], "left")

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from parity.families import FAMILIES, SEEDS, FamilyRow, Pair, close, padded, pair, random_ids
 from torch import Tensor
 
 from lmx.core.errors import UsageError
 from lmx.core.loader import bind
-from lmx.core.model import LanguageModel
 from lmx.core.registry import family_of
-from parity.families import FAMILIES, SEEDS, FamilyRow, Pair, close, pair, padded, random_ids
 
 LENGTH = 21
 LENGTHS = (LENGTH, 5, 13)

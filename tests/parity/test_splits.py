@@ -9,11 +9,11 @@ from random import Random
 
 import pytest
 import torch
+from parity.families import FAMILIES, FamilyRow, padded, pair, random_ids
 from torch import Tensor
 
 from lmx.core.model import AnyState, LanguageModel
 from lmx.core.state import StateError
-from parity.families import FAMILIES, FamilyRow, padded, pair, random_ids
 
 LENGTH = 24
 CASES = [(row, index) for row in FAMILIES for index in sorted({0, 3, 5, row.windowed or 0})]
