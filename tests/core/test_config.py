@@ -60,7 +60,7 @@ class TestEveryFamily:
 
     def test_a_fast_or_scaled_rope_is_refused(self, config: dict[str, Any]) -> None:
         for scaling in ({"type": "linear", "factor": 2.0}, {"rope_type": "yarn"}, {"factor": 2.0}):
-            with pytest.raises(InputError, match="rope_scaling: (type|rope_type|factor) is"):
+            with pytest.raises(InputError, match=r"rope_scaling: (type|rope_type|factor) is"):
                 parse(config, rope_scaling=scaling)
         with pytest.raises(InputError, match="rope_parameters: partial_rotary_factor"):
             parse(config, rope_parameters={"partial_rotary_factor": 0.5})
@@ -195,7 +195,7 @@ def test_reader_bounds() -> None:
 
 @pytest.mark.parametrize("model_type", [None, 5, "llama", "../mixtral", "core.models.mixtral"])
 def test_other_architectures(model_type: object) -> None:
-    with pytest.raises(InputError, match="model_type .* is not supported"):
+    with pytest.raises(InputError, match=r"model_type .* is not supported"):
         family_of({"model_type": model_type})
 
 

@@ -196,8 +196,8 @@ def test_stacks() -> None:
     assert found["l.0.up.2"].of(gate_up).data_ptr() == gate_up[2, 2:].data_ptr()
     assert table.hub_name("l.0.up.2") == "x.0.gate_up"
     for broken in ((3, 3, 5), (0, 4, 5), (12, 5), (3,), ()):
-        with pytest.raises(InputError, match="x.0.gate_up"):
+        with pytest.raises(InputError, match=r"x\.0\.gate_up"):
             table.bind(stored | {"x.0.gate_up": broken}, wanted)
     for broken in ((7, 5), (6, 5, 1), (0, 5)):
-        with pytest.raises(InputError, match="x.0.down"):
+        with pytest.raises(InputError, match=r"x\.0\.down"):
             table.bind(stored | {"x.0.down": broken}, wanted)

@@ -1,4 +1,4 @@
-"""Classification heads: against transformers where it has the class, else against its base model and the same linear."""
+"""Classification heads: against transformers where it has the class, else its base model and the same linear."""
 
 from random import Random
 

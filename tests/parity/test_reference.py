@@ -107,7 +107,7 @@ def test_logits_to_keep(both: Pair, keep: int | Tensor) -> None:
 
 def gradients(both: Pair) -> dict[str, Tensor]:
     """transformers' gradients by our names; its fused experts are cut by the name table, as weights are on loading."""
-    theirs = {name: weight for name, weight in both.reference.named_parameters()}
+    theirs = dict(both.reference.named_parameters())
     config = {"model_type": both.row.model_type}
     table = family_of(config).names(both.ours.config)
     pieces = bind(both.ours, table, {name: tuple(weight.shape) for name, weight in theirs.items()})
