@@ -26,6 +26,10 @@ PUBLISHED = {
     "mixtral/config-8x22b.json": "Mixtral-8x22B-v0.1",
     "olmoe/config-0125-instruct.json": "OLMoE-1B-7B",
     "dbrx/config.json": "dbrx",
+    "falcon_mamba/config.json": "falcon-mamba-7b",
+    "falcon_mamba/config-instruct.json": "falcon-mamba-7b",
+    "recurrent_gemma/config-2b.json": "recurrentgemma-2b",
+    "recurrent_gemma/config-9b.DERIVED.json": "recurrentgemma-9b",
 }
 
 

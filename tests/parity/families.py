@@ -38,6 +38,8 @@ class FamilyRow:
     respell: rewrites a saved config.json into another spelling (transformers 4's) of the same model.
     title: how transformers' class names begin. left_padding: whether transformers is right about it.
     windowed: an index whose model forgets keys after fewer tokens than the tests' conversations have, if any.
+    positions: whether it takes position_ids. noise: whether training draws random numbers.
+    one_width: whether every random weight of a fresh model is normal with the config's deviation.
     """
 
     model_type: str
@@ -48,6 +50,9 @@ class FamilyRow:
     router: bool = True
     left_padding: bool = True
     windowed: int | None = None
+    positions: bool = True
+    noise: bool = True
+    one_width: bool = True
 
     def __str__(self) -> str:
         return self.model_type
@@ -161,10 +166,66 @@ def dbrx_config(random: Random, index: int) -> Config:
     }
 
 
+def falcon_mamba_config(random: Random, index: int) -> Config:
+    common = _common(random, index)
+    del common["rope_parameters"]
+    return common | {
+        "hidden_size": random.choice([24, 32, 40]),
+        "state_size": random.choice([3, 8, 16]),
+        "expand": 1 + index % 3,
+        "conv_kernel": (4, 2, 3)[index % 3],
+        "time_step_rank": "auto" if index % 2 else random.randint(1, 6),
+        "num_hidden_layers": 2 + index % 2,
+        "use_bias": index % 4 == 1,
+        "use_conv_bias": index % 4 != 2,
+        "hidden_act": random.choice(["silu", "gelu"]),
+        "layer_norm_epsilon": random.choice([1e-5, 1e-6]),
+        "mixer_rms_eps": random.choice([1e-5, 1e-6]),
+        "residual_in_fp32": index % 2 == 0,
+        "rescale_prenorm_residual": index % 3 == 0,
+        "time_step_init_scheme": ("random", "constant")[index % 2],
+        "tie_word_embeddings": index % 2 == 0,
+    }
+
+
+def recurrent_gemma_config(random: Random, index: int) -> Config:
+    heads, kv_heads = _heads(random, index)
+    width = heads * random.choice([8, 16])
+    common = _common(random, index)
+    del common["initializer_range"]
+    return common | {
+        "hidden_size": width,
+        "lru_width": width if index % 2 else 2 * width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": 2 * random.choice([24, 40]),
+        "num_hidden_layers": 3 + index % 2,
+        "block_types": (
+            ["recurrent", "recurrent", "attention"],
+            ["attention", "recurrent"],
+            ["recurrent"],
+            ["attention"],
+        )[index % 4],
+        "attention_window_size": random.randint(2, 9),
+        "conv1d_width": (4, 2, 3)[index % 3],
+        "logits_soft_cap": random.choice([5.0, 30.0]),
+        "hidden_activation": random.choice(["gelu_pytorch_tanh", "silu"]),
+        "attention_bias": index % 3 == 1,
+        "attention_dropout": 0.2,
+        "w_init_variance_scale": 0.1,
+        "rms_norm_eps": random.choice([1e-5, 1e-6]),
+        "tie_word_embeddings": index % 3 != 2,
+    }
+
+
 def flat_rope(config: Config, index: int) -> None:
     """Every other time: transformers 4's `rope_theta`."""
     if index % 2:
         config |= {"rope_theta": config.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
+
+
+def as_saved(config: Config, index: int) -> None:
+    """Only one spelling is known."""
 
 
 def published_dbrx(config: Config, index: int) -> None:
@@ -185,6 +246,23 @@ FAMILIES = (
     FamilyRow("mixtral", "Mixtral", mixtral_config, flat_rope, windowed=2),
     FamilyRow("olmoe", "Olmoe", olmoe_config, flat_rope),
     FamilyRow("dbrx", "Dbrx", dbrx_config, published_dbrx),
+    # Left padding: transformers lets it into the convolution's bias here, and into the recurrence there.
+    FamilyRow(
+        *("falcon_mamba", "FalconMamba", falcon_mamba_config, as_saved),
+        attention=False,
+        router=False,
+        left_padding=False,
+        positions=False,
+        noise=False,
+        one_width=False,
+    ),
+    FamilyRow(
+        *("recurrent_gemma", "RecurrentGemma", recurrent_gemma_config, as_saved),
+        router=False,
+        left_padding=False,
+        windowed=1,
+        one_width=False,
+    ),
 )
 
 

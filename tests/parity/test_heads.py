@@ -83,7 +83,7 @@ def test_heads_on_the_base_model(row: FamilyRow, head: HeadKind) -> None:
     torch.manual_seed(3)
     ours = load_ours(row, reference, head=head)
     ids, mask = batch()
-    hidden = reference(input_ids=ids, attention_mask=mask).last_hidden_state
+    hidden = reference(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     logits = ours(ids, attention_mask=mask).logits
     if head == "none":
         close(logits[mask.bool()], hidden[mask.bool()])

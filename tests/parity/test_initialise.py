@@ -39,9 +39,10 @@ def test_random_weights(row: FamilyRow, std: float) -> None:
         normal += 1
         spread = 5 / weight.numel() ** 0.5  # five standard errors
         assert weight.std() == pytest.approx(float(expected.std()), rel=2 * spread), name
-        assert weight.std() == pytest.approx(std, rel=spread), name
-        assert abs(float(weight.mean())) < spread * std, name
-    assert normal > 5 * ours.config.layers
+        if row.one_width:
+            assert weight.std() == pytest.approx(std, rel=spread), name
+        assert abs(float(weight.mean() - expected.mean())) < 2 * spread * expected.std(), name
+    assert normal > 3 * ours.config.layers
     assert not ours.decoder.embed.weight[PAD].any()
     assert ours.decoder.embed.weight.std(1).count_nonzero() == VOCAB - 1
 

@@ -55,7 +55,7 @@ def test_outputs(both: Pair) -> None:
         close(answer.aux_loss, expected.aux_loss)
     plain = both.ours(ids, labels=labels)  # scaled_dot_product_attention, and no auxiliary loss
     close(plain.logits, expected.logits)
-    close(plain.loss, both.reference(input_ids=ids, labels=labels).loss)
+    close(plain.loss, both.reference(input_ids=ids, labels=labels, use_cache=False).loss)
     assert plain.hidden_states is plain.attentions is plain.router_logits is plain.aux_loss is None
 
 
@@ -86,6 +86,10 @@ def test_padding(both: Pair, side: str) -> None:
 @torch.no_grad()
 def test_positions_and_embeddings(both: Pair) -> None:
     ids = random_ids(2, LENGTH)
+    if not both.row.positions:
+        embeds = both.reference.get_input_embeddings()(ids)
+        close(both.ours(inputs_embeds=embeds).logits, both.reference(inputs_embeds=embeds, use_cache=False).logits)
+        return
     steps = torch.randint(1, 4, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     embeds = both.reference.get_input_embeddings()(ids)
     everything = torch.ones_like(ids)  # without a mask, transformers takes gaps in position_ids for packed sequences
@@ -102,7 +106,7 @@ def test_positions_and_embeddings(both: Pair) -> None:
 @pytest.mark.parametrize("keep", [1, 4, torch.tensor([0, 3, 20]), torch.tensor([[0, 3], [20, 2]])], ids=str)
 def test_logits_to_keep(both: Pair, keep: int | Tensor) -> None:
     ids = random_ids(2, LENGTH)
-    close(both.ours(ids, logits_to_keep=keep).logits, both.reference(input_ids=ids, logits_to_keep=keep).logits)
+    close(both.ours(ids, logits_to_keep=keep).logits, both.reference(input_ids=ids, logits_to_keep=keep, use_cache=False).logits)
 
 
 def gradients(both: Pair) -> dict[str, Tensor]:
@@ -120,7 +124,8 @@ def test_gradients(both: Pair) -> None:
     asked = {"output_router_logits": True} if both.row.router else {}
     for model in (both.reference, both.ours):
         model.zero_grad()
-        model(input_ids=ids, attention_mask=mask, labels=labels, **asked).loss.backward()
+        cache = {"use_cache": False} if model is both.reference else {}
+        model(input_ids=ids, attention_mask=mask, labels=labels, **asked, **cache).loss.backward()
     expected = gradients(both)
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
     assert expected.keys() == dict(both.ours.named_parameters()).keys()
@@ -131,12 +136,15 @@ def test_gradients(both: Pair) -> None:
 
 def test_noise_in_training(both: Pair) -> None:
     """Dropout and router jitter draw the same numbers from the same seed, in training only."""
+    if not both.row.noise or not (both.row.router or "attention" in both.config["block_types"]):
+        pytest.skip("nothing random in this model")
     ids = random_ids(2, LENGTH)
     logits = {}
     for model in (both.reference, both.ours):
         torch.manual_seed(5)
         model.train()
-        logits[model] = model(input_ids=ids, output_attentions=True).logits.detach()
+        cache = {"use_cache": False} if model is both.reference else {}
+        logits[model] = model(input_ids=ids, output_attentions=True, **cache).logits.detach()
         model.eval()
     close(logits[both.ours], logits[both.reference])
     assert (both.ours(ids).logits - logits[both.ours]).abs().max() > 1e-2
