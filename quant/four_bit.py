@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from lmx.core.errors import InputError
+from lmx.quant.chunks import for_chunks
 from lmx.quant.codebook import FourBitType, dynamic_map, four_bit_map, packed_codes, pair_values, rank_table
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 SOURCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Elements worked on at a time: a multiple of every block size, small enough that the temporaries stay in the cache.
+# Elements that a thread works on at a time: whole blocks of every size, so few that the temporaries stay in the cache.
 _CHUNK = 1 << 18
 _SMALLEST_ABSMAX = 1e-38
 
@@ -86,11 +87,13 @@ def quantize_4bit(
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
     absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32)
     whole = flat.numel() // block_size * block_size
-    for start in range(0, whole, _CHUNK):
-        stop = min(start + _CHUNK, whole)
+
+    def quantize_chunk(start: int, stop: int) -> None:
         blocks = flat[start:stop].to(torch.float32).view(-1, block_size)
         scaled = _scale_blocks(blocks, absmax[start // block_size : stop // block_size])
         packed[start // 2 : stop // 2] = _pack(scaled.view(-1), quant_type)
+
+    for_chunks(whole, _CHUNK, quantize_chunk)
     if whole < flat.numel():
         packed[whole // 2 :] = _pack(_scale_tail(flat[whole:].to(torch.float32), absmax), quant_type)
     check_finite(absmax, name)
@@ -102,9 +105,11 @@ def dequantize_4bit(q: FourBit, dtype: torch.dtype | None = None) -> Tensor:
     """The values as a tensor of `q.shape`, in `dtype` or in the dtype that the source had."""
     elements = prod(q.shape)
     out = torch.empty(elements, dtype=dtype or q.dtype, device=q.packed.device)
-    for start in range(0, elements, _CHUNK):
-        stop = min(start + _CHUNK, elements)
+
+    def dequantize_chunk(start: int, stop: int) -> None:
         out[start:stop] = dequantize_range(q, start, stop)
+
+    for_chunks(elements, _CHUNK, dequantize_chunk)
     return out.view(q.shape)
 
 

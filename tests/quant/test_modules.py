@@ -31,7 +31,7 @@ def quantizer(request):
     return QUANTIZERS[request.param]
 
 
-@pytest.fixture(params=[64, 5000, 1 << 20])
+@pytest.fixture(params=[64, 5000, 1 << 18])
 def tile(request, monkeypatch):
     monkeypatch.setattr(matmul, "_TILE", request.param)
 
