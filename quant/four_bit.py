@@ -13,7 +13,15 @@ from torch import Tensor
 
 from lmx.core.errors import InputError
 from lmx.quant.chunks import for_chunks
-from lmx.quant.codebook import FourBitType, dynamic_map, four_bit_map, packed_codes, pair_values, rank_table
+from lmx.quant.codebook import (
+    FourBitType,
+    dynamic_codes,
+    dynamic_map,
+    four_bit_map,
+    packed_codes,
+    pair_values,
+    rank_table,
+)
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
@@ -183,11 +191,17 @@ def _quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
     that; a block of zeros gets code 0.
     """
     blocks = torch.nn.functional.pad(x, (0, -len(x) % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
-    absmax = blocks.abs().amax(1)
-    inverse = torch.where(absmax > 0, 1.0 / absmax, 0.0)
-    scaled = (blocks * inverse[:, None]).clamp_(-1, 1)
-    steps = ((scaled + 1.0) * 0.5 * 65535 + 0.5).to(torch.int32)
-    values = dynamic_map()
-    nearest = torch.bucketize((2.0 * steps) / 65535 - 1.0, (values[1:] + values[:-1]) * 0.5).to(torch.uint8)
-    codes = nearest * (absmax > 0)[:, None]
+    codes = torch.empty(blocks.shape, dtype=torch.uint8)
+    absmax = torch.empty(len(blocks), dtype=torch.float32)
+
+    def quantize_chunk(start: int, stop: int) -> None:
+        largest = torch.amax(blocks[start:stop].abs(), 1, out=absmax[start:stop])
+        inverse = torch.where(largest > 0, 1.0 / largest, 0.0)
+        scaled = (blocks[start:stop] * inverse[:, None]).clamp_(-1, 1)
+        # Where the reciprocal of a denormal overflows, zero times infinity is no number: step 0, there as here.
+        steps = ((scaled + 1.0) * 0.5 * 65535 + 0.5).nan_to_num_(0.0).to(torch.int32)
+        nearest = torch.index_select(dynamic_codes(), 0, steps.view(-1)).view(steps.shape)
+        codes[start:stop] = nearest * (largest > 0)[:, None]
+
+    for_chunks(len(blocks), _CHUNK // NESTED_BLOCK_SIZE, quantize_chunk)
     return codes.view(-1)[: len(x)], absmax
