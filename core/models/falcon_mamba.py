@@ -133,7 +133,8 @@ class Mixer(nn.Module):
         y, ssm = selective_scan(x, delta, -torch.exp(self.A_log.float()), B, C, before.hidden)
         if state is not None:
             state.keep(conv, ssm)
-        y = (torch.addcmul(y, x, self.D.float()) * self.act(gate)).to(x.dtype)
+        # The gate is silu whatever `hidden_act` says, as in Mamba's kernels and transformers 5.
+        y = (torch.addcmul(y, x, self.D.float()) * F.silu(gate)).to(x.dtype)
         return self.out_proj(y if compaction is None else compaction.unpack(y))
 
     def _select(self, x: Tensor, compaction: Compaction | None) -> tuple[Tensor, Tensor, Tensor]:
