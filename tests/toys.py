@@ -216,5 +216,3 @@ class CancelAfter(threading.Event):
     def is_set(self) -> bool:
         self.looks -= 1
         return self.looks < 0
-
-

@@ -106,9 +106,7 @@ class Tokenizer:
     def _controls(self) -> ControlTokens:
         """Special tokens, and others that the template writes (some checkpoints flag <|im_start|> as no special)."""
         template = self._files.chat_template or ""
-        return ControlTokens(
-            [t for t in self._added if t.content.strip() and (t.special or t.content in template)]
-        )
+        return ControlTokens([t for t in self._added if t.content.strip() and (t.special or t.content in template)])
 
     @cached_property
     def _sealed_copy(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
@@ -116,7 +114,9 @@ class Tokenizer:
         names = self._controls.sealed
         path = self._files.folder / "tokenizer.json"
         sealed = _load(_dump(rename(read_vocabulary(self._files), names)), path)
-        own = {sealed.token_to_id(names.get(t.content, t.content)): self._plain.token_to_id(t.content) for t in self._added}
+        own = {
+            sealed.token_to_id(names.get(t.content, t.content)): self._plain.token_to_id(t.content) for t in self._added
+        }
         return sealed, {a: b for a, b in own.items() if a is not None and b is not None and a != b}
 
     @cached_property

@@ -16,7 +16,6 @@ class TemplateError(InputError):
         self.refusal = refusal
 
 
-
 class Message(TypedDict):
     """One turn of a conversation, as the hub's chat templates take it."""
 
