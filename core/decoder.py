@@ -101,7 +101,10 @@ def plan_attention(
     """
     device = inputs.embeds.device
     positions = inputs.positions if inputs.positions is not None else span.positions(device)
-    visibility = causal_visibility(span, window, device) if cache is None else cache.visibility(span)
+    if cache is not None:
+        visibility = cache.visibility(span)
+    else:
+        visibility = causal_visibility(span, window, device, inputs.positions if inputs.mask is None else None)
     rotary = rotary_tables(positions, rotary_width, theta)
     return AttentionCall(
         span, positions, inputs.record, implementation=inputs.implementation, rotary=rotary, visibility=visibility

@@ -14,19 +14,30 @@ from lmx.core.state import LayerState, Span, StateError, take
 _GROW = 256
 
 
-def causal_visibility(span: Span, window: int | None, device: torch.device) -> Visibility:
+def causal_visibility(
+    span: Span, window: int | None, device: torch.device, positions: Tensor | None = None
+) -> Visibility:
     """Queries see the earlier keys of the same call, and no cache: the stateless pass of training and scoring.
 
-    window: how many keys back a query sees, itself included; None for all.
+    window: how many keys back a query sees, itself included; None for all. positions: [batch or 1, length] as a caller
+    gave them without a mask: where they do not go on by one, another text begins, and texts do not see each other.
     """
-    if span.ordinals is None and (window is None or span.length <= window):
+    texts = None if positions is None else _packed_texts(positions)
+    if span.ordinals is None and texts is None and (window is None or span.length <= window):
         return Visibility(None, causal=span.length > 1)
     if span.ordinals is None:
         row = torch.arange(span.length, device=device)[None]
-        return Visibility(_seen(row, row, window))
+        seen = _seen(row, row, window)
+        return Visibility(seen if texts is None else seen & (texts[:, None, :, None] == texts[:, None, None, :]))
     seen = _seen(span.ordinals, span.ordinals, window)
     # A padding query sees itself, so that its softmax has something to share; nobody sees its answer.
     return Visibility(seen | torch.eye(span.length, dtype=torch.bool, device=device))
+
+
+def _packed_texts(positions: Tensor) -> Tensor | None:
+    """The number of the text that each token belongs to [batch or 1, length], or None where a row is one text."""
+    texts = (positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1).cumsum(1)
+    return texts if bool(texts.any()) else None
 
 
 def _seen(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
