@@ -37,13 +37,16 @@ class CausalHead(nn.Module):
             nn.init.normal_(self.weight, 0.0, std)
 
     @staticmethod
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
         """Mean cross entropy of predicting each label from the tokens before it; labels of -100 do not count.
 
-        logits: [batch, length, vocab]; labels: [batch, length].
+        Nor does the first token after left padding: nothing real stands before it (transformers scores it by what the
+        padding answers). logits: [batch, length, vocab]; labels: [batch, length]; mask: the same, False for padding.
         """
-        predictions = logits[:, :-1].float().flatten(0, 1)
-        return F.cross_entropy(predictions, labels[:, 1:].flatten().to(logits.device), ignore_index=IGNORED_LABEL)
+        predictions, labels = logits[:, :-1].float().flatten(0, 1), labels[:, 1:].to(logits.device)
+        if mask is not None:
+            labels = labels.masked_fill(~mask[:, :-1], IGNORED_LABEL)
+        return F.cross_entropy(predictions, labels.flatten(), ignore_index=IGNORED_LABEL)
 
 
 class ClassHead(nn.Module):

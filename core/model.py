@@ -154,7 +154,7 @@ class LanguageModel(nn.Module):
         if output.router_logits:
             output.aux_loss = balance_loss(output.router_logits, self.config.experts_to_choose, mask)
         if labels is not None:
-            output.loss = self._loss(logits, labels, output.aux_loss)
+            output.loss = self._loss(logits, labels, mask, output.aux_loss)
         return output
 
     def _answer(self, hidden: Tensor, input_ids: Tensor | None, mask: Tensor | None, keep: int | Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class LanguageModel(nn.Module):
         column = last_real_token(input_ids, mask, self.config.pad_id, length, batch).to(hidden.device)
         return cast(Tensor, self.head(hidden[torch.arange(batch, device=hidden.device), column]))
 
-    def _loss(self, logits: Tensor, labels: Tensor, aux_loss: Tensor | None) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None, aux_loss: Tensor | None) -> Tensor:
         if self.kind == "none":
             raise UsageError("labels were given to a model without a head", "Load it with head='causal'.")
         if self.kind == "sequence":
@@ -180,7 +180,7 @@ class LanguageModel(nn.Module):
                 f"labels have shape {list(labels.shape)}, the logits {list(logits.shape)}",
                 "Give a label for every token (-100 where none counts) and leave logits_to_keep at 0.",
             )
-        loss = CausalHead.loss(logits, labels)
+        loss = CausalHead.loss(logits, labels, mask)
         return loss if aux_loss is None else loss + self.config.router_aux_loss_coef * aux_loss
 
 
