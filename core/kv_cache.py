@@ -20,7 +20,8 @@ def causal_visibility(
     """Queries see the earlier keys of the same call, and no cache: the stateless pass of training and scoring.
 
     window: how many keys back a query sees, itself included; None for all. positions: [batch or 1, length] as a caller
-    gave them without a mask: where they do not go on by one, another text begins, and texts do not see each other.
+    gave them without a mask: where they fall back, another text begins, and texts packed in a row are blind to each
+    other, as transformers has it in training.
     """
     texts = None if positions is None else _packed_texts(positions)
     if span.ordinals is None and texts is None and (window is None or span.length <= window):
@@ -36,7 +37,7 @@ def causal_visibility(
 
 def _packed_texts(positions: Tensor) -> Tensor | None:
     """The number of the text that each token belongs to [batch or 1, length], or None where a row is one text."""
-    texts = (positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1).cumsum(1)
+    texts = (positions.diff(dim=1, prepend=positions[:, :1] - 1) < 1).cumsum(1)
     return texts if bool(texts.any()) else None
 
 

@@ -179,6 +179,93 @@ def published_dbrx(config: Config, index: int) -> None:
     attention["tie_word_embeddings"] = ffn["tie_word_embeddings"] = True
 
 
+BLOCK_TYPES = (
+    ["recurrent", "recurrent", "attention"],
+    ["attention"],
+    ["recurrent"],
+    ["attention", "recurrent"],
+    ["recurrent", "attention", "attention", "recurrent"],
+)
+
+
+def falcon_mamba_config(random: Random, index: int) -> Config:
+    width = {"expand": 2} if index % 3 == 0 else {"expand": 16, "intermediate_size": random.choice([24, 48, 56])}
+    return {
+        "vocab_size": VOCAB,
+        "pad_token_id": PAD,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.15,
+        "num_labels": (3, 1, 2)[index % 3],
+        "hidden_size": random.choice([16, 24, 40]),
+        "num_hidden_layers": 1 + index % 3,
+        "state_size": random.choice([1, 4, 16]),
+        "conv_kernel": 2 + index % 4,
+        "time_step_rank": "auto" if index % 2 else random.choice([1, 3, 8]),
+        "use_bias": index % 4 < 2,
+        "use_conv_bias": index % 5 < 3,
+        "residual_in_fp32": index % 3 < 2,
+        "hidden_act": ["silu", "gelu", "relu"][index // 2 % 3],
+        "layer_norm_epsilon": random.choice([1e-5, 1e-3]),
+        "mixer_rms_eps": random.choice([1e-6, 1e-2]),
+        "tie_word_embeddings": index % 2 == 0,
+        **width,
+    }
+
+
+def recurrent_gemma_config(random: Random, index: int) -> Config:
+    heads, kv_heads = [(4, 1), (4, 2), (3, 3), (1, 1), (6, 2)][index % 5]
+    rope = {"rope_theta": random.choice([50.0, 10000.0]), "partial_rotary_factor": [0.5, 1.0, 0.25][index % 3]}
+    return {
+        "vocab_size": VOCAB,
+        "pad_token_id": PAD,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "w_init_variance_scale": 0.3,
+        "num_labels": (3, 1, 2)[index % 3],
+        "hidden_size": heads * random.choice([4, 8]),
+        "intermediate_size": 2 * random.choice([12, 20]),
+        "num_hidden_layers": 1 + index % 5,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "lru_width": [None, heads * 5, heads * 8][index % 3],
+        "attention_window_size": [3, 8, 64][index // 2 % 3],
+        "conv1d_width": 2 + index % 4,
+        "logits_soft_cap": random.choice([2.0, 30.0]),
+        "rms_norm_eps": random.choice([1e-6, 1e-2]),
+        "hidden_activation": ["gelu_pytorch_tanh", "silu"][index % 2],
+        "block_types": BLOCK_TYPES[index % 5],
+        "attention_bias": index % 2 == 0,
+        "attention_dropout": 0.2,
+        "rope_parameters": {"rope_type": "default", **rope},
+        "tie_word_embeddings": index % 2 == 0,
+        **({"head_dim": random.choice([6, 8, 16])} if index % 2 else {}),
+    }
+
+
+def flat_recurrent_rope(config: Config, index: int) -> None:
+    """Every other time: transformers 4's `rope_theta` and `partial_rotary_factor`, and its name of the block types."""
+    if index % 2:
+        rope = config.pop("rope_parameters")
+        config |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor")}
+        config["_block_types"] = config.pop("block_types")
+
+
+FALCON_MAMBA = FamilyRow(
+    "falcon_mamba",
+    "FalconMamba",
+    falcon_mamba_config,
+    lambda config, index: None,
+    attention=False,
+    router=False,
+    left_padding=False,
+)
+RECURRENT_GEMMA = FamilyRow(
+    "recurrent_gemma", "RecurrentGemma", recurrent_gemma_config, flat_recurrent_rope, router=False, left_padding=False
+)
+RECURRENT = (FALCON_MAMBA, RECURRENT_GEMMA)
+"""Compared in test modules of their own: transformers lists their hidden states and keeps their states otherwise."""
+
 FAMILIES = (
     FamilyRow("mixtral", "Mixtral", mixtral_config, flat_rope),
     FamilyRow("olmoe", "Olmoe", olmoe_config, flat_rope),
@@ -195,10 +282,11 @@ def build_reference(row: FamilyRow, config: Config, kind: str = "ForCausalLM", s
     """A transformers model with random weights of a size that makes logits differ; norms and biases vary, too."""
     torch.manual_seed(seed)
     model = reference_class(row, kind)(reference_class(row, "Config")(**config))
-    model.set_attn_implementation("eager")
+    if row.attention:
+        model.set_attn_implementation("eager")
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.dim() == 1:
+            if weight.dim() == 1 or torch.equal(weight, weight[:1].expand_as(weight)):
                 weight.add_(0.2 * torch.randn_like(weight))
     return model.eval()
 

@@ -4,74 +4,28 @@ Its model keeps state in its modules once it was called with a cache, so every r
 """
 
 import json
-import random
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from parity.pairs import close, gradients_agree, ours, shake
 from torch import Tensor
-from transformers import DynamicCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from transformers import DynamicCache, RecurrentGemmaForCausalLM
 
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError
 from lmx.core.loader import load_model
 from lmx.core.model import LanguageModel
-from lmx.core.models.recurrent_gemma import RecurrentGemmaConfig as OurConfig
+from lmx.core.models.recurrent_gemma import RecurrentGemmaConfig
+from parity.families import RECURRENT_GEMMA, SEEDS, Pair, close, pair, random_ids
+from parity.recurrent import HOLES, gradients_agree
 
-SEEDS = range(14)
-BLOCK_TYPES = [
-    ["recurrent", "recurrent", "attention"],
-    ["attention"],
-    ["recurrent"],
-    ["attention", "recurrent"],
-    ["recurrent", "attention", "attention", "recurrent"],
-]
-Pair = tuple[RecurrentGemmaForCausalLM, LanguageModel]
+LENGTH = 21
 
 
-def random_config(seed: int) -> RecurrentGemmaConfig:
-    """Switches cycle with the seed, so that a dozen seeds meet every value of each; widths are drawn."""
-    draw = random.Random(seed)
-    heads, kv_heads = [(4, 1), (4, 2), (3, 3), (1, 1), (6, 2)][seed % 5]
-    width = {"head_dim": draw.choice([6, 8, 16])} if seed % 2 else {}
-    return RecurrentGemmaConfig(
-        vocab_size=61,
-        hidden_size=heads * draw.choice([4, 8]),
-        intermediate_size=2 * draw.choice([12, 20]),
-        num_hidden_layers=1 + seed % 5,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        lru_width=[None, heads * 5, heads * 8][seed % 3],
-        attention_window_size=[3, 8, 64][seed // 2 % 3],
-        conv1d_width=2 + seed % 4,
-        logits_soft_cap=draw.choice([2.0, 30.0]),
-        rms_norm_eps=draw.choice([1e-6, 1e-2]),
-        hidden_activation=["gelu_pytorch_tanh", "silu"][seed % 2],
-        block_types=BLOCK_TYPES[seed % 5],
-        attention_bias=seed % 2 == 0,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": draw.choice([50.0, 10000.0]),
-            "partial_rotary_factor": [0.5, 1.0, 0.25][seed % 3],
-        },
-        tie_word_embeddings=seed % 2 == 0,
-        attn_implementation="eager",
-        **width,
-    )
-
-
-@cache
-def pair(seed: int) -> Pair:
-    torch.manual_seed(seed)
-    reference = RecurrentGemmaForCausalLM(random_config(seed)).eval()
-    shake(reference, seed)
-    return reference, ours(reference)
-
-
-def tokens(seed: int, batch: int = 2, length: int = 21) -> Tensor:
-    return torch.randint(1, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
+@pytest.fixture(params=SEEDS)
+def both(request: pytest.FixtureRequest) -> Pair:
+    fresh((found := pair(RECURRENT_GEMMA, request.param)).reference)
+    return found
 
 
 def fresh(reference: RecurrentGemmaForCausalLM) -> RecurrentGemmaForCausalLM:
@@ -89,82 +43,61 @@ def alone(reference: RecurrentGemmaForCausalLM, ids: Tensor | None = None, **arg
     return logits
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @torch.no_grad()
-def test_logits_loss_hidden_states_and_attentions(seed: int) -> None:
-    reference, model = pair(seed)
-    ids = tokens(seed)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.3, -100)
+def test_logits_loss_hidden_states_and_attentions(both: Pair) -> None:
+    ids = random_ids(2, LENGTH)
+    labels = ids.masked_fill(random_ids(2, LENGTH, seed=1) % 3 == 0, -100)
     asked = {"labels": labels, "output_hidden_states": True, "output_attentions": True}
-    expected = fresh(reference)(ids, use_cache=False, **asked)
-    output = model(ids, **asked)
-    close(output.logits, expected.logits, what="logits")
-    close(model(ids).logits, expected.logits, what="logits without attention weights")
-    assert output.loss is not None
-    close(output.loss, expected.loss, what="loss")
-    for name in ("hidden_states", "attentions"):
-        mine, theirs = getattr(output, name), getattr(expected, name) or ()
-        assert mine is not None
-        for index, (actual, other) in enumerate(zip(mine, theirs, strict=True)):
-            close(actual, other, what=f"{name} {index}")
+    expected = both.reference(ids, use_cache=False, **asked)
+    answer = both.ours(ids, **asked)
+    assert expected.logits.abs().max() > 1
+    close(answer.logits, expected.logits)
+    close(both.ours(ids).logits, expected.logits)  # scaled_dot_product_attention
+    close(answer.loss, expected.loss)
+    for mine, theirs in ((answer.hidden_states, expected.hidden_states), (answer.attentions, expected.attentions)):
+        for layer, other in zip(mine, theirs or (), strict=True):
+            close(layer, other)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_gradients(seed: int) -> None:
-    reference, model = pair(seed)
-    ids = tokens(seed)
-    reference.zero_grad()
-    model.zero_grad()
-    fresh(reference)(ids, labels=ids, use_cache=False).loss.backward()
-    loss = model(ids, labels=ids).loss
-    assert loss is not None
-    loss.backward()
-    gradients_agree(model, reference)
+def test_gradients(both: Pair) -> None:
+    gradients_agree(both, random_ids(2, LENGTH))
 
 
-@pytest.mark.parametrize("seed", [0, 3, 6])
 @torch.no_grad()
-def test_embeddings_in_and_few_logits_out(seed: int) -> None:
-    reference, model = pair(seed)
-    ids = tokens(seed)
-    embeds = torch.randn(2, 9, model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
-    close(model(inputs_embeds=embeds).logits, alone(reference, inputs_embeds=embeds))
+def test_embeddings_in_and_few_logits_out(both: Pair) -> None:
+    embeds = torch.randn(2, 9, both.ours.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    close(both.ours(inputs_embeds=embeds).logits, alone(both.reference, inputs_embeds=embeds))
+    ids = random_ids(2, LENGTH)
     for keep in (1, 4, torch.tensor([0, 5, 20])):
-        close(model(ids, logits_to_keep=keep).logits, alone(reference, ids, logits_to_keep=keep))
+        close(both.ours(ids, logits_to_keep=keep).logits, alone(both.reference, ids, logits_to_keep=keep))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @torch.no_grad()
-def test_positions_turn_the_heads_and_reset_the_recurrence_where_they_are_zero(seed: int) -> None:
-    reference, model = pair(seed)
-    ids = tokens(seed)
-    shifted = torch.arange(5, 26)[None]
+def test_positions_turn_the_heads_and_reset_the_recurrence_where_they_are_zero(both: Pair) -> None:
+    ids = random_ids(2, LENGTH)
+    shifted = torch.arange(5, 5 + LENGTH)[None]
     packed = torch.cat((torch.arange(9), torch.arange(4), torch.arange(8)))[None]
-    rows = torch.cat((packed, torch.arange(21)[None]))
+    rows = torch.cat((packed, torch.arange(LENGTH)[None]))
     for positions in (shifted, packed, rows):
-        expected = alone(reference, ids, position_ids=positions.expand(2, -1))
-        close(model(ids, position_ids=positions).logits, expected)
+        expected = alone(both.reference, ids, position_ids=positions.expand(2, -1))
+        close(both.ours(ids, position_ids=positions).logits, expected)
 
 
 @torch.no_grad()
 def test_texts_packed_in_a_row_do_not_see_each_other() -> None:
-    _, model = pair(1)  # attention layers alone: a recurrent block's convolution is not reset, as in transformers
-    ids = tokens(1, batch=1)
-    positions = torch.cat((torch.arange(9), torch.arange(12)))[None]
-    close(model(ids, position_ids=positions).logits[:, 9:], model(ids[:, 9:]).logits, 1e-5)
+    both, ids = pair(RECURRENT_GEMMA, 1), random_ids(1, LENGTH)
+    assert both.config["block_types"] == ["attention"]  # a convolution is not reset, as in transformers
+    positions = torch.cat((torch.arange(9), torch.arange(LENGTH - 9)))[None]
+    close(both.ours(ids, position_ids=positions).logits[:, 9:], both.ours(ids[:, 9:]).logits, 1e-5)
 
 
-@pytest.mark.parametrize("seed", range(12))
 @torch.no_grad()
-def test_padded_rows_equal_their_single_unpadded_passes(seed: int) -> None:
+def test_padded_rows_equal_their_single_unpadded_passes(both: Pair) -> None:
     # Against rows of their own, since transformers convolves its padding and folds it in (see below).
-    reference, model = pair(seed)
-    ids = tokens(seed, batch=3, length=17)
-    mask = torch.ones_like(ids)
-    mask[0, :6], mask[1, 11:], mask[2, 3:8] = 0, 0, 0
-    logits = model(ids, attention_mask=mask).logits
-    for row, real in enumerate(mask.bool()):
-        close(logits[row, real], alone(reference, ids[row, real][None])[0], what=f"row {row}")
+    ids = random_ids(*HOLES.shape)
+    logits = both.ours(ids, attention_mask=HOLES).logits
+    for row, real in enumerate(HOLES.bool()):
+        close(logits[row, real], alone(both.reference, ids[row, real][None])[0])
 
 
 def edited(reference: RecurrentGemmaForCausalLM, folder: Path, **changes: object) -> LanguageModel:
@@ -178,8 +111,7 @@ def edited(reference: RecurrentGemmaForCausalLM, folder: Path, **changes: object
 @torch.no_grad()
 def test_unscaled_embeddings(tmp_path: Path) -> None:
     # transformers has no such switch: undo its scaling beforehand.
-    reference, _ = pair(4)
-    ids = tokens(4)
+    reference, ids = pair(RECURRENT_GEMMA, 4).reference, random_ids(2, LENGTH)
     model = edited(reference, tmp_path, embeddings_scale_by_sqrt_dim=False)
     embeds = reference.model.embed_tokens(ids) / reference.model.normalizer
     close(model(ids).logits, alone(reference, inputs_embeds=embeds))
@@ -187,16 +119,14 @@ def test_unscaled_embeddings(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_stored_output_matrix_wins_over_a_config_that_ties_it(tmp_path: Path) -> None:
-    reference, _ = pair(3)
-    ids = tokens(3)
+    reference, ids = pair(RECURRENT_GEMMA, 3).reference, random_ids(2, LENGTH)
     model = edited(reference, tmp_path, tie_word_embeddings=True)
     close(model(ids).logits, alone(reference, ids))
 
 
 @torch.no_grad()
 def test_no_soft_cap(tmp_path: Path) -> None:
-    reference, _ = pair(4)
-    ids = tokens(4)
+    reference, ids = pair(RECURRENT_GEMMA, 4).reference, random_ids(2, LENGTH)
     hidden = fresh(reference).model(ids, use_cache=False).last_hidden_state
     close(edited(reference, tmp_path, logits_soft_cap=None)(ids).logits, reference.lm_head(hidden))
 
@@ -204,9 +134,10 @@ def test_no_soft_cap(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_transformers_still_breaks_a_continuation_of_several_tokens() -> None:
     """A record of why we do not compare with it: when this fails, it has been mended and can be compared with."""
-    reference, model = pair(8)
-    ids = tokens(8, batch=1)
+    both, ids = pair(RECURRENT_GEMMA, 8), random_ids(1, LENGTH)
+    reference, model = both.reference, both.ours
     whole = alone(reference, ids)[:, 12:]
+    fresh(reference)
     past = DynamicCache(config=reference.config)
     reference.model._setup_cache(reference.config, 1, ids.device, torch.float32)
     reference(ids[:, :12], use_cache=True, past_key_values=past)
@@ -221,8 +152,8 @@ def test_transformers_still_breaks_a_continuation_of_several_tokens() -> None:
 @torch.no_grad()
 def test_transformers_still_folds_left_padding_in() -> None:
     """The same record for left padding."""
-    reference, model = pair(0)
-    ids = tokens(0, batch=1)
+    both, ids = pair(RECURRENT_GEMMA, 0), random_ids(1, LENGTH)
+    reference, model = both.reference, both.ours
     expected = alone(reference, ids)
     padded = torch.cat((torch.zeros_like(ids[:, :5]), ids), 1)
     mask = (torch.arange(padded.shape[1]) >= 5).long()[None]
@@ -245,7 +176,7 @@ def test_block_types_cycle_in_either_spelling() -> None:
     short = {"recurrent": "r", "attention": "a"}
 
     def spelled(**changes: object) -> str:
-        return "".join(short[kind] for kind in OurConfig.parse({**SMALL, **changes}).block_types)
+        return "".join(short[kind] for kind in RecurrentGemmaConfig.parse({**SMALL, **changes}).block_types)
 
     assert spelled() == "rrarr"
     assert spelled(block_types=["attention", "recurrent"]) == "arara"
@@ -262,4 +193,4 @@ def test_block_types_cycle_in_either_spelling() -> None:
 def test_what_cannot_be_honoured_is_refused_by_name(key: str, value: object) -> None:
     extra = {"partial_rotary_factor": 1.0} if key == "head_dim" else {}
     with pytest.raises(InputError, match=key):
-        OurConfig.parse({**SMALL, **extra, key: value})
+        RecurrentGemmaConfig.parse({**SMALL, **extra, key: value})
