@@ -226,8 +226,8 @@ class WindowKVCache(AttentionCache):
         return cls(*_pair(tensors, "window"))
 
     def truncate(self, length: int, held: int) -> None:
-        """Possible while nothing was written over. Raises StateError after the ring went round."""
-        if held > self.window:
+        """Possible while nothing was written over, and to nothing. Raises StateError after the ring went round."""
+        if length and held > self.window:
             raise StateError(
                 f"a sliding window of {self.window} has already dropped what it held after {length} tokens",
                 "Continue from a clone() taken at that point.",
