@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity.families import EVERY, FAMILIES, RECURRENT, FamilyRow, pair, random_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -14,13 +15,12 @@ from lmx.core.errors import InputError, NotFoundError, UsageError
 from lmx.core.model import AnyState, LanguageModel
 from lmx.core.state import StateError
 from lmx.core.state_file import load_state
-from parity.families import FAMILIES, RECURRENT, FamilyRow, pair, random_ids
 
 Tensors = dict[str, Tensor]
 About = dict[str, Any]
 
 # Of each family one model, of Mixtral both kinds of cache.
-CASES = [(row, 0) for row in (*FAMILIES, *RECURRENT)] + [(FAMILIES[0], 2)]
+CASES = [(row, 0) for row in EVERY] + [(FAMILIES[0], 2)]
 
 
 def saved(model: LanguageModel, path: Path, held: int = 11) -> AnyState:

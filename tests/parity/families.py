@@ -263,16 +263,25 @@ FALCON_MAMBA = FamilyRow(
     left_padding=False,
 )
 RECURRENT_GEMMA = FamilyRow(
-    "recurrent_gemma", "RecurrentGemma", recurrent_gemma_config, flat_recurrent_rope, router=False, left_padding=False
+    "recurrent_gemma",
+    "RecurrentGemma",
+    recurrent_gemma_config,
+    flat_recurrent_rope,
+    router=False,
+    left_padding=False,
+    windowed=9,
 )
-RECURRENT = (FALCON_MAMBA, RECURRENT_GEMMA)
-"""Compared in test modules of their own: transformers lists their hidden states and keeps their states otherwise."""
 
 FAMILIES = (
     FamilyRow("mixtral", "Mixtral", mixtral_config, flat_rope, windowed=2),
     FamilyRow("olmoe", "Olmoe", olmoe_config, flat_rope),
     FamilyRow("dbrx", "Dbrx", dbrx_config, published_dbrx),
 )
+
+RECURRENT = (FALCON_MAMBA, RECURRENT_GEMMA)
+"""Compared in test modules of their own: transformers lists their hidden states and keeps their states otherwise."""
+
+EVERY = FAMILIES + RECURRENT
 
 
 def reference_class(row: FamilyRow, kind: str) -> Any:
