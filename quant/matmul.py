@@ -3,14 +3,18 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import gcd
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lmx.quant import four_bit, int8
-from lmx.quant.four_bit import FourBit
+from lmx.quant.four_bit import NESTED_BLOCK_SIZE, FourBit
 from lmx.quant.int8 import Int8
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 QuantMatrix = FourBit | Int8
 Product = Callable[[Tensor], Tensor]
@@ -42,10 +46,8 @@ def tiled_product(q: QuantMatrix, x: Tensor) -> Tensor:
     Gradients flow to `x`; the backward pass dequantizes again instead of keeping the tiles.
     """
     flat = x.reshape(-1, x.shape[-1])  # [vectors, columns]
-    if torch.is_grad_enabled() and x.requires_grad:
-        out = _TiledProduct.apply(flat, q)
-    else:
-        out = _multiply(flat, q)
+    differentiate = torch.is_grad_enabled() and x.requires_grad
+    out: Tensor = _TiledProduct.apply(flat, q) if differentiate else _multiply(flat, q)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], q.shape[0])
 
 
@@ -55,10 +57,10 @@ def bitsandbytes_product(q: QuantMatrix) -> Product:
 
 
 def _multiply(x: Tensor, q: QuantMatrix) -> Tensor:
-    """x [vectors, columns] -> [vectors, rows]."""
+    """Multiply x [vectors, columns] -> [vectors, rows]."""
     out = x.new_empty(len(x), q.shape[0])
     for start, tile in _tiles(q, x.dtype):
-        out[:, start : start + len(tile)] = F.linear(x, tile)
+        out[:, start : start + len(tile)] = linear(x, tile)
     return out
 
 
@@ -67,7 +69,7 @@ class _TiledProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, q: QuantMatrix) -> Tensor:
-        """x [vectors, columns] -> [vectors, rows]."""
+        """Multiply x [vectors, columns] -> [vectors, rows]."""
         ctx.q = q  # type: ignore[attr-defined]
         return _multiply(x, q)
 
@@ -98,38 +100,46 @@ def _tiles(q: QuantMatrix, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
 
 
 def _bitsandbytes_4bit(q: FourBit) -> Product:
-    import bitsandbytes
-    from bitsandbytes.functional import QuantState
+    from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]
 
-    device = q.absmax.device
-    nested = q.nested
-    state = QuantState(
-        absmax=q.absmax,
-        shape=torch.Size(q.shape),
-        code=q.quant_map.to(device),
-        blocksize=q.block_size,
-        quant_type=q.quant_type,
-        dtype=q.dtype,
-        offset=torch.tensor(nested.offset, device=device) if nested else None,
-        state2=QuantState(absmax=nested.absmax, code=nested.quant_map, blocksize=256, dtype=torch.float32)
-        if nested
-        else None,
-    )
+    state = _quant_state(q)
 
     def product(x: Tensor) -> Tensor:
-        return bitsandbytes.matmul_4bit(x, q.packed, quant_state=state).to(x.dtype)  # type: ignore[no-any-return]
+        return matmul_4bit(x, q.packed, quant_state=state).to(x.dtype)  # type: ignore[no-any-return]
 
     return product
 
 
-def _bitsandbytes_int8(q: Int8) -> Product:
-    import bitsandbytes
+def _quant_state(q: FourBit) -> "QuantState":
+    """The same as bitsandbytes' own object."""
+    from bitsandbytes.functional import QuantState
 
-    state = bitsandbytes.MatmulLtState()
+    offset = nested = None
+    if q.nested is not None:
+        offset = torch.tensor(q.nested.offset, device=q.absmax.device)
+        nested = QuantState(  # type: ignore[no-untyped-call]
+            q.nested.absmax, code=q.nested.quant_map, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32
+        )
+    return QuantState(  # type: ignore[no-untyped-call]
+        q.absmax,
+        shape=torch.Size(q.shape),
+        code=q.quant_map.to(q.absmax.device),
+        blocksize=q.block_size,
+        quant_type=q.quant_type,
+        dtype=q.dtype,
+        offset=offset,
+        state2=nested,
+    )
+
+
+def _bitsandbytes_int8(q: Int8) -> Product:
+    from bitsandbytes import MatmulLtState, matmul  # type: ignore[attr-defined]
+
+    state = MatmulLtState()
     state.CB, state.SCB = q.weight, q.absmax
     state.has_fp16_weights, state.is_training, state.threshold = False, False, _OUTLIER_THRESHOLD
 
     def product(x: Tensor) -> Tensor:
-        return bitsandbytes.matmul(x.half(), q.weight, state=state).to(x.dtype)  # type: ignore[no-any-return]
+        return matmul(x.half(), q.weight, state=state).to(x.dtype)  # type: ignore[no-any-return]
 
     return product

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmx.core.errors import InputError
+from lmx.core.layers.activation import ACTIVATIONS
 from lmx.quant.four_bit import FourBit
 from lmx.quant.matmul import Product, QuantMatrix, choose_product, dequantize
 from lmx.quant.serialize import four_bit_tensors, int8_tensors
@@ -48,7 +49,7 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: TensorFunction, recurse: bool = True) -> "QuantLinear":
         self.weight = _move(self.weight, fn)
         self._product = choose_product(self.weight)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
@@ -57,7 +58,7 @@ class QuantLinear(nn.Module):
 
 
 class QuantExpertBank(nn.Module):
-    """The experts of one layer as gated MLPs, `down(act(gate(x)) * up(x))`, each with matrices of its own.
+    """`lmx.core.layers.moe.ExpertBank` on quantized matrices: gated MLPs, `down(act(gate(x)) * up(x))`.
 
     gate, up: one matrix [inner, hidden] an expert; down: one [hidden, inner] an expert.
     forward: x [tokens, hidden], ids and weights [tokens, top_k] -> [tokens, hidden]. An expert that no token chose is
@@ -69,7 +70,7 @@ class QuantExpertBank(nn.Module):
         gate: Sequence[QuantMatrix],
         up: Sequence[QuantMatrix],
         down: Sequence[QuantMatrix],
-        activation: Callable[[Tensor], Tensor],
+        activation: str,
     ) -> None:
         super().__init__()
         if not len(gate) == len(up) == len(down) > 0:
@@ -91,7 +92,7 @@ class QuantExpertBank(nn.Module):
         order = ids.flatten().argsort(stable=True)  # [tokens * top_k], by expert
         counts = torch.bincount(ids.flatten(), minlength=len(self.gate)).tolist()
         flat_weights = weights.flatten()
-        for expert, slots in enumerate(order.split(counts)):
+        for expert, slots in enumerate(torch.split(order, counts)):
             if not len(slots):
                 continue
             tokens = slots // top_k
@@ -102,7 +103,7 @@ class QuantExpertBank(nn.Module):
     def expert(self, number: int, x: Tensor) -> Tensor:
         """One expert's answer: x [tokens, hidden] -> [tokens, hidden]."""
         gate, up, down = self._products[number]
-        return down(self.activation(gate(x)) * up(x))
+        return down(ACTIVATIONS[self.activation](gate(x)) * up(x))
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -121,7 +122,7 @@ class QuantExpertBank(nn.Module):
         for matrices in (self.gate, self.up, self.down):
             matrices[:] = [_move(matrix, fn) for matrix in matrices]
         self._choose_products()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
 

@@ -138,6 +138,7 @@ class ToyText:
 
     tokenizer: Tokenizer
     with_reply_end: bool = True
+    header: str = ""
     info: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(end_of_turn_ids=(END,)))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -152,7 +153,7 @@ class ToyText:
         return ToyStream(self.decode, context_ids)
 
     def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> SimpleNamespace:
-        text, end = "", None
+        text, end = self.header, None
         for message in messages:
             text += f"<|im_start|>{message['role']}\n{message['content']}"
             end = len(text) if message["role"] == "assistant" else end

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-# Steps that are convolved at a time: 32 of FalconMamba-7B are 1 MiB in float32, so the taps after the first find their
-# inputs in the cache.
-BLOCK_STEPS = 32
+# Elements that are convolved at a time, 1 MiB in float32 (32 steps of FalconMamba-7B), so that every tap but the first
+# finds its inputs in the cache.
+BLOCK_ELEMENTS = 1 << 18
 
 
 def causal_conv(
@@ -29,35 +29,32 @@ def causal_conv(
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
     """Shifted multiply-adds with channels last, which took a tenth of the time of torch's depthwise conv1d on a CPU."""
-    length, reach = x.shape[1], state.shape[2]
+    (batch, length, channels), reach = x.shape, state.shape[2]
     dtype = torch.promote_types(x.dtype, torch.float32)
     taps = weight.to(dtype).t().contiguous()  # [kernel, channels]
     offset = None if bias is None else bias.to(dtype)
-    tensors = (x, weight, state) if bias is None else (x, weight, state, bias)
-    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    first = (
-        length if differentiable else min(length, BLOCK_STEPS)
-    )  # autograd wants one piece, and keeps it whole anyway
-    head = _taps(torch.cat((state.transpose(1, 2), x[:, :first]), 1), taps, offset, x.dtype)
-    if first == length:
-        return head
+    steps = max(1, BLOCK_ELEMENTS // max(1, batch * channels))
+    if steps >= length or _differentiable(x, weight, bias, state):  # autograd wants one piece, and keeps it anyway
+        return _taps(_window(x, state, -reach, length), taps, offset).to(x.dtype)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    y[:, :first] = head
-    # A block reaches back into x itself, so every later block starts at least `reach` steps in.
-    for start in range(first, length, BLOCK_STEPS):
-        stop = min(start + BLOCK_STEPS, length)
-        y[:, start:stop] = _taps(_window(x, state, start - reach, stop), taps, offset, x.dtype)
+    for start in range(0, length, steps):
+        stop = min(start + steps, length)
+        y[:, start:stop] = _taps(_window(x, state, start - reach, stop), taps, offset)
     return y
 
 
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def _window(x: Tensor, state: Tensor, start: int, stop: int) -> Tensor:
-    """Inputs start to stop, [batch, stop - start, channels]; a kernel longer than a block reaches into the state."""
+    """Inputs start to stop, [batch, stop - start, channels]; those before 0 come from the state."""
     if start >= 0:
         return x[:, start:stop]
     return torch.cat((state.transpose(1, 2)[:, start:], x[:, :stop]), 1)
 
 
-def _taps(window: Tensor, taps: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _taps(window: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve window [batch, kernel - 1 + steps, channels] with taps [kernel, channels]."""
     kernel = taps.shape[0]
     steps = window.shape[1] - kernel + 1
@@ -66,7 +63,7 @@ def _taps(window: Tensor, taps: Tensor, bias: Tensor | None, dtype: torch.dtype)
     y = oldest * taps[0] if bias is None else torch.addcmul(bias, oldest, taps[0])
     for j in range(1, kernel):
         y = y.addcmul_(window[:, j : j + steps], taps[j])
-    return y.to(dtype)
+    return y
 
 
 def _last_inputs(x: Tensor, state: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 def rg_lru(a: Tensor, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Run `length` steps from `state`; returns every h and the last one.
 
-    a, x [batch, length, width], state [batch, width], all of one dtype, float32 or float64; h [batch, length, width].
+    a and x [batch, length, width], state [batch, width], all of one dtype, float32 or float64;
+    h [batch, length, width].
     A step with a = 1 and x = 0 leaves the state as it is; a length of 0 is a no-op.
     Differentiable in all three; the backward pass keeps a and h and is the same recurrence reversed.
     """

@@ -63,11 +63,11 @@ class Compaction:
 
 
 def _permute(x: Tensor, order: Tensor) -> Tensor:
-    """X [batch, length, ...] with its tokens in `order` [batch, length]."""
+    """Put the tokens of x [batch, length, ...] in `order` [batch, length]."""
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     return x[rows, order]
 
 
 def _like(mask: Tensor, x: Tensor) -> Tensor:
-    """Mask [batch, length] with x's number of axes."""
+    """Give mask [batch, length] as many axes as x."""
     return mask.reshape(*mask.shape, *[1] * (x.ndim - 2))

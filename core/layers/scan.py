@@ -1,3 +1,4 @@
+# ruff: noqa: N803, N806 (A, B and C are the names of the paper and of every checkpoint)
 """The selective scan of Mamba: a linear recurrence whose decay and input depend on the token.
 
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t        y_t = sum_n C_t[n] h_t[n]
@@ -49,7 +50,7 @@ def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, st
 def selective_scan_step(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan` for a length of 1, with the same shapes: seven plain torch calls, for decoding and compiling."""
+    """`selective_scan` for a length of 1, with the same shapes: a few plain torch calls, as decoding wants."""
     delta = delta.to(state.dtype).transpose(1, 2)  # [batch, inner, 1]
     drive = delta * x.transpose(1, 2) * B  # [batch, inner, state]
     state = torch.addcmul(drive, torch.exp2(delta * LOG2_E * A), state)

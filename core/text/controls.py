@@ -17,7 +17,9 @@ from collections.abc import Iterable, Sequence
 from lmx.core.errors import InputError
 from lmx.core.text.files import AddedToken
 
-_PRIVATE = range(0xF0000, 0xFFFFE)  # the first supplementary private-use plane
+# The two supplementary private-use planes: a stand-in must not be a character of a sealed name
+_STAND_INS = range(0xF0000, 0xFFFFE)
+_NAMES = range(0x100000, 0x10FFFE)
 _SEALED_LENGTH = 8  # 8 characters of 16 random bits
 
 
@@ -26,16 +28,16 @@ class StandIns:
 
     def __init__(self, texts: Iterable[str]) -> None:
         """`texts`: everything that will be rendered; none of its characters is taken."""
-        self._taken = {character for text in texts for character in text if ord(character) >= _PRIVATE.start}
-        self._next = secrets.randbelow(len(_PRIVATE))
+        self._taken = {character for text in texts for character in text if ord(character) in _STAND_INS}
+        self._next = secrets.randbelow(len(_STAND_INS))
         self._originals: dict[int, str] = {}
         self._by_original: dict[str, str] = {}
 
     def fresh(self) -> str:
         """A character that occurs nowhere yet."""
-        for _ in _PRIVATE:
-            character = chr(_PRIVATE[self._next])
-            self._next = (self._next + 1) % len(_PRIVATE)
+        for _ in _STAND_INS:
+            character = chr(_STAND_INS[self._next])
+            self._next = (self._next + 1) % len(_STAND_INS)
             if character not in self._taken:
                 self._taken.add(character)
                 return character
@@ -100,7 +102,7 @@ class ControlTokens:
 
 
 def _random_name() -> str:
-    return "".join(chr(secrets.choice(_PRIVATE)) for _ in range(_SEALED_LENGTH))
+    return "".join(chr(secrets.choice(_NAMES)) for _ in range(_SEALED_LENGTH))
 
 
 def _longest_first(names: Iterable[str]) -> re.Pattern[str]:

@@ -1,7 +1,6 @@
 """Incremental decoding: text as the tokens arrive, never half a character, never a lost space."""
 
 from collections.abc import Callable, Collection, Sequence
-from os.path import commonprefix
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_WINDOW = 16
@@ -61,7 +60,7 @@ class TextStream:
         if self._shown.startswith(text):
             return ""
         # The context may end within a character that the reply completes: then its U+FFFD is not shared.
-        shared = len(self._shown) if text.startswith(self._shown) else len(commonprefix((self._shown, text)))
+        shared = len(self._shown) if text.startswith(self._shown) else _shared_length(self._shown, text)
         self._shown = text
         return text[shared:]
 
@@ -90,3 +89,8 @@ class TextStream:
 def _certain(text: str) -> str:
     """`text` without a closing U+FFFD, which may be the beginning of a character."""
     return text.removesuffix(REPLACEMENT)
+
+
+def _shared_length(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

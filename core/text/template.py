@@ -11,6 +11,7 @@ from datetime import datetime
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
@@ -76,9 +77,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
         if operator == "*" and _repeats_too_often(left, right):
-            raise jinja2.sandbox.SecurityError("a repeated text or list would be too long")
+            raise SecurityError("a repeated text or list would be too long")
         if operator == "**" and _is_huge_power(left, right):
-            raise jinja2.sandbox.SecurityError("a power would be too large")
+            raise SecurityError("a power would be too large")
         return super().call_binop(context, operator, left, right)
 
 

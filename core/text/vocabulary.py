@@ -1,4 +1,4 @@
-"""`tokenizer.json` as data: which ids there are, tokens that the config adds, and a copy with renamed control tokens."""
+"""`tokenizer.json` as data: its ids, the tokens that the config adds, a copy with renamed control tokens."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -65,7 +65,7 @@ def rename(vocabulary: Vocabulary, names: Mapping[str, str]) -> Document:
     if isinstance(unk := model.get("unk_token"), str):
         renamed["unk_token"] = names.get(unk, unk)
     if isinstance(merges := model.get("merges"), list):
-        renamed["merges"] = [merge for merge in merges if not _spells(merge, names)]
+        renamed["merges"] = _without(merges, names)
     tokens = [replace(token, content=names.get(token.content, token.content)) for token in vocabulary.added]
     added = [vars(token) for token in tokens]
     return {**vocabulary.document, "model": renamed, "added_tokens": added, "post_processor": None}
@@ -90,12 +90,24 @@ def _pieces(document: Document) -> dict[str, int]:
     return {entry[0]: index for index, entry in enumerate(vocab)} if isinstance(vocab, list) else {}
 
 
+def _without(merges: list[object], names: Mapping[str, str]) -> list[object]:
+    """The BPE merges but for those that take or make one of `names`: these would name a token that is gone.
+
+    There are hundreds of thousands, so first a look whether any can (a token of several characters must be made).
+    """
+    made = {merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(_texts(merge)) for merge in merges}
+    if made.isdisjoint(names) and not any(len(name) == 1 for name in names):
+        return merges
+    return [merge for merge in merges if not _spells(merge, names)]
+
+
 def _spells(merge: object, names: Mapping[str, str]) -> bool:
-    """Whether a BPE merge takes or makes one of `names`; such a merge would name a token that is gone."""
-    pair = merge.split(" ", 1) if isinstance(merge, str) else merge
-    if not isinstance(pair, list) or len(pair) != 2:
-        return False
-    return pair[0] in names or pair[1] in names or pair[0] + pair[1] in names
+    pair = merge.split(" ", 1) if isinstance(merge, str) else _texts(merge)
+    return "".join(pair) in names or not names.keys().isdisjoint(pair)
+
+
+def _texts(merge: object) -> list[str]:
+    return [text for text in merge if isinstance(text, str)] if isinstance(merge, list) else []
 
 
 def _object(value: object) -> dict[str, object]:
@@ -106,7 +118,8 @@ def _check_model(document: Document, path: Path) -> None:
     vocab = _object(document.get("model")).get("vocab")
     good = False
     if isinstance(vocab, dict):
-        good = all(type(token_id) is int and 0 <= token_id < 1 << 31 for token_id in vocab.values())
+        ids = vocab.values()
+        good = set(map(type, ids)) == {int} and 0 <= min(ids) <= max(ids) < 1 << 31
     elif isinstance(vocab, list):
         good = all(isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) for entry in vocab)
     if not good:

@@ -38,24 +38,15 @@ class Worker:
         except LmxError as error:
             return {"id": request["id"], "error": _describe(error)}
         except MemoryError:
-            error = InputError(f"{self._folder}: the tokenizer reached its memory limit", _DISTRUST)
-            return {"id": request["id"], "error": _describe(error)}
+            full = InputError(f"{self._folder}: the tokenizer reached its memory limit", _DISTRUST)
+            return {"id": request["id"], "error": _describe(full)}
         except Exception:
             return {"id": request["id"], "bug": traceback.format_exc()[-4000:]}
 
     def _value(self, call: str, arguments: object) -> object:
         if self._tokenizer is None:
             self._tokenizer = Tokenizer.load(self._folder)
-        calls: dict[str, Callable[..., object]] = {
-            "facts": _facts,
-            "prepare_chat": Tokenizer.prepare_chat,
-            "end_of_turn_id": Tokenizer.end_of_turn_id,
-            "encode": Tokenizer.encode,
-            "encode_chat": lambda *arguments: vars(Tokenizer.encode_chat(*arguments)),
-            "decode": Tokenizer.decode,
-            "token_to_id": Tokenizer.token_to_id,
-        }
-        return calls[call](self._tokenizer, *_list(arguments))
+        return _CALLS[call](self._tokenizer, *_list(arguments))
 
 
 def main(folder: str) -> None:
@@ -107,3 +98,14 @@ def _list(value: object) -> list[object]:
     if not isinstance(value, list):
         raise TypeError(f"arguments are a list, not {type(value).__name__}")
     return value
+
+
+_CALLS: dict[str, Callable[..., object]] = {
+    "facts": _facts,
+    "prepare_chat": Tokenizer.prepare_chat,
+    "end_of_turn_id": Tokenizer.end_of_turn_id,
+    "encode": Tokenizer.encode,
+    "encode_chat": lambda *arguments: vars(Tokenizer.encode_chat(*arguments)),
+    "decode": Tokenizer.decode,
+    "token_to_id": Tokenizer.token_to_id,
+}

@@ -68,10 +68,20 @@ def test_tokens_tied_with_the_kth_are_kept_as_transformers_keeps_them() -> None:
 
 
 @pytest.mark.parametrize("top_p", [0.0, 0.5, 0.999])
-def test_a_uniform_distribution_keeps_at_least_one_token(top_p: float) -> None:
-    ids, probabilities = distribution(torch.zeros(12345), Sampling(temperature=1.0, top_p=top_p))
-    assert len(ids) == max(1, math.ceil(top_p * 12345 - 0.01))
-    assert probabilities.sum().item() == pytest.approx(1)
+def test_a_uniform_distribution_keeps_the_share_of_tokens_and_at_least_one(top_p: float) -> None:
+    for vocab in range(3, 3000, 7):
+        ids, probabilities = distribution(torch.zeros(vocab), Sampling(temperature=1.0, top_p=top_p))
+        assert len(ids) == pytest.approx(max(1, top_p * vocab), abs=1.01)
+        assert probabilities.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 2), (1 - 2**-53, 5)])
+def test_the_ends_of_the_draw_do_not_reach_tokens_of_probability_zero(
+    monkeypatch: pytest.MonkeyPatch, uniform: float, expected: int
+) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: torch.tensor(uniform, dtype=torch.float64))
+    logits = torch.tensor([-math.inf, -1e4, 0.3, -math.inf, 0.1, 0.2, -1e4, -math.inf])
+    assert Sampler(Sampling(temperature=1.0), []).next(logits)[0] == expected
 
 
 def test_presence_and_frequency_follow_openai_formula() -> None:

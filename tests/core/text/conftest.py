@@ -2,9 +2,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from lmx.core.text.tokenizer import Tokenizer
 from support import SHARED
 from text_folders import byte_fallback_folder, byte_level_folder, real_folders
+
+from lmx.core.text.tokenizer import Tokenizer
 
 MADE = ("byte-level", "metaspace", "prepend")
 CHECKPOINTS = ("dbrx", "falcon_mamba", "mixtral", "olmoe", "recurrent_gemma")
