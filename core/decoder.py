@@ -157,7 +157,7 @@ class Decoder(nn.Module, ABC, Generic[L]):
         call = self.plan(inputs, span, state)
         x = inputs.embeds
         if self.embed_scale is not None:
-            x = x * torch.tensor(self.embed_scale, dtype=torch.bfloat16).to(x.dtype)
+            x = x * self.embed_scale
         if self.training and self.embed_dropout:
             x = F.dropout(x, self.embed_dropout)
         for index, layer in enumerate(self.layers):

@@ -173,8 +173,9 @@ class RGLRU(nn.Module):
         x: [batch, length, width]; reset: [batch or 1, length] bool, True where a text begins; state: [batch, width].
         Returns the outputs in x's dtype and the state after the last token.
         """
-        input_gate = self._gate(x, self.input_gate_weight, self.input_gate_bias)
-        recurrent_gate = self._gate(x, self.recurrent_gate_weight, self.recurrent_gate_bias)
+        heads = x.unflatten(-1, self.input_gate_weight.shape[:2]).flatten(0, 1).transpose(0, 1)
+        input_gate = _gate(heads, self.input_gate_weight, self.input_gate_bias, x.shape)
+        recurrent_gate = _gate(heads, self.recurrent_gate_weight, self.recurrent_gate_bias, x.shape)
         log_a = -8.0 * recurrent_gate * F.softplus(self.recurrent_param.float())
         kept = 1.0 - torch.exp(2.0 * log_a)
         # With gradients off the plain root is the same, and opens the way to a compiled graph.
@@ -187,11 +188,10 @@ class RGLRU(nn.Module):
         h, last = rg_lru(a, drive, state)
         return h.to(x.dtype), last
 
-    @staticmethod
-    def _gate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        heads = x.unflatten(-1, weight.shape[:2]).flatten(0, 1).transpose(0, 1)  # [heads, batch * length, width of one]
-        gates = torch.baddbmm(bias[:, None], heads, weight)
-        return gates.transpose(0, 1).reshape(x.shape).float().sigmoid()
+
+def _gate(heads: Tensor, weight: Tensor, bias: Tensor, shape: torch.Size) -> Tensor:
+    """heads: [heads, batch * length, width of one] -> a gate in float32 of the shape [batch, length, width]."""
+    return torch.baddbmm(bias[:, None], heads, weight).transpose(0, 1).reshape(shape).float().sigmoid()
 
 
 class RecurrentBlock(nn.Module):
@@ -274,7 +274,9 @@ class RecurrentGemmaDecoder(Decoder[LayerMemory]):
         self.blocks = [Block(config, block_type) for block_type in config.block_types]
         self.layers = nn.ModuleList(self.blocks)
         self.norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.embed_scale = math.sqrt(config.hidden_size) if config.scale_embeddings else None
+        # Rounded to bfloat16 in models of any dtype, as it was in training.
+        scale = torch.tensor(math.sqrt(config.hidden_size), dtype=torch.bfloat16, device="cpu")
+        self.embed_scale = float(scale) if config.scale_embeddings else None
 
     @property
     def config(self) -> RecurrentGemmaConfig:
