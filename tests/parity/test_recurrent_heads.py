@@ -1,19 +1,18 @@
-"""Heads of the two recurrent families: transformers has none beside the causal one, so the yardstick is its base
-model's hidden states and the same linear layer.
+"""Heads of the two recurrent families over padding in any place, which transformers' base models get wrong: the
+yardstick is their hidden states of each text alone, and the same linear layer.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
+from parity.families import RECURRENT, FamilyRow, Pair, close, load_ours, padded, pair, random_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lmx.core.checkpoint import Checkpoint
-from lmx.core.errors import UsageError
 from lmx.core.heads import ClassHead
 from lmx.core.loader import load_model
 from lmx.core.model import LanguageModel
-from parity.families import RECURRENT, FamilyRow, Pair, close, load_ours, padded, pair, random_ids
 
 LENGTHS = (13, 4, 9)
 
@@ -41,15 +40,6 @@ def hidden(both: Pair, ids: Tensor) -> Tensor:
 def score(model: LanguageModel) -> torch.nn.Linear:
     assert isinstance(model.head, ClassHead)
     return model.head.score
-
-
-@torch.no_grad()
-def test_none(both: Pair) -> None:
-    model = load_ours(both.row, both.reference, head="none")
-    ids = random_ids(1, 13)
-    close(model(ids).logits[0], hidden(both, ids[0]))
-    with pytest.raises(UsageError, match="without a head"):
-        model(ids, labels=ids)
 
 
 @torch.no_grad()

@@ -1,14 +1,17 @@
 """Everything a call returns, against transformers with the same weights, over random small configs."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+from parity.families import FAMILIES, SEEDS, FamilyRow, Pair, close, padded, pair, random_ids
 from torch import Tensor
 
 from lmx.core.errors import UsageError
 from lmx.core.loader import bind
-from lmx.core.model import LanguageModel
+from lmx.core.model import Output
 from lmx.core.registry import family_of
-from parity.families import FAMILIES, SEEDS, FamilyRow, Pair, close, pair, padded, random_ids
 
 LENGTH = 21
 LENGTHS = (LENGTH, 5, 13)
@@ -32,6 +35,17 @@ def asked_for(row: FamilyRow) -> dict[str, bool]:
     return asked
 
 
+def hidden_states(both: Pair, answer: Output, expected: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ours beside transformers', where both have them."""
+    ours, theirs = answer.hidden_states, expected.hidden_states
+    assert ours is not None
+    assert len(ours) == len(theirs) == both.ours.config.layers + 1
+    yield ours[-1], theirs[-1]
+    yield from (
+        zip(ours[:-1], theirs, strict=False) if both.row.embeddings_first else zip(ours[1:-1], theirs, strict=False)
+    )
+
+
 def all_close(ours: tuple[Tensor, ...] | None, reference: tuple[Tensor, ...]) -> None:
     assert ours is not None
     assert len(ours) == len(reference)
@@ -48,7 +62,8 @@ def test_outputs(both: Pair) -> None:
     assert expected.logits.abs().max() > 1
     close(answer.logits, expected.logits)
     close(answer.loss, expected.loss)
-    all_close(answer.hidden_states, expected.hidden_states)
+    for mine, other in hidden_states(both, answer, expected):
+        close(mine, other)
     if both.row.attention:
         all_close(answer.attentions, expected.attentions)
     if both.row.router:
@@ -56,7 +71,7 @@ def test_outputs(both: Pair) -> None:
         close(answer.aux_loss, expected.aux_loss)
     plain = both.ours(ids, labels=labels)  # scaled_dot_product_attention, and no auxiliary loss
     close(plain.logits, expected.logits)
-    close(plain.loss, both.reference(input_ids=ids, labels=labels).loss)
+    close(plain.loss, both.reference(input_ids=ids, labels=labels, use_cache=False).loss)
     assert plain.hidden_states is plain.attentions is plain.router_logits is plain.aux_loss is None
 
 
@@ -74,7 +89,7 @@ def test_padding(both: Pair, side: str) -> None:
     close(answer.logits[real], expected.logits[real])
     close(both.ours(ids, attention_mask=mask).logits[real], expected.logits[real])
     close(answer.loss, expected.loss)
-    for mine, other in zip(answer.hidden_states, expected.hidden_states, strict=True):
+    for mine, other in hidden_states(both, answer, expected):
         close(mine[real], other[real])
     for mine, other in zip(answer.attentions or (), expected.get("attentions") or (), strict=True):
         close(mine.transpose(1, 2)[real], other.transpose(1, 2)[real])
@@ -87,6 +102,10 @@ def test_padding(both: Pair, side: str) -> None:
 @torch.no_grad()
 def test_positions_and_embeddings(both: Pair) -> None:
     ids = random_ids(2, LENGTH)
+    if not both.row.positions:
+        embeds = both.reference.get_input_embeddings()(ids)
+        close(both.ours(inputs_embeds=embeds).logits, both.reference(inputs_embeds=embeds, use_cache=False).logits)
+        return
     steps = torch.randint(1, 4, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     embeds = both.reference.get_input_embeddings()(ids)
     everything = torch.ones_like(ids)  # without a mask, transformers takes gaps in position_ids for packed sequences
@@ -103,12 +122,15 @@ def test_positions_and_embeddings(both: Pair) -> None:
 @pytest.mark.parametrize("keep", [1, 4, torch.tensor([0, 3, 20]), torch.tensor([[0, 3], [20, 2]])], ids=str)
 def test_logits_to_keep(both: Pair, keep: int | Tensor) -> None:
     ids = random_ids(2, LENGTH)
-    close(both.ours(ids, logits_to_keep=keep).logits, both.reference(input_ids=ids, logits_to_keep=keep).logits)
+    close(
+        both.ours(ids, logits_to_keep=keep).logits,
+        both.reference(input_ids=ids, logits_to_keep=keep, use_cache=False).logits,
+    )
 
 
 def gradients(both: Pair) -> dict[str, Tensor]:
     """transformers' gradients by our names; its fused experts are cut by the name table, as weights are on loading."""
-    theirs = {name: weight for name, weight in both.reference.named_parameters()}
+    theirs = dict(both.reference.named_parameters())
     config = {"model_type": both.row.model_type}
     table = family_of(config).names(both.ours.config)
     pieces = bind(both.ours, table, {name: tuple(weight.shape) for name, weight in theirs.items()})
@@ -121,7 +143,8 @@ def test_gradients(both: Pair) -> None:
     asked = {"output_router_logits": True} if both.row.router else {}
     for model in (both.reference, both.ours):
         model.zero_grad()
-        model(input_ids=ids, attention_mask=mask, labels=labels, **asked).loss.backward()
+        cache = {"use_cache": False} if model is both.reference else {}
+        model(input_ids=ids, attention_mask=mask, labels=labels, **asked, **cache).loss.backward()
     expected = gradients(both)
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
     assert expected.keys() == dict(both.ours.named_parameters()).keys()
@@ -132,12 +155,15 @@ def test_gradients(both: Pair) -> None:
 
 def test_noise_in_training(both: Pair) -> None:
     """Dropout and router jitter draw the same numbers from the same seed, in training only."""
+    if not both.row.noise or not (both.row.router or "attention" in both.config["block_types"]):
+        pytest.skip("nothing random in this model")
     ids = random_ids(2, LENGTH)
     logits = {}
     for model in (both.reference, both.ours):
         torch.manual_seed(5)
         model.train()
-        logits[model] = model(input_ids=ids, output_attentions=True).logits.detach()
+        cache = {"use_cache": False} if model is both.reference else {}
+        logits[model] = model(input_ids=ids, output_attentions=True, **cache).logits.detach()
         model.eval()
     close(logits[both.ours], logits[both.reference])
     assert (both.ours(ids).logits - logits[both.ours]).abs().max() > 1e-2

@@ -9,14 +9,14 @@ from random import Random
 
 import pytest
 import torch
-from parity.families import EVERY, FAMILIES, FamilyRow, padded, pair, random_ids
+from parity.families import FAMILIES, FamilyRow, padded, pair, random_ids
 from torch import Tensor
 
 from lmx.core.model import AnyState, LanguageModel
 from lmx.core.state import StateError
 
 LENGTH = 24
-CASES = [(row, index) for row in EVERY for index in sorted({0, 3, 5, row.windowed or 0})]
+CASES = [(row, index) for row in FAMILIES for index in sorted({0, 3, 5, row.windowed or 0})]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
@@ -129,7 +129,7 @@ def test_truncation_is_forgetting(model: LanguageModel, held: int, kept: int) ->
 
 
 def test_a_window_bounds_the_memory() -> None:
-    for row in EVERY:
+    for row in FAMILIES:
         if row.windowed is None:
             continue
         model = pair(row, row.windowed).ours

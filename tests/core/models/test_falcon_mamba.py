@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from parity.families import FALCON_MAMBA, load_ours, pair, random_ids
 
 from lmx.core.model import LanguageModel
-from parity.families import FALCON_MAMBA, load_ours, pair, random_ids
 
 
 def fresh() -> LanguageModel:
