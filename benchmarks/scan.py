@@ -1,9 +1,9 @@
 """What the recurrences cost beside the matrix products of their layers: `python benchmarks/scan.py`.
 
-One FalconMamba layer at 7B width and one RecurrentGemma recurrent block at 2B width, random weights, float32. For each:
-the time of its recurrence, convolution and matrix products and of the whole layer over one prompt, taken in turns so
-that a busy machine slows all alike, and the peak memory of a long prompt above the layer's weights, in one pass and
-in chunks, each in a process of its own.
+The runtime's own FalconMamba layer at 7B width and RecurrentGemma recurrent block at 2B width, random weights, float32.
+For each: the time of its recurrence, convolution and matrix products and of the whole layer over one prompt, taken in
+turns so that a busy machine slows all alike, and the peak memory of a long prompt above the layer's weights, in one
+pass and in chunks, each in a process of its own.
 """
 # ruff: noqa: D102
 
@@ -42,85 +42,78 @@ if _arguments is not None:
 
 import torch  # noqa: E402  (after the thread count is set)
 import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
+from lmx.core.decoder import Call, Record  # noqa: E402
 from lmx.core.layers.conv import causal_conv  # noqa: E402
 from lmx.core.layers.linear_recurrence import rg_lru  # noqa: E402
 from lmx.core.layers.scan import selective_scan  # noqa: E402
+from lmx.core.models.falcon_mamba import FalconMambaConfig, Mixer  # noqa: E402
+from lmx.core.models.recurrent_gemma import RecurrentBlock, RecurrentGemmaConfig  # noqa: E402
+from lmx.core.recurrent_state import GriffinState, MambaState  # noqa: E402
+from lmx.core.state import Span  # noqa: E402
 
-State = tuple[Tensor, Tensor]
+CPU = torch.device("cpu")
 
 
 class Layer(Protocol):
-    """What is measured: a call over [batch, length, hidden], and its parts on inputs made beforehand."""
+    """What is measured: a layer of the runtime, and its parts on inputs made beforehand."""
 
     title: str
     hidden: int
 
-    def start(self) -> State: ...
-    def __call__(self, hidden: Tensor, state: State) -> tuple[Tensor, State]: ...
+    def begin(self) -> None: ...
+    def __call__(self, hidden: Tensor) -> Tensor: ...
     def parts(self, hidden: Tensor) -> dict[str, Callable[[], object]]: ...
 
 
-def random(*shape: int) -> Tensor:
+def fill(module: nn.Module) -> None:
     """Weights whose products keep the scale of their inputs."""
-    return torch.randn(*shape).mul_(shape[-1] ** -0.5)  # in place: a second copy would count as a peak of its own
+    for weight in module.parameters():
+        weight.normal_(0.0, weight.shape[-1] ** -0.5)
 
 
 class FalconMamba:
     """The mixer of FalconMamba-7B."""
 
     title = "FalconMamba-7B mixer: hidden 4096, inner 8192, state 16, dt rank 256, kernel 4"
-    hidden, inner, n, rank, kernel = 4096, 8192, 16, 256, 4
+    hidden = 4096
 
     def __init__(self) -> None:
-        self.in_proj, self.out_proj = random(2 * self.inner, self.hidden), random(self.hidden, self.inner)
-        self.x_proj, self.dt_proj = random(self.rank + 2 * self.n, self.inner), random(self.inner, self.rank)
-        self.dt_bias = torch.empty(self.inner).uniform_(-6.9, -2.3)  # deltas of 0.001 to 0.1, as in the paper
-        self.conv, self.conv_bias = random(self.inner, self.kernel), random(self.inner)
-        self.A = -torch.arange(1.0, self.n + 1).repeat(self.inner, 1)
-        self.D = torch.ones(self.inner)
+        widths = {"hidden_size": self.hidden, "intermediate_size": 8192, "num_hidden_layers": 1, "vocab_size": 1}
+        self.mixer = Mixer(FalconMambaConfig.parse(widths)).eval()
+        fill(self.mixer)
+        self.mixer.dt_proj.bias.uniform_(-6.9, -2.3)  # deltas of 0.001 to 0.1, as in the paper
+        self.mixer.A_log.copy_(torch.arange(1.0, 17).log().expand_as(self.mixer.A_log))
+        self.begin()
 
-    def start(self) -> State:
-        """Convolution and scan state of an empty text."""
-        return torch.zeros(1, self.inner, self.kernel - 1), torch.zeros(1, self.inner, self.n)
+    def begin(self) -> None:
+        """Start a new text."""
+        self.state: MambaState = self.mixer.empty_state(1, torch.float32, CPU)
 
-    def scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Delta, B and C for x [batch, length, inner]."""
-        step, B, C = F.linear(x, self.x_proj).split([self.rank, self.n, self.n], -1)
-        step, B, C = (F.rms_norm(t, t.shape[-1:], eps=1e-6) for t in (step, B, C))
-        return F.softplus(F.linear(step, self.dt_proj, self.dt_bias)), B, C
-
-    def __call__(self, hidden: Tensor, state: State) -> tuple[Tensor, State]:
-        """Run the layer."""
-        x, gate = F.linear(hidden, self.in_proj).chunk(2, -1)
-        x, conv = causal_conv(x, self.conv, self.conv_bias, state[0])
-        x = F.silu(x, inplace=True)
-        y, ssm = selective_scan(x, *self._ordered(x), state[1])
-        y.addcmul_(x, self.D).mul_(F.silu(gate, inplace=True))
-        return F.linear(y, self.out_proj), (conv, ssm)
-
-    def _ordered(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        delta, B, C = self.scan_inputs(x)
-        return delta, self.A, B, C
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Run the layer over the text's next tokens."""
+        answer: Tensor = self.mixer(hidden, None, self.state)
+        return answer
 
     def parts(self, hidden: Tensor) -> dict[str, Callable[[], object]]:
         """Recurrence, convolution and matrix products, each alone."""
-        state = self.start()
-        x, _ = F.linear(hidden, self.in_proj).chunk(2, -1)
-        convolved = F.silu(causal_conv(x, self.conv, self.conv_bias, state[0])[0])
-        inputs = self._ordered(convolved)
-        step = torch.randn(*hidden.shape[:2], self.rank)
+        mixer, inner = self.mixer, self.mixer.A_log.shape[0]
+        rank, states, _ = mixer.sizes
+        x, step = torch.randn(*hidden.shape[:2], inner), torch.randn(*hidden.shape[:2], rank)
+        B, C = torch.randn(2, *hidden.shape[:2], states)
+        A, delta = -torch.exp(mixer.A_log), F.softplus(mixer.dt_proj(step))
+        start = mixer.empty_state(1, torch.float32, CPU)
 
         def products() -> None:
-            F.linear(hidden, self.in_proj)
-            F.linear(convolved, self.x_proj)
-            F.linear(step, self.dt_proj)
-            F.linear(convolved, self.out_proj)
+            mixer.in_proj(hidden)
+            mixer.x_proj(x)
+            mixer.dt_proj(step)
+            mixer.out_proj(x)
 
         return {
-            "recurrence": lambda: selective_scan(convolved, *inputs, state[1]),
-            "convolution": lambda: causal_conv(x, self.conv, self.conv_bias, state[0]),
+            "recurrence": lambda: selective_scan(x, delta, A, B, C, start.hidden),
+            "convolution": lambda: causal_conv(x, mixer.conv_weight.squeeze(1), mixer.conv_bias, start.conv),
             "products": products,
         }
 
@@ -129,57 +122,44 @@ class RecurrentGemma:
     """The recurrent block of RecurrentGemma-2B."""
 
     title = "RecurrentGemma-2B recurrent block: hidden 2560, lru width 2560, 10 gate heads, kernel 4"
-    hidden, width, heads, kernel = 2560, 2560, 10, 4
+    hidden = 2560
 
     def __init__(self) -> None:
-        self.linear_x, self.linear_y = random(self.width, self.hidden), random(self.width, self.hidden)
-        self.linear_out = random(self.hidden, self.width)
-        self.conv, self.conv_bias = random(self.width, self.kernel), random(self.width)
-        block = self.width // self.heads
-        self.input_gate, self.recurrence_gate = random(self.heads, block, block), random(self.heads, block, block)
-        self.rate = torch.empty(self.width).uniform_(-4.3, -2.3)  # softplus(rate) of 0.013 to 0.1: decays near 1
+        widths = {"hidden_size": self.hidden, "num_attention_heads": 10, "num_hidden_layers": 1, "vocab_size": 1}
+        self.block = RecurrentBlock(RecurrentGemmaConfig.parse(widths)).eval()
+        fill(self.block)
+        self.block.rg_lru.reset_parameters(0.01)  # decays near 1
+        self.begin()
 
-    def start(self) -> State:
-        """Convolution and recurrence state of an empty text."""
-        return torch.zeros(1, self.width, self.kernel - 1), torch.zeros(1, self.width)
+    def begin(self) -> None:
+        """Start a new text."""
+        self.state: GriffinState = self.block.empty_state(1, torch.float32, CPU)
+        self.length = 0
 
-    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The two block-diagonal products, before their sigmoids."""
-        heads = x.unflatten(-1, (self.heads, -1)).flatten(0, 1).transpose(0, 1)  # [heads, tokens, block]
-        first, second = (
-            torch.bmm(heads, w).transpose(0, 1).reshape(x.shape) for w in (self.input_gate, self.recurrence_gate)
-        )
-        return first, second
-
-    def recurrence_inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Decay and gated input for x [batch, length, width]."""
-        input_gate, recurrence_gate = self.gates(x)
-        log_a = recurrence_gate.sigmoid_().mul_(-8 * F.softplus(self.rate))
-        drive = input_gate.sigmoid_().mul_(x).mul_((2 * log_a).expm1_().neg_().sqrt_())
-        return log_a.exp_(), drive
-
-    def __call__(self, hidden: Tensor, state: State) -> tuple[Tensor, State]:
-        """Run the layer."""
-        x, conv = causal_conv(F.linear(hidden, self.linear_x), self.conv, self.conv_bias, state[0])
-        h, lru = rg_lru(*self.recurrence_inputs(x), state[1])
-        gate = F.gelu(F.linear(hidden, self.linear_y), approximate="tanh")
-        return F.linear(h.mul_(gate), self.linear_out), (conv, lru)
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Run the layer over the text's next tokens."""
+        span = Span(self.length, hidden.shape[1])
+        self.length += hidden.shape[1]
+        answer: Tensor = self.block(hidden, Call(span, span.positions(CPU), Record()), self.state)
+        return answer
 
     def parts(self, hidden: Tensor) -> dict[str, Callable[[], object]]:
         """Recurrence, convolution and matrix products, each alone."""
-        state = self.start()
-        x = F.linear(hidden, self.linear_x)
-        inputs = self.recurrence_inputs(causal_conv(x, self.conv, self.conv_bias, state[0])[0])
+        block, unit = self.block, self.block.rg_lru
+        x = block.linear_x(hidden)
+        heads = x.unflatten(-1, unit.input_gate_weight.shape[:2]).flatten(0, 1).transpose(0, 1)
+        decay, start = torch.rand_like(x).mul_(0.1).add_(0.9), block.empty_state(1, torch.float32, CPU)
 
         def products() -> None:
-            F.linear(hidden, self.linear_x)
-            F.linear(hidden, self.linear_y)
-            self.gates(x)
-            F.linear(x, self.linear_out)
+            block.linear_x(hidden)
+            block.linear_y(hidden)
+            torch.bmm(heads, unit.input_gate_weight)
+            torch.bmm(heads, unit.recurrent_gate_weight)
+            block.linear_out(x)
 
         return {
-            "recurrence": lambda: rg_lru(*inputs, state[1]),
-            "convolution": lambda: causal_conv(x, self.conv, self.conv_bias, state[0]),
+            "recurrence": lambda: rg_lru(decay, x, start.hidden),
+            "convolution": lambda: causal_conv(x, block.conv_weight.squeeze(1), block.conv_bias, start.conv),
             "products": products,
         }
 
@@ -192,8 +172,8 @@ def make(name: str) -> Layer:
 
 def time_parts(layer: Layer, tokens: int, repetitions: int) -> dict[str, list[float]]:
     """Milliseconds of every part and of the whole, in turns."""
-    hidden, state = torch.randn(1, tokens, layer.hidden), layer.start()
-    runs = {**layer.parts(hidden), "whole layer": lambda: layer(hidden, state)}
+    hidden = torch.randn(1, tokens, layer.hidden)
+    runs = {**layer.parts(hidden), "whole layer": lambda: layer(hidden)}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(repetitions + 1):
         for name, run in runs.items():
@@ -246,12 +226,11 @@ def peak_gigabytes() -> float:
 
 def measure_memory(layer: Layer, tokens: int, chunk: int) -> float:
     """Growth of the peak resident set over a prompt; a first call has already loaded what torch loads lazily."""
-    _, state = layer(torch.randn(1, 2, layer.hidden), layer.start())
+    layer(torch.randn(1, 2, layer.hidden))
+    layer.begin()
     before = peak_gigabytes()
-    outputs = []
-    for piece in torch.randn(1, tokens, layer.hidden).split(chunk, 1):
-        y, state = layer(piece, state)
-        outputs.append(y)
+    outputs = [layer(piece) for piece in torch.randn(1, tokens, layer.hidden).split(chunk, 1)]
+    del outputs
     return peak_gigabytes() - before
 
 
@@ -260,7 +239,7 @@ def verdict(kept: bool) -> str:
     return "kept" if kept else "BROKEN"
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main(arguments: argparse.Namespace) -> None:
     """Measure what was asked for."""
     torch.set_num_threads(arguments.threads)
