@@ -12,6 +12,7 @@ from lmx.convert.hub import HubId, find_model
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, NotFoundError, UsageError
 from lmx.core.files import quoted
+from lmx.core.registry import model_type_of
 from lmx.core.text.engine import TextEngine
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def load(
 
     model: a checkpoint's folder, or a hub id `org/name[@revision]` that is taken from the Hugging Face cache or pulled
     into it; None is the embedded demo. device: None is "auto", the best that this machine has. dtype: a torch dtype or
-    its name; None keeps the weights as they are stored. head: "causal", "none", "sequence" or "token".
+    its name; None keeps the weights as they are stored, and of several dtypes gives all that of most bytes. head:
+    "causal", "none", "sequence" or "token".
 
     Raises:
         UsageError: an argument that this version or this machine cannot honour.
@@ -166,7 +168,8 @@ def model_name(model: str | Path | None, revision: str | None = None) -> str:
 
 
 def check_runnable(checkpoint: Checkpoint) -> None:
-    """Raise InputError for weights in a form that the models here do not compute with."""
+    """Raise InputError for an architecture, or weights in a form, that the models here do not compute with."""
+    model_type_of(checkpoint.config)
     if checkpoint.quantization_config is not None:
         method = checkpoint.quantization_config.get("quant_method")
         raise InputError(
