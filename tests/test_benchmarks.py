@@ -1,0 +1,16 @@
+"""The benchmarks whose limits are promises run, and keep them."""
+
+import subprocess
+import sys
+
+import pytest
+from support import ROOT
+
+
+@pytest.mark.slow
+def test_recurrences_keep_their_limits() -> None:
+    """A share of the layer's time and a peak of memory, for both recurrent families at their published widths."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "scan.py"), "--repetitions", "5"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout.count("-> kept") == 6, ran.stdout
+    assert "BROKEN" not in ran.stdout, ran.stdout
