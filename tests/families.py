@@ -1,4 +1,8 @@
-"""Checkpoints of random weights of every family, small enough to quantize in a moment."""
+"""Checkpoints of random weights of every family, small enough to quantize in a moment.
+
+Widths are multiples of 64: where the rows of a matrix are no whole number of blocks, bitsandbytes 0.50 on a CPU does
+not dequantize what it has itself quantized.
+"""
 
 import importlib.util
 import json
@@ -36,7 +40,7 @@ CONFIGS = {
         "n_layers": 2,
         "n_heads": 4,
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 500000.0},
-        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+        "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "falcon_mamba": {
         "vocab_size": 96,
@@ -50,7 +54,7 @@ CONFIGS = {
     "recurrent_gemma": {
         "vocab_size": 96,
         "hidden_size": 64,
-        "intermediate_size": 192,
+        "intermediate_size": 256,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 1,
