@@ -31,7 +31,7 @@ from lmx.quant.int8 import Int8, dequantize_rows, quantize_int8
 from lmx.quant.matmul import QuantMatrix
 from lmx.quant.memory import PIECE_BYTES, choose_workers, peak_memory_bytes, predict_peak, results_in_flight
 from lmx.quant.plan import Plan, PlannedWeight, plan_source
-from lmx.quant.report import Report, make_report
+from lmx.quant.report import Event, Finished, Progress, Report, make_report
 from lmx.quant.serialize import four_bit_tensors, int8_tensors, layout
 from lmx.quant.spec import QuantSpec
 
@@ -54,26 +54,6 @@ class Options:
     workers: int | None = None
     force: bool = False
     companions: tuple[Path, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """So many of all parameters are written, lately those of `name`; resumed: by an earlier run."""
-
-    name: str
-    parameters: int
-    total: int
-    resumed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The output has its name."""
-
-    report: Report
-
-
-Event = Progress | Finished
 
 
 def predict(source: Source, target: Path, spec: QuantSpec, options: Options = Options()) -> Report:

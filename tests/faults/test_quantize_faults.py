@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, ResourceError
 from lmx.core.output import OutputFolder
-from lmx.quant.quantize import Finished, Progress, quantize
+from lmx.quant.quantize import quantize
+from lmx.quant.report import Finished, Progress
 
 KILLS = 30
 

@@ -15,7 +15,8 @@ from support import SHARED, needs_shared
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import ConflictError, InputError, ResourceError, UsageError
 from lmx.quant.plan import plan_source
-from lmx.quant.quantize import Finished, Options, Progress, predict, quantize
+from lmx.quant.quantize import Options, predict, quantize
+from lmx.quant.report import Finished, Progress
 from lmx.quant.serialize import four_bit_type_of
 from lmx.quant.spec import QuantSpec
 
