@@ -79,8 +79,8 @@ def quantize(source: Source, target: Path, spec: QuantSpec, options: Options = O
         ResourceError: disk or memory would not suffice, or did not.
 
     """
-    check_target(target, force=options.force)
     _check_apart(source, target)
+    check_target(target, force=options.force)
     plan = plan_source(source, spec)
     workers = choose_workers(plan, options.workers or torch.get_num_threads(), options.max_memory_bytes)
     shards = plan_output(plan, options.max_shard_bytes)
@@ -283,9 +283,10 @@ def _job(source: Source, plan: Plan, shards: Sequence[Shard]) -> str:
 
 
 def _check_apart(source: Source, target: Path) -> None:
-    """Replacing the source by its own quantization would leave nothing to go back to."""
-    if target.exists() and any(target.resolve() == path.parent.resolve() for path in source.files):
-        raise UsageError(f"{quoted(str(target))} is the source itself", "choose another output folder")
+    """Replacing the source, or a folder around it, by its own quantization would leave nothing to go back to."""
+    folders = {folder for path in source.files for folder in (path.parent.resolve(), path.resolve().parent)}
+    if any(folder.is_relative_to(target.resolve()) for folder in folders):
+        raise UsageError(f"{quoted(str(target))} holds the source itself", "choose another output folder")
 
 
 def _check_room(output: OutputFolder, shards: Sequence[Shard]) -> None:

@@ -53,6 +53,7 @@ def test_the_table_says_what_was_kept_and_what_is_worst(lmx: Any, checkpoint: Pa
 
 def test_what_exists_is_7_and_force_replaces_it(lmx: Any, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
     (tmp_path / "out" / "mine").write_text("x")
     ran = lmx("quantize", checkpoint, tmp_path / "out")
     assert (ran.code, ran.out) == (7, "")

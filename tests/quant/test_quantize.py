@@ -165,8 +165,9 @@ def test_nan_and_infinity_are_refused_by_name(tmp_path, name, value, scheme):
 
 def test_the_source_itself_is_no_target(tmp_path):
     folder = write_family(tmp_path / "source", "mixtral")
-    with pytest.raises(UsageError, match="the source itself"):
-        run(folder, folder, force=True)
+    for target in (folder, tmp_path):
+        with pytest.raises(UsageError, match="the source itself"):
+            run(folder, target, force=True)
 
 
 def test_an_existing_target_is_refused_before_any_work(tmp_path):
