@@ -108,6 +108,11 @@ class KVCache(AttentionCache):
                 _scatter(buffer, new, span.ordinals, span.ordinals)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def nbytes_at(self, length: int) -> int:
+        """Keys and values of `length` tokens."""
+        batch, kv_heads, _, head_dim = self.keys.shape
+        return 2 * batch * kv_heads * length * head_dim * self.keys.element_size()
+
     def _grow(self, slots: int) -> None:
         slots = -(-slots // _GROW) * _GROW
         for name in ("keys", "values"):

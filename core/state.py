@@ -81,6 +81,10 @@ class LayerState(ABC):
     def nbytes(self) -> int:
         """Bytes of memory that it occupies."""
 
+    def nbytes_at(self, length: int) -> int:
+        """Bytes that it would occupy after `length` tokens. As now, unless a kind of layer grows."""
+        return self.nbytes
+
     @property
     @abstractmethod
     def signature(self) -> tuple[object, ...]:
@@ -168,6 +172,10 @@ class State(Generic[L]):
     def nbytes(self) -> int:
         """Bytes of memory that the state occupies."""
         return sum(layer.nbytes for layer in self.layers)
+
+    def nbytes_at(self, length: int) -> int:
+        """Bytes that the state would occupy after `length` tokens, spare room not counted."""
+        return sum(layer.nbytes_at(length) for layer in self.layers)
 
     def save(self, path: Path) -> None:
         """Write the state as one safetensors file, beside its final name first and renamed when complete."""
