@@ -51,19 +51,27 @@ def load_model(
     dtype: convert all weights; None keeps each as stored. device: None is the CPU. The model is in evaluation mode.
     Raises InputError where config, names or shapes do not fit.
     """
-    family = family_of(source.config)
-    stored = {name: info.shape for name, info in source.infos.items()}
-    # A tied model may still bring an output matrix of its own; then that one counts.
-    tied = None if "lm_head.weight" not in stored else False
-    with torch.device("meta"):
-        model = build(source.config, head, tied=tied)
-    bound = bind(model, family.names(model.config), stored)
+    model, bound = build_bound(source.config, {name: info.shape for name, info in source.infos.items()}, head)
     device = device or torch.device("cpu")
     for name, piece in bound.items():
         weight = piece.of(source.tensor(piece.hub))
         assign(model, name, weight.to(device=device, dtype=dtype or weight.dtype))
-    _start_missing_head(model, dtype, device)
+    start_missing_head(model, dtype, device)
     return model.eval()
+
+
+def build_bound(
+    config: Mapping[str, object], stored: Mapping[str, Shape], head: HeadKind
+) -> tuple[LanguageModel, dict[str, Piece]]:
+    """A model without weights, on the meta device, and where in the file each of them lies.
+
+    stored: names and shapes in the file. Raises InputError for what does not fit.
+    """
+    # A tied model may still bring an output matrix of its own; then that one counts.
+    tied = None if "lm_head.weight" not in stored else False
+    with torch.device("meta"):
+        model = build(config, head, tied=tied)
+    return model, bind(model, family_of(config).names(model.config), stored)
 
 
 def bind(model: LanguageModel, table: NameTable, stored: Mapping[str, Shape]) -> dict[str, Piece]:
@@ -105,7 +113,8 @@ def assign(model: nn.Module, name: str, weight: Tensor) -> None:
     model.get_submodule(owner).register_parameter(last, nn.Parameter(weight, weight.is_floating_point()))
 
 
-def _start_missing_head(model: LanguageModel, dtype: torch.dtype | None, device: torch.device) -> None:
+def start_missing_head(model: LanguageModel, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Give random weights to a classification head that the checkpoint lacks."""
     if model.head is None or not any(weight.is_meta for weight in model.head.parameters()):
         return
     model.head.to_empty(device=device)
