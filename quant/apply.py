@@ -4,7 +4,7 @@ A checkpoint may have quantized more than our modules can compute with (a router
 transformers quantizes too): such a weight is dequantized as it is loaded, which gives the same numbers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -126,12 +126,10 @@ def _install(model: LanguageModel, quantized: Mapping[str, QuantMatrix]) -> None
 
 
 def _bank(path: str, bank: ExpertBank, quantized: Mapping[str, QuantMatrix]) -> QuantExpertBank:
-    def part(name: str, kept: nn.ParameterList) -> Iterator[Matrix]:
-        for number, weight in enumerate(kept):
-            yield quantized.get(f"{path}.{name}.{number}", weight.detach())
+    def part(name: str, kept: nn.ParameterList) -> list[Matrix]:
+        return [quantized.get(f"{path}.{name}.{i}", weight.detach()) for i, weight in enumerate(kept)]
 
-    parts = {"gate": bank.gate, "up": bank.up, "down": bank.down}
-    return QuantExpertBank(*(list(part(name, kept)) for name, kept in parts.items()), bank.activation)
+    return QuantExpertBank(part("gate", bank.gate), part("up", bank.up), part("down", bank.down), bank.activation)
 
 
 def _check_head(
