@@ -52,12 +52,10 @@ def read_text(path: Path, where: str) -> str:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """A file of prompts: one a line, or in a `.jsonl` one object a line. Raises InputError, NotFoundError."""
-    lines = _utf8(read_bounded(path, MAX_INPUT_BYTES), f"--file {quoted(str(path))}").splitlines()
+    # Not splitlines: a prompt may well hold U+2028 and its like.
+    lines = _utf8(read_bounded(path, MAX_INPUT_BYTES), f"--file {quoted(str(path))}").removesuffix("\n").split("\n")
     read = _json_prompt if path.suffix == ".jsonl" else text_prompt
-    prompts = [read(line, f"{quoted(str(path))}, line {number}") for number, line in enumerate(lines, start=1)]
-    if not prompts:
-        raise InputError(f"{quoted(str(path))} holds no prompts", "write one prompt a line")
-    return prompts
+    return [read(line.removesuffix("\r"), f"{quoted(str(path))}, line {i}") for i, line in enumerate(lines, start=1)]
 
 
 def parse_messages(data: bytes, where: str) -> list[Message]:

@@ -92,7 +92,7 @@ def _is_exhausted(error: BaseException) -> bool:
         return error.errno in _EXHAUSTED
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "not enough memory: you tried to allocate" in str(error)
+    return isinstance(error, RuntimeError) and "you tried to allocate" in str(error)
 
 
 def _usage_hint(error: TyperException) -> str:

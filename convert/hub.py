@@ -126,13 +126,11 @@ def _folder(path: Path) -> Path:
 
 
 def _cached(hub_id: HubId) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    """The snapshot's folder in the cache, which may lack files; None if not even the config is there."""
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        return Path(snapshot_download(hub_id.repo, revision=hub_id.revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
+    config = try_to_load_from_cache(hub_id.repo, "config.json", revision=hub_id.revision)
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _pulled(hub_id: HubId, show_progress: bool) -> Path:
@@ -179,6 +177,9 @@ def _hub_errors(hub_id: HubId) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise _status_error(hub_id, error.response.status_code) from error
     except (LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+        # Where the hub's answer was an error, huggingface_hub looks into the cache, and finds nothing there either
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _status_error(hub_id, error.__cause__.response.status_code) from error
         raise NetworkError(f"{hub_id} could not be pulled: no answer from the hub", _TRY_AGAIN) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
