@@ -229,5 +229,10 @@ class WindowKVCache(AttentionCache):
 
 def _scatter(buffer: Tensor, new: Tensor, ordinals: Tensor, slots: Tensor) -> None:
     """Write each row's real tokens (ordinal not negative) into its own slots. buffer, new: [batch, heads, *, width]."""
+    if new.shape[2] == 1:
+        # The step of generation: to look for padding would make the host wait for the device in every layer.
+        every, slot = torch.arange(len(new), device=new.device), slots[:, 0].clamp(min=0)
+        buffer[every, :, slot] = torch.where(ordinals[:, :1, None] >= 0, new[:, :, 0], buffer[every, :, slot])
+        return
     rows, columns = (ordinals >= 0).nonzero(as_tuple=True)
     buffer[rows, :, slots[rows, columns]] = new[rows, :, columns]

@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
         if kind == "causal":
             self.head = CausalHead(config, tied=config.tie_word_embeddings if tied is None else tied)
         elif kind != "none":
-            self.head = ClassHead(config, bias=kind == "token")
+            self.head = ClassHead(config, of_tokens=kind == "token")
 
     @property
     def config(self) -> ModelConfig:
@@ -112,15 +112,16 @@ class LanguageModel(nn.Module):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
-        output_router_logits: bool = False,
+        output_router_logits: bool | None = None,
     ) -> Output:
         """Run the model over new tokens.
 
         input_ids: [batch, length], or inputs_embeds: [batch, length, hidden] instead. attention_mask: [batch, length],
         0 for padding anywhere in a row; columns of earlier calls may stand before it and are not needed. position_ids:
-        [batch or 1, length]; by default real tokens are counted from where the state ends. state: advanced in place;
-        its tensors carry no gradient. labels: as the head wants them. logits_to_keep: the last so many positions, or
-        their indices; 0 for all. Raises UsageError for arguments that do not fit together.
+        [batch or 1, length]; by default real tokens are counted from where the state ends. state: advanced in place; a
+        call with one records no gradient. labels: as the head wants them. logits_to_keep: the last so many positions,
+        or their indices, [kept] or [batch, kept]; 0 for all. output_router_logits: None for what the config says.
+        Raises UsageError for arguments that do not fit together.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UsageError("give either input_ids or inputs_embeds", "Pass exactly one of the two.")
@@ -131,6 +132,8 @@ class LanguageModel(nn.Module):
                 "Make a state with model.make_state(batch_size).",
             )
         mask = _real_columns(attention_mask, embeds)
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         record = Record(
             [] if output_hidden_states else None,
             [] if output_attentions else None,
@@ -138,8 +141,9 @@ class LanguageModel(nn.Module):
         )
         implementation: Implementation = "eager" if output_attentions else self.attention
         inputs = Inputs(embeds, mask, position_ids, implementation, record)
-        hidden = self.decoder(inputs, state)
-        logits = self._answer(hidden, input_ids, mask, logits_to_keep)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
+            hidden = self.decoder(inputs, state)
+            logits = self._answer(hidden, input_ids, attention_mask, logits_to_keep)
         output = Output(
             logits,
             state,
@@ -150,13 +154,12 @@ class LanguageModel(nn.Module):
         if output.router_logits:
             output.aux_loss = balance_loss(output.router_logits, self.config.experts_to_choose, mask)
         if labels is not None:
-            output.loss = self._loss(logits, labels, output.aux_loss)
+            output.loss = self._loss(logits, labels, mask, output.aux_loss)
         return output
 
     def _answer(self, hidden: Tensor, input_ids: Tensor | None, mask: Tensor | None, keep: int | Tensor) -> Tensor:
         if isinstance(self.head, CausalHead):
-            kept = hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
-            return cast(Tensor, self.head(kept, self.decoder.embed.weight))
+            return cast(Tensor, self.head(_kept(hidden, keep), self.decoder.embed.weight))
         if self.head is None:
             return hidden
         if self.kind == "token":
@@ -165,14 +168,19 @@ class LanguageModel(nn.Module):
         column = last_real_token(input_ids, mask, self.config.pad_id, length, batch).to(hidden.device)
         return cast(Tensor, self.head(hidden[torch.arange(batch, device=hidden.device), column]))
 
-    def _loss(self, logits: Tensor, labels: Tensor, aux_loss: Tensor | None) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None, aux_loss: Tensor | None) -> Tensor:
         if self.kind == "none":
             raise UsageError("labels were given to a model without a head", "Load it with head='causal'.")
         if self.kind == "sequence":
-            return sequence_loss(logits, labels)
+            return sequence_loss(logits, labels, self.config.problem_type)
         if self.kind == "token":
             return token_loss(logits, labels)
-        loss = CausalHead.loss(logits, labels)
+        if logits.shape[:2] != labels.shape:
+            raise UsageError(
+                f"labels have shape {list(labels.shape)}, the logits {list(logits.shape)}",
+                "Give a label for every token (-100 where none counts) and leave logits_to_keep at 0.",
+            )
+        loss = CausalHead.loss(logits, labels, mask)
         return loss if aux_loss is None else loss + self.config.router_aux_loss_coef * aux_loss
 
 
@@ -188,6 +196,15 @@ def _real_columns(attention_mask: Tensor | None, embeds: Tensor) -> Tensor | Non
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].to(embeds.device).bool()
     return None if bool(mask.all()) else mask
+
+
+def _kept(hidden: Tensor, keep: int | Tensor) -> Tensor:
+    """The positions that logits are wanted of: the last so many, or those of an index for all rows or for each row."""
+    if isinstance(keep, int):
+        return hidden[:, -keep:]
+    if keep.dim() == 2:
+        return torch.take_along_dim(hidden, keep[..., None], dim=1)
+    return hidden[:, keep]
 
 
 def _frozen(tensors: list[Tensor] | None) -> tuple[Tensor, ...] | None:

@@ -56,11 +56,12 @@ class ExpertStack:
     def pieces(self, indices: tuple[int, ...], shape: Shape) -> Iterator[tuple[str, "Piece"]]:
         """The weights inside the tensor with these indices."""
         hub = self.hub.format(*indices)
-        experts = self.flat_experts or (shape[0] if shape else 0)
-        total = shape[0] if self.flat_experts else experts * (shape[1] if len(shape) > 1 else 0)
-        parts = len(self.ours)
-        if len(shape) != (2 if self.flat_experts else 3) or not experts or total % (experts * parts):
-            raise InputError(f"{hub}: shape {list(shape)} does not hold experts", "The checkpoint is damaged.")
+        if len(shape) != (2 if self.flat_experts else 3):
+            raise InputError(f"{hub}: shape {list(shape)} does not hold experts", _MISMATCH)
+        experts, parts = self.flat_experts or shape[0], len(self.ours)
+        total = shape[0] if self.flat_experts else shape[0] * shape[1]
+        if not experts or total % (experts * parts):
+            raise InputError(f"{hub}: shape {list(shape)} does not hold {experts} experts", _MISMATCH)
         rows = total // (experts * parts)
         final = (shape[-1], rows) if self.transposed else (rows, shape[-1])
         for expert in range(experts):

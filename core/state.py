@@ -32,22 +32,22 @@ class Span:
 
     start: real tokens that every row already holds (the most, if they differ); length: columns of this call;
     ordinals: [batch, length], each real token's number in its row, -1 for padding; None while no row was ever padded;
-    held: [batch], real tokens that each row already holds; None likewise.
+    held: [batch], real tokens that each row already holds; None likewise. whole: whether no column is padding.
     """
 
     start: int
     length: int
     ordinals: Tensor | None = None
     held: Tensor | None = None
+    whole: bool = True
 
     @classmethod
     def stateless(cls, columns: int, mask: Tensor | None) -> "Span":
         """The span of a call without a state. mask: [batch, columns] bool, False for padding, or None."""
         if mask is None:
             return cls(0, columns)
-        return cls(
-            0, columns, (mask.cumsum(1) - 1).masked_fill(~mask, -1), torch.zeros_like(mask[:, 0], dtype=torch.int64)
-        )
+        ordinals = (mask.cumsum(1) - 1).masked_fill(~mask, -1)
+        return cls(0, columns, ordinals, torch.zeros_like(ordinals[:, 0]), whole=False)
 
     def positions(self, device: torch.device) -> Tensor:
         """Rotary positions: real tokens count from 0 in each row; padding gets 0. [batch or 1, length]."""
@@ -123,18 +123,18 @@ class State(Generic[L]):
             return Span(self.length, columns)
         device = self.lengths.device if self.lengths is not None else mask.device if mask is not None else None
         held = self.lengths if self.lengths is not None else torch.full((self.batch_size,), self.length, device=device)
+        whole = mask is None
         if mask is None:
             mask = torch.ones(self.batch_size, columns, dtype=torch.bool, device=device)
         ordinals = (held[:, None] + mask.cumsum(1) - 1).masked_fill(~mask, -1)  # [batch, columns]
-        return Span(self.length, columns, ordinals, held)
+        return Span(self.length, columns, ordinals, held, whole)
 
     def advance(self, span: Span) -> None:
         """Count the tokens of a call whose layers have all been written."""
-        if span.ordinals is None or span.held is None:
-            self.length += span.length
-            return
-        self.lengths = span.held + (span.ordinals >= 0).sum(1)
-        self.length = int(self.lengths.max())
+        if span.ordinals is not None and span.held is not None:
+            self.lengths = span.held + (span.ordinals >= 0).sum(1)
+        # Without padding the host knows the longest row; else it must wait for the device to tell.
+        self.length = self.length + span.length if span.whole or self.lengths is None else int(self.lengths.max())
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` real tokens of every row.

@@ -55,6 +55,7 @@ class FalconMambaConfig(ModelConfig):
     def parse(cls, raw: Mapping[str, object]) -> "FalconMambaConfig":
         """Read a `config.json` in the spelling of transformers 4 or 5. Raises InputError naming the key."""
         read = ConfigReader(raw)
+        vocab = read.integer("vocab_size")
         hidden = read.integer("hidden_size")
         # The published file says expand 16 beside the true width; the width wins.
         expanded = read.integer("expand", 2) * hidden
@@ -63,15 +64,17 @@ class FalconMambaConfig(ModelConfig):
             rank = read.integer("time_step_rank", rank)
         read.ignore("time_step_rank", "use_mambapy", "use_falcon_mambapy", "use_associative_scan", "layer_types")
         config = cls(
-            vocab_size=read.integer("vocab_size"),
+            vocab_size=vocab,
             hidden_size=hidden,
             layers=read.integer("num_hidden_layers", most=4096),
             initializer_range=read.number("initializer_range", 0.1),
             tie_word_embeddings=read.flag("tie_word_embeddings", True),
             bos_ids=read.token_ids("bos_token_id"),
             eos_ids=read.token_ids("eos_token_id"),
-            pad_id=read.optional_integer("pad_token_id", least=0),
+            pad_id=read.pad_id(vocab),
             labels=count_labels(raw),
+            problem_type=read.problem_type(),
+            classifier_dropout=read.number("classifier_dropout", 0.1, most=1.0),
             intermediate_size=read.integer("intermediate_size", expanded),
             state_size=read.integer("state_size", 16),
             conv_kernel=read.integer("conv_kernel", 4, most=1024),

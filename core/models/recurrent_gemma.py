@@ -57,6 +57,7 @@ class RecurrentGemmaConfig(ModelConfig):
     def parse(cls, raw: Mapping[str, object]) -> "RecurrentGemmaConfig":
         """Read a `config.json` in the spelling of transformers 4 or 5. Raises InputError naming the key."""
         read = ConfigReader(raw)
+        vocab = read.integer("vocab_size")
         hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads", most=65536)
         layers, conv_width = read.integer("num_hidden_layers", most=4096), read.integer("conv1d_width", 4, most=1024)
         variance = read.number("w_init_variance_scale", 0.01)
@@ -66,7 +67,7 @@ class RecurrentGemmaConfig(ModelConfig):
         read.ignore("_block_types", "block_types", "layers_block_type", "layer_types")
         read.ignore("initializer_range", "final_w_init_variance_scale")
         config = cls(
-            vocab_size=read.integer("vocab_size"),
+            vocab_size=vocab,
             hidden_size=hidden,
             layers=layers,
             # What transformers gives every matrix that has no rule of its own.
@@ -74,8 +75,10 @@ class RecurrentGemmaConfig(ModelConfig):
             tie_word_embeddings=read.flag("tie_word_embeddings", True),
             bos_ids=read.token_ids("bos_token_id"),
             eos_ids=read.token_ids("eos_token_id"),
-            pad_id=read.optional_integer("pad_token_id", least=0),
+            pad_id=read.pad_id(vocab),
             labels=count_labels(raw),
+            problem_type=read.problem_type(),
+            classifier_dropout=read.number("classifier_dropout", 0.1, most=1.0),
             heads=heads,
             kv_heads=read.integer("num_key_value_heads", heads),
             head_dim=read.integer("head_dim", hidden // heads),
