@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Self
 
 import torch
 
@@ -123,6 +124,12 @@ class LanguageModel(core.LanguageModel):
     def close(self) -> None:
         """End the tokenizer's process; safe to call twice."""
         self.tokenizer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def _check_causal(self) -> None:
         if self.kind != "causal":

@@ -108,7 +108,7 @@ def _started(*args: str) -> Iterator["subprocess.Popen[bytes]"]:
 
 @pytest.fixture(scope="module")
 def endless(checkpoint: Path) -> tuple[str, ...]:
-    return ("generate", str(checkpoint), "--prompt-ids", "7,7", "-n", "2000", "--dtype", "fp32", "--temperature", "9")
+    return ("generate", str(checkpoint), "--prompt-ids", "7,7", "-n", "2000", "--dtype", "fp32")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -28,7 +28,15 @@ DBRX: dict[str, Any] = {
     "attn_config": {"kv_n_heads": 2},
     "ffn_config": {"ffn_hidden_size": 24},
 }
-SMALL = {"mixtral": MIXTRAL, "olmoe": OLMOE, "dbrx": DBRX}
+FALCON_MAMBA: dict[str, Any] = {
+    "model_type": "falcon_mamba",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+}
+RECURRENT_GEMMA = FALCON_MAMBA | {"model_type": "recurrent_gemma", "num_attention_heads": 4}
+WITH_EXPERTS = {"mixtral": MIXTRAL, "olmoe": OLMOE, "dbrx": DBRX}
+SMALL = WITH_EXPERTS | {"falcon_mamba": FALCON_MAMBA, "recurrent_gemma": RECURRENT_GEMMA}
 
 
 def parse(config: dict[str, Any], **changes: Any) -> Any:
@@ -58,20 +66,6 @@ class TestEveryFamily:
             with pytest.raises(InputError, match=f"{key} must be a whole number"):
                 parse(config, **{key: value})
 
-    def test_a_fast_or_scaled_rope_is_refused(self, config: dict[str, Any]) -> None:
-        for scaling in ({"type": "linear", "factor": 2.0}, {"rope_type": "yarn"}, {"factor": 2.0}):
-            with pytest.raises(InputError, match=r"rope_scaling: (type|rope_type|factor) is"):
-                parse(config, rope_scaling=scaling)
-        with pytest.raises(InputError, match="rope_parameters: partial_rotary_factor"):
-            parse(config, rope_parameters={"partial_rotary_factor": 0.5})
-        with pytest.raises(InputError, match="rope_scaling must be an object"):
-            parse(config, rope_scaling="linear")
-
-    def test_both_spellings_of_the_rotary_base(self, config: dict[str, Any]) -> None:
-        assert parse(config, rope_theta=5000.0, rope_scaling=None).rope == RopeConfig(5000.0)
-        assert parse(config, rope_parameters={"rope_type": "default", "rope_theta": 5000}).rope == RopeConfig(5000.0)
-        assert parse(config, rope_theta=1.0, rope_parameters={"rope_theta": 7.0}).rope == RopeConfig(7.0)
-
     def test_classes(self, config: dict[str, Any]) -> None:
         assert parse(config).labels == 2
         assert parse(config, id2label={"0": "a", "1": "b", "2": "c"}).labels == 3
@@ -88,6 +82,23 @@ class TestEveryFamily:
             parse(config, pad_token_id=100)
         with pytest.raises(InputError, match="eos_token_id must be a token id"):
             parse(config, eos_token_id="</s>")
+
+
+@pytest.mark.parametrize("config", WITH_EXPERTS.values(), ids=WITH_EXPERTS)
+class TestFamiliesWithExperts:
+    def test_a_fast_or_scaled_rope_is_refused(self, config: dict[str, Any]) -> None:
+        for scaling in ({"type": "linear", "factor": 2.0}, {"rope_type": "yarn"}, {"factor": 2.0}):
+            with pytest.raises(InputError, match=r"rope_scaling: (type|rope_type|factor) is"):
+                parse(config, rope_scaling=scaling)
+        with pytest.raises(InputError, match="rope_parameters: partial_rotary_factor"):
+            parse(config, rope_parameters={"partial_rotary_factor": 0.5})
+        with pytest.raises(InputError, match="rope_scaling must be an object"):
+            parse(config, rope_scaling="linear")
+
+    def test_both_spellings_of_the_rotary_base(self, config: dict[str, Any]) -> None:
+        assert parse(config, rope_theta=5000.0, rope_scaling=None).rope == RopeConfig(5000.0)
+        assert parse(config, rope_parameters={"rope_type": "default", "rope_theta": 5000}).rope == RopeConfig(5000.0)
+        assert parse(config, rope_theta=1.0, rope_parameters={"rope_theta": 7.0}).rope == RopeConfig(7.0)
 
     def test_outputs_by_default(self, config: dict[str, Any]) -> None:
         assert parse(config, output_router_logits=True).output_router_logits
@@ -200,6 +211,6 @@ def test_other_architectures(model_type: object) -> None:
 
 
 def test_registry_names_its_families() -> None:
-    assert set(SMALL) <= set(MODEL_TYPES)
+    assert set(SMALL) == set(MODEL_TYPES)
     for model_type in SMALL:
         assert family_of({"model_type": model_type}).model_type == model_type

@@ -19,9 +19,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Iterator[LanguageModel]:
-    model = lmx.load(folder, device="cpu", dtype="float32")
-    yield model
-    model.close()
+    with lmx.load(folder, device="cpu", dtype="float32") as model:
+        yield model
 
 
 def test_a_loaded_model_is_that_of_transformers(model: LanguageModel, folder: Path) -> None:

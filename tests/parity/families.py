@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import transformers
+from parity import configs
+from parity.configs import PAD, VOCAB, Config
 from torch import Tensor
 
 from lmx.core.checkpoint import Checkpoint
@@ -24,11 +26,7 @@ from lmx.core.model import LanguageModel
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-Config = dict[str, Any]
-
 SEEDS = range(12)
-VOCAB = 99
-PAD = 3
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class FamilyRow:
     title: how transformers' class names begin. left_padding: whether transformers is right about it.
     windowed: an index whose model forgets keys after fewer tokens than the tests' conversations have, if any.
     positions: whether it takes position_ids. noise: whether training draws random numbers.
+    embeddings_first: whether its hidden states begin with the embeddings and leave out the last layer's bare answer.
     one_width: whether every random weight of a fresh model is normal with the config's deviation.
     """
 
@@ -52,6 +51,7 @@ class FamilyRow:
     windowed: int | None = None
     positions: bool = True
     noise: bool = True
+    embeddings_first: bool = True
     one_width: bool = True
 
     def __str__(self) -> str:
@@ -68,196 +68,23 @@ class Pair:
     ours: LanguageModel
 
 
-def _experts(index: int) -> tuple[int, int]:
-    """Experts and how many of them answer."""
-    experts = (8, 2, 16, 4, 1, 5)[index % 6]
-    return experts, min(experts, 1 + index % 4)
-
-
-def _common(random: Random, index: int) -> Config:
-    return {
-        "vocab_size": VOCAB,
-        "pad_token_id": PAD,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "initializer_range": 0.15,
-        "num_labels": (3, 1, 2)[index % 3],
-        "rope_parameters": {"rope_type": "default", "rope_theta": random.choice([100.0, 10000.0, 5e5])},
-    }
-
-
-def _heads(random: Random, index: int) -> tuple[int, int]:
-    """Query heads and key heads: none, some and all of them shared."""
-    kv_heads = (1, 2, 4)[index % 3]
-    return kv_heads * random.choice([1, 2, 3]), kv_heads
-
-
-def mixtral_config(random: Random, index: int) -> Config:
-    (heads, kv_heads), (experts, top_k) = _heads(random, index), _experts(index)
-    head_dim = random.choice([8, 12, 16])
-    return _common(random, index) | {
-        "hidden_size": heads * head_dim if index % 2 else random.choice([32, 40, 56]),
-        "head_dim": None if index % 2 else head_dim,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": random.choice([24, 48]),
-        "num_hidden_layers": 2 + index % 2,
-        "num_local_experts": experts,
-        "num_experts_per_tok": top_k,
-        "hidden_act": random.choice(["silu", "gelu", "gelu_pytorch_tanh"]),
-        "sliding_window": None if index % 3 == 0 else random.randint(2, 9),
-        "rms_norm_eps": random.choice([1e-5, 1e-6]),
-        "tie_word_embeddings": index % 4 == 1,
-        "attention_dropout": 0.2,
-        "router_jitter_noise": 0.2,
-        "router_aux_loss_coef": random.random(),
-    }
-
-
-def olmoe_config(random: Random, index: int) -> Config:
-    (heads, kv_heads), (experts, top_k) = _heads(random, index), _experts(index)
-    return _common(random, index) | {
-        "hidden_size": heads * random.choice([8, 12, 16]),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": random.choice([24, 48]),
-        "num_hidden_layers": 2 + index % 2,
-        "num_experts": experts,
-        "num_experts_per_tok": top_k,
-        "norm_topk_prob": index % 2 == 0,
-        "hidden_act": random.choice(["silu", "gelu", "relu"]),
-        "clip_qkv": None if index % 3 == 0 else random.uniform(0.3, 1.5),
-        "attention_bias": index % 4 == 2,
-        "rms_norm_eps": random.choice([1e-5, 1e-6]),
-        "tie_word_embeddings": index % 4 == 1,
-        "attention_dropout": 0.2,
-        "router_aux_loss_coef": random.random(),
-    }
-
-
-UNLIMITED = 1e30
-"""Stands for `clip_qkv: null` in transformers' DBRX, which raises on null."""
-
-
-def dbrx_config(random: Random, index: int) -> Config:
-    (heads, kv_heads), (experts, top_k) = _heads(random, index), _experts(index)
-    common = _common(random, index)
-    return common | {
-        "d_model": heads * random.choice([8, 12, 16]),
-        "n_heads": heads,
-        "n_layers": 2 + index % 2,
-        "max_seq_len": 128,
-        "resid_pdrop": 0.2,
-        "attn_config": {
-            "kv_n_heads": kv_heads,
-            "clip_qkv": UNLIMITED if index % 3 == 0 else random.uniform(0.3, 1.5),
-            "attn_pdrop": 0.2,
-            "rope_theta": common["rope_parameters"]["rope_theta"],
-        },
-        "ffn_config": {
-            "ffn_hidden_size": random.choice([24, 48]),
-            "ffn_act_fn": {"name": random.choice(["silu", "gelu", "relu"])},
-            "moe_num_experts": experts,
-            "moe_top_k": top_k,
-            "moe_jitter_eps": 0.2,
-            "moe_loss_weight": random.random(),
-            "moe_normalize_expert_weights": (1.0, 2.0, None)[index % 3],
-        },
-    }
-
-
-def falcon_mamba_config(random: Random, index: int) -> Config:
-    common = _common(random, index)
-    del common["rope_parameters"]
-    return common | {
-        "hidden_size": random.choice([24, 32, 40]),
-        "state_size": random.choice([3, 8, 16]),
-        "expand": 1 + index % 3,
-        "conv_kernel": (4, 2, 3)[index % 3],
-        "time_step_rank": "auto" if index % 2 else random.randint(1, 6),
-        "num_hidden_layers": 2 + index % 2,
-        "use_bias": index % 4 == 1,
-        "use_conv_bias": index % 4 != 2,
-        "hidden_act": random.choice(["silu", "gelu"]),
-        "layer_norm_epsilon": random.choice([1e-5, 1e-6]),
-        "mixer_rms_eps": random.choice([1e-5, 1e-6]),
-        "residual_in_fp32": index % 2 == 0,
-        "rescale_prenorm_residual": index % 3 == 0,
-        "time_step_init_scheme": ("random", "constant")[index % 2],
-        "tie_word_embeddings": index % 2 == 0,
-    }
-
-
-def recurrent_gemma_config(random: Random, index: int) -> Config:
-    heads, kv_heads = _heads(random, index)
-    width = heads * random.choice([8, 16])
-    common = _common(random, index)
-    del common["initializer_range"]
-    return common | {
-        "hidden_size": width,
-        "lru_width": width if index % 2 else 2 * width,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": 2 * random.choice([24, 40]),
-        "num_hidden_layers": 3 + index % 2,
-        "block_types": (
-            ["recurrent", "recurrent", "attention"],
-            ["attention", "recurrent"],
-            ["recurrent"],
-            ["attention"],
-        )[index % 4],
-        "attention_window_size": random.randint(2, 9),
-        "conv1d_width": (4, 2, 3)[index % 3],
-        "logits_soft_cap": random.choice([5.0, 30.0]),
-        "hidden_activation": random.choice(["gelu_pytorch_tanh", "silu"]),
-        "attention_bias": index % 3 == 1,
-        "attention_dropout": 0.2,
-        "w_init_variance_scale": 0.1,
-        "rms_norm_eps": random.choice([1e-5, 1e-6]),
-        "tie_word_embeddings": index % 3 != 2,
-    }
-
-
-def flat_rope(config: Config, index: int) -> None:
-    """Every other time: transformers 4's `rope_theta`."""
-    if index % 2:
-        config |= {"rope_theta": config.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
-
-
-def as_saved(config: Config, index: int) -> None:
-    """Only one spelling is known."""
-
-
-def published_dbrx(config: Config, index: int) -> None:
-    """As published: every other time the base in attn_config only; null for no limit, a whole 1 for the norm."""
-    attention, ffn = config["attn_config"], config["ffn_config"]
-    if index % 2:
-        del config["rope_parameters"]
-    else:
-        attention["rope_theta"] = 123.0  # which rope_parameters overrides
-    if attention["clip_qkv"] == UNLIMITED:
-        attention["clip_qkv"] = None
-    if ffn["moe_normalize_expert_weights"] == 1.0:
-        ffn["moe_normalize_expert_weights"] = 1
-    attention["tie_word_embeddings"] = ffn["tie_word_embeddings"] = True
-
-
 FAMILIES = (
-    FamilyRow("mixtral", "Mixtral", mixtral_config, flat_rope, windowed=2),
-    FamilyRow("olmoe", "Olmoe", olmoe_config, flat_rope),
-    FamilyRow("dbrx", "Dbrx", dbrx_config, published_dbrx),
+    FamilyRow("mixtral", "Mixtral", configs.mixtral_config, configs.flat_rope, windowed=2),
+    FamilyRow("olmoe", "Olmoe", configs.olmoe_config, configs.flat_rope),
+    FamilyRow("dbrx", "Dbrx", configs.dbrx_config, configs.published_dbrx),
     # Left padding: transformers lets it into the convolution's bias here, and into the recurrence there.
     FamilyRow(
-        *("falcon_mamba", "FalconMamba", falcon_mamba_config, as_saved),
+        *("falcon_mamba", "FalconMamba", configs.falcon_mamba_config, configs.as_saved),
         attention=False,
         router=False,
         left_padding=False,
         positions=False,
         noise=False,
+        embeddings_first=False,
         one_width=False,
     ),
     FamilyRow(
-        *("recurrent_gemma", "RecurrentGemma", recurrent_gemma_config, as_saved),
+        *("recurrent_gemma", "RecurrentGemma", configs.recurrent_gemma_config, configs.as_saved),
         router=False,
         left_padding=False,
         windowed=1,

@@ -33,23 +33,20 @@ def test_decode_step(row: FamilyRow, index: int, batch: int) -> None:
     ids, mask = (PROMPT[0], PROMPT[1]) if batch == 2 else (PROMPT[0][:1], PROMPT[1][:1])
 
     def step(token: Tensor, state: AnyState) -> Tensor:
-        return model(token, state=state).logits[:, -1:].argmax(-1)
+        return model(token, state=state).logits
 
-    def generate(step_once: Callable[[Tensor, AnyState], Tensor]) -> list[Tensor]:
+    def run(step_once: Callable[[Tensor, AnyState], Tensor]) -> Tensor:
         state = model.make_state(batch)
-        tokens = [model(ids, attention_mask=mask, state=state).logits[:, -1:].argmax(-1)]
-        for _ in range(STEPS):
-            tokens.append(step_once(tokens[-1], state))
-        return tokens
+        model(ids, attention_mask=mask, state=state)
+        return torch.cat([step_once(token, state) for token in random_ids(batch, STEPS).split(1, 1)], 1)
 
     torch.compiler.reset()
     with torch.inference_mode():
-        expected = generate(step)
-        tokens = generate(torch.compile(step, fullgraph=True, backend=compiled))
-    assert torch.equal(torch.cat(tokens), torch.cat(expected))
-    assert len(torch.cat(tokens).unique()) > 3
-    # The first graph has the first step's length in it, the second any length.
-    assert compiled.graphs == 2
+        expected, answer = run(step), run(torch.compile(step, fullgraph=True, backend=compiled))
+    assert (answer - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert torch.equal(answer.argmax(-1), expected.argmax(-1))
+    # The first graph may have the first step's length in it, the second none.
+    assert 1 <= compiled.graphs <= 2
 
 
 @pytest.mark.slow
