@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import cast
 
 from lmx.core.errors import ConflictError, ResourceError, UsageError
-from lmx.core.files import quoted, sync_folder
+from lmx.core.files import quoted, sync_folder, write_atomically
 from lmx.core.jsonfile import JSON
 from lmx.core.shards import Shard, ShardWriter
 
@@ -54,7 +55,8 @@ class OutputFolder:
             self.target.rename(self._partial / _OLD)
         (self._partial / _OUT).rename(self.target)
         sync_folder(self.target.parent)
-        _discard(self._partial)
+        with suppress(OSError):  # the output is there; what may be left beside it is swept up by the next run
+            _discard(self._partial)
 
     def discard(self) -> None:
         """Forget all that was written, where it would serve no later run."""
@@ -144,24 +146,24 @@ def _check_absent(target: Path, partial: Path | None = None) -> None:
 
 
 def _resume(partial: Path, job: str) -> dict[str, dict[str, JSON]]:
-    """The complete shards of the same job; after another job, or none, an empty folder and a new journal."""
-    out = partial / _OUT
-    lines = _read_journal(partial / _JOURNAL)
-    if lines and lines[0] == {"job": job} and out.is_dir():
-        finished = {
-            str(line["shard"]): notes
-            for line in lines[1:]
-            if isinstance(notes := line.get("notes"), dict) and _size(out / str(line.get("shard"))) == line.get("bytes")
-        }
-        for path in [path for path in out.iterdir() if path.name not in finished]:
-            _remove(path)
-        return finished
-    _remove(out)
-    (partial / _JOURNAL).unlink(missing_ok=True)
-    out.mkdir()
-    _append(partial / _JOURNAL, {"job": job})
-    sync_folder(partial)
-    return {}
+    """The complete shards of the same job, with the journal cut to them; after another job, or none, a fresh start."""
+    out, journal = partial / _OUT, partial / _JOURNAL
+    lines = _read_journal(journal)
+    if lines[:1] != [{"job": job}]:
+        lines = [{"job": job}]
+    whole = [line for line in lines[1:] if _is_whole(line, out)]
+    finished = {str(line["shard"]): cast("dict[str, JSON]", line["notes"]) for line in whole}
+    out.mkdir(exist_ok=True)
+    for path in [path for path in out.iterdir() if path.name not in finished]:
+        _remove(path)
+    write_atomically(journal, b"".join(map(_line, [lines[0], *whole])))
+    return finished
+
+
+def _is_whole(line: dict[str, JSON], out: Path) -> bool:
+    """Whether a line of the journal tells of a shard that is there."""
+    path = out / str(line.get("shard"))
+    return isinstance(line.get("notes"), dict) and path.is_file() and path.stat().st_size == line.get("bytes")
 
 
 def _read_journal(path: Path) -> list[dict[str, JSON]]:
@@ -177,27 +179,15 @@ def _read_journal(path: Path) -> list[dict[str, JSON]]:
 
 
 def _append(path: Path, entry: Mapping[str, JSON]) -> None:
-    """Add a line to the journal, synced. What an unfinished line left is cut off first."""
-    line = (json.dumps(entry) + "\n").encode("ascii")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        end = _whole_lines(fd)
-        os.ftruncate(fd, end)
-        while line:
-            done = os.pwrite(fd, line, end)
-            line, end = line[done:], end + done
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    """Add a line to the journal, synced."""
+    with path.open("ab") as file:
+        file.write(_line(entry))
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _whole_lines(fd: int) -> int:
-    """The length of a file up to its last line feed."""
-    return os.pread(fd, os.fstat(fd).st_size, 0).rfind(b"\n") + 1
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+def _line(entry: Mapping[str, JSON]) -> bytes:
+    return (json.dumps(entry) + "\n").encode("ascii")
 
 
 def _exists(path: Path) -> bool:
