@@ -4,7 +4,7 @@ On the CPU, a weight whose dtype is already right stays a view of the mapped fil
 what is touched.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,14 @@ def bind(model: LanguageModel, table: NameTable, stored: Mapping[str, Shape]) ->
                 "Load the decoder alone with head='none', or pull the model again.",
             )
     return found
+
+
+def stored_head(config: Mapping[str, object], stored: Collection[str]) -> HeadKind:
+    """Which head a file with these tensors brings. Raises InputError for an architecture that is not supported."""
+    if "score.weight" in stored:
+        return "token" if "score.bias" in stored else "sequence"
+    tied = family_of(config).parse(config).tie_word_embeddings
+    return "causal" if tied or "lm_head.weight" in stored else "none"
 
 
 def assign(model: nn.Module, name: str, weight: Tensor) -> None:
