@@ -5,7 +5,7 @@ the time of its recurrence, convolution and matrix products and of the whole lay
 that a busy machine slows all alike, and the peak memory of a long prompt above the layer's weights, in one pass and
 in chunks, each in a process of its own.
 """
-# ruff: noqa: D102, N806
+# ruff: noqa: D102
 
 import argparse
 import os
@@ -41,7 +41,7 @@ if _arguments is not None:
     os.environ["OMP_NUM_THREADS"] = str(_arguments.threads)
 
 import torch  # noqa: E402  (after the thread count is set)
-import torch.nn.functional as F  # noqa: E402, N812
+import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from lmx.core.layers.conv import causal_conv  # noqa: E402

@@ -101,7 +101,10 @@ def plan_attention(
     """
     device = inputs.embeds.device
     positions = inputs.positions if inputs.positions is not None else span.positions(device)
-    visibility = causal_visibility(span, window, device) if cache is None else cache.visibility(span)
+    if cache is not None:
+        visibility = cache.visibility(span)
+    else:
+        visibility = causal_visibility(span, window, device, inputs.positions if inputs.mask is None else None)
     rotary = rotary_tables(positions, rotary_width, theta)
     return AttentionCall(
         span, positions, inputs.record, implementation=inputs.implementation, rotary=rotary, visibility=visibility
@@ -154,7 +157,7 @@ class Decoder(nn.Module, ABC, Generic[L]):
         call = self.plan(inputs, span, state)
         x = inputs.embeds
         if self.embed_scale is not None:
-            x = x * torch.tensor(self.embed_scale, dtype=torch.bfloat16).to(x.dtype)
+            x = x * self.embed_scale
         if self.training and self.embed_dropout:
             x = F.dropout(x, self.embed_dropout)
         for index, layer in enumerate(self.layers):

@@ -91,7 +91,9 @@ class LanguageModel(nn.Module):
         Raises InputError for a damaged file, StateError for a state of another model, dtype or window.
         """
         state = load_state(path, self.device)
-        state.check_fits(self.make_state(state.batch_size))
+        # On no device: what a hostile file says of its batch must not be allocated.
+        weight = self.decoder.embed.weight
+        state.check_fits(self.family, self.decoder.empty_layers(1, weight.dtype, torch.device("meta")))
         return state
 
     def reset_parameters(self) -> None:
@@ -126,11 +128,16 @@ class LanguageModel(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise UsageError("give either input_ids or inputs_embeds", "Pass exactly one of the two.")
         embeds = self.decoder.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if embeds.dim() != 3:
+            raise UsageError(
+                f"the input has shape {list(embeds.shape[:-1])}", "Give [batch, length], a row for a text."
+            )
         if state is not None and (state.family, state.batch_size) != (self.family, embeds.shape[0]):
             raise StateError(
                 f"a state of {state.batch_size} rows of {state.family}, an input of {embeds.shape[0]} of {self.family}",
                 "Make a state with model.make_state(batch_size).",
             )
+        _check_positions(position_ids, embeds)
         mask = _real_columns(attention_mask, embeds)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -196,6 +203,15 @@ def _real_columns(attention_mask: Tensor | None, embeds: Tensor) -> Tensor | Non
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].to(embeds.device).bool()
     return None if bool(mask.all()) else mask
+
+
+def _check_positions(position_ids: Tensor | None, embeds: Tensor) -> None:
+    batch, length = embeds.shape[:2]
+    if position_ids is not None and tuple(position_ids.shape) not in ((batch, length), (1, length)):
+        raise UsageError(
+            f"position_ids has shape {list(position_ids.shape)}, the input [{batch}, {length}]",
+            "Give one position a token, for all rows or for each.",
+        )
 
 
 def _kept(hidden: Tensor, keep: int | Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Worked example, a full cache and a ring of window 4, after the tokens a b c d e 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, Self, TypeVar, cast
@@ -98,7 +98,7 @@ def take(tensors: Mapping[str, Tensor], kind: str, **dimensions: int) -> list[Te
     """The named tensors of a saved layer, each of the given number of dimensions; anything else is an InputError."""
     if set(tensors) != set(dimensions) or any(tensors[name].dim() != n for name, n in dimensions.items()):
         raise InputError(
-            f"saved state: a {kind} layer holds {sorted(tensors)}", "The file is not a state of this model."
+            f"saved state: a {kind} layer holds {sorted(tensors)!r:.80}", "The file is not a state of this model."
         )
     return [tensors[name] for name in dimensions]
 
@@ -139,8 +139,8 @@ class State(Generic[L]):
     def truncate(self, length: int) -> None:
         """Keep the first `length` real tokens of every row.
 
-        Raises StateError if a layer has folded later tokens in (a ring that went round, a recurrence): continue from a
-        `clone()` taken at that point instead.
+        Raises StateError if a layer has folded later tokens in (a ring that went round, a recurrence), and leaves the
+        state as it was: continue from a `clone()` taken at that point instead.
         """
         if not 0 <= length <= self.length:
             raise StateError(
@@ -183,13 +183,10 @@ class State(Generic[L]):
 
         save_state(cast(State[LayerState], self), path)
 
-    def check_fits(self, other: "State[LayerState]") -> None:
-        """Raise StateError unless this state could take the place of the other: same family, layers, widths, batch."""
-        if (self.family, self.batch_size) != (other.family, other.batch_size) or [
-            layer.signature for layer in self.layers
-        ] != [layer.signature for layer in other.layers]:
+    def check_fits(self, family: str, layers: Sequence[LayerState]) -> None:
+        """Raise StateError unless the layers of a model's own state are of the same kinds, widths and dtypes."""
+        if self.family != family or [layer.signature for layer in self.layers] != [layer.signature for layer in layers]:
             raise StateError(
-                f"a state of {self.family} (batch {self.batch_size}) does not fit this {other.family} model "
-                f"(batch {other.batch_size})",
-                "Continue it with the model, the dtype and the batch that it was made with.",
+                f"a state of {self.family} does not fit this {family} model",
+                "Continue it with the model and the dtype that it was made with.",
             )

@@ -55,8 +55,7 @@ class FalconMambaConfig(ModelConfig):
     def parse(cls, raw: Mapping[str, object]) -> "FalconMambaConfig":
         """Read a `config.json` in the spelling of transformers 4 or 5. Raises InputError naming the key."""
         read = ConfigReader(raw)
-        vocab = read.integer("vocab_size")
-        hidden = read.integer("hidden_size")
+        vocab, hidden = read.integer("vocab_size"), read.integer("hidden_size")
         # The published file says expand 16 beside the true width; the width wins.
         expanded = read.integer("expand", 2) * hidden
         rank = math.ceil(hidden / 16)
@@ -98,6 +97,20 @@ class FalconMambaConfig(ModelConfig):
         return config
 
 
+@dataclass(frozen=True)
+class _Rates:
+    """A, and which A_log it was made of: `source` shares its memory, which nothing else can then take."""
+
+    source: Tensor
+    version: int
+    A: Tensor
+
+    def are_of(self, A_log: Tensor) -> bool:
+        """Whether the weight is still where it was, and has not been written to."""
+        place = (self.source.data_ptr(), self.source.dtype, self.version)
+        return place == (A_log.data_ptr(), A_log.dtype, A_log._version)
+
+
 class Mixer(nn.Module):
     """The Mamba layer: a convolution, a selective scan, a gate (arXiv 2312.00752, figure 3)."""
 
@@ -115,6 +128,7 @@ class Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(inner, states))
         self.D = nn.Parameter(torch.empty(inner))
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
+        self._kept_rates: _Rates | None = None
 
     def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> MambaState:
         """Zeros: no inputs seen, nothing remembered."""
@@ -133,16 +147,25 @@ class Mixer(nn.Module):
         x, conv = causal_conv(x, self.conv_weight.squeeze(1), self.conv_bias, before.conv, lengths)
         x = self.act(x)
         delta, B, C = self._select(x, compaction)
-        y, ssm = selective_scan(x, delta, -torch.exp(self.A_log.float()), B, C, before.hidden)
+        y, ssm = selective_scan(x, delta, self._rates(), B, C, before.hidden)
         if state is not None:
             state.keep(conv, ssm)
-        y = (torch.addcmul(y, x, self.D.float()) * self.act(gate)).to(x.dtype)
+        # The gate is silu whatever `hidden_act` says, as in Mamba's kernels and transformers 5.
+        y = (torch.addcmul(y, x, self.D) * F.silu(gate)).to(x.dtype)
         return self.out_proj(y if compaction is None else compaction.unpack(y))
+
+    def _rates(self) -> Tensor:
+        """A = -exp(A_log) [inner, state] in float32: a fifth of a decode step beside the products, so it is kept."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.A_log.is_inference():
+            return -torch.exp(self.A_log.float())
+        if self._kept_rates is None or not self._kept_rates.are_of(self.A_log):
+            self._kept_rates = _Rates(self.A_log.detach(), self.A_log._version, -torch.exp(self.A_log.float()))
+        return self._kept_rates.A
 
     def _select(self, x: Tensor, compaction: Compaction | None) -> tuple[Tensor, Tensor, Tensor]:
         """Step sizes [batch, length, inner] in float32 and the input and output maps [batch, length, state]."""
-        dt, B, C = (rms_normalise(part, self.eps).to(x.dtype) for part in self.x_proj(x).split(self.sizes, dim=-1))
-        delta = F.softplus(F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias.float())
+        dt, B, C = (rms_normalise(part, self.eps) for part in self.x_proj(x).split(self.sizes, dim=-1))
+        delta = F.softplus(F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias)
         return delta if compaction is None else compaction.fill_tail(delta, 0.0), B, C
 
 

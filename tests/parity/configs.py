@@ -113,53 +113,59 @@ def dbrx_config(random: Random, index: int) -> Config:
 def falcon_mamba_config(random: Random, index: int) -> Config:
     common = _common(random, index)
     del common["rope_parameters"]
+    # As published: the width set apart from `expand`, which then means nothing.
+    width = {"expand": 2} if index % 3 == 0 else {"expand": 16, "intermediate_size": random.choice([24, 48, 56])}
     return common | {
-        "hidden_size": random.choice([24, 32, 40]),
+        "hidden_size": random.choice([16, 24, 40]),
+        **width,
         "state_size": random.choice([3, 8, 16]),
-        "expand": 1 + index % 3,
-        "conv_kernel": (4, 2, 3)[index % 3],
-        "time_step_rank": "auto" if index % 2 else random.randint(1, 6),
-        "num_hidden_layers": 2 + index % 2,
-        "use_bias": index % 4 == 1,
-        "use_conv_bias": index % 4 != 2,
-        # transformers' paths disagree about the gate of any other activation
-        "hidden_act": "silu",
-        "layer_norm_epsilon": random.choice([1e-5, 1e-6]),
-        "mixer_rms_eps": random.choice([1e-5, 1e-6]),
-        "residual_in_fp32": index % 2 == 0,
+        "conv_kernel": 2 + index % 4,
+        "time_step_rank": "auto" if index % 2 else random.choice([1, 3, 8]),
+        "num_hidden_layers": 1 + index % 3,
+        "use_bias": index % 4 < 2,
+        "use_conv_bias": index % 5 < 3,
+        "hidden_act": ("silu", "gelu", "relu")[index // 2 % 3],
+        "layer_norm_epsilon": random.choice([1e-5, 1e-3]),
+        "mixer_rms_eps": random.choice([1e-6, 1e-2]),
+        "residual_in_fp32": index % 3 < 2,
         "rescale_prenorm_residual": index % 3 == 0,
         "time_step_init_scheme": ("random", "constant")[index % 2],
         "tie_word_embeddings": index % 2 == 0,
     }
 
 
+_BLOCK_TYPES = (
+    ["recurrent", "recurrent", "attention"],
+    ["attention"],
+    ["recurrent"],
+    ["attention", "recurrent"],
+    ["recurrent", "attention", "attention", "recurrent"],
+)
+
+
 def recurrent_gemma_config(random: Random, index: int) -> Config:
-    heads, kv_heads = _heads(random, index)
-    width = heads * random.choice([8, 16])
+    heads, kv_heads = ((4, 1), (4, 2), (3, 3), (1, 1), (6, 2))[index % 5]
     common = _common(random, index)
     del common["initializer_range"]
+    common["rope_parameters"]["partial_rotary_factor"] = (0.5, 1.0, 0.25)[index % 3]
     return common | {
-        "hidden_size": width,
-        "lru_width": width if index % 2 else 2 * width,
+        "hidden_size": heads * random.choice([4, 8]),
+        "lru_width": (None, heads * 5, heads * 8)[index % 3],
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "intermediate_size": 2 * random.choice([24, 40]),
-        "num_hidden_layers": 3 + index % 2,
-        "block_types": (
-            ["recurrent", "recurrent", "attention"],
-            ["attention", "recurrent"],
-            ["recurrent"],
-            ["attention"],
-        )[index % 4],
-        "attention_window_size": random.randint(2, 9),
-        "conv1d_width": (4, 2, 3)[index % 3],
+        **({"head_dim": random.choice([6, 8, 16])} if index % 2 else {}),
+        "intermediate_size": 2 * random.choice([12, 20]),
+        "num_hidden_layers": (4, 2, 1, 3, 5)[index % 5],
+        "block_types": _BLOCK_TYPES[index % 5],
+        "attention_window_size": (3, 8, 64)[index // 2 % 3],
+        "conv1d_width": 2 + index % 4,
         "logits_soft_cap": random.choice([5.0, 30.0]),
         "hidden_activation": random.choice(["gelu_pytorch_tanh", "silu"]),
-        "attention_bias": index % 3 == 1,
+        "attention_bias": index % 2 == 0,
         "attention_dropout": 0.2,
-        "w_init_variance_scale": 0.1,
-        "rms_norm_eps": random.choice([1e-5, 1e-6]),
-        "tie_word_embeddings": index % 3 != 2,
+        "w_init_variance_scale": 0.3,
+        "rms_norm_eps": random.choice([1e-6, 1e-2]),
+        "tie_word_embeddings": index % 2 == 0,
     }
 
 
@@ -167,6 +173,14 @@ def flat_rope(config: Config, index: int) -> None:
     """Every other time: transformers 4's `rope_theta`."""
     if index % 2:
         config |= {"rope_theta": config.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
+
+
+def older_recurrent_gemma(config: Config, index: int) -> None:
+    """Every other time as transformers 4 wrote it: a flat `rope_theta`, and another name of the block types."""
+    if index % 2:
+        rope = config.pop("rope_parameters")
+        config |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor")}
+        config["_block_types"] = config.pop("block_types")
 
 
 def as_saved(config: Config, index: int) -> None:

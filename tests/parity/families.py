@@ -72,7 +72,8 @@ FAMILIES = (
     FamilyRow("mixtral", "Mixtral", configs.mixtral_config, configs.flat_rope, windowed=2),
     FamilyRow("olmoe", "Olmoe", configs.olmoe_config, configs.flat_rope),
     FamilyRow("dbrx", "Dbrx", configs.dbrx_config, configs.published_dbrx),
-    # Left padding: transformers lets it into the convolution's bias here, and into the recurrence there.
+    # Left padding: transformers lets it into the convolution of both where biases make it differ from zero, and into
+    # the recurrence of the second.
     FamilyRow(
         *("falcon_mamba", "FalconMamba", configs.falcon_mamba_config, configs.as_saved),
         attention=False,
@@ -84,13 +85,16 @@ FAMILIES = (
         one_width=False,
     ),
     FamilyRow(
-        *("recurrent_gemma", "RecurrentGemma", configs.recurrent_gemma_config, configs.as_saved),
+        *("recurrent_gemma", "RecurrentGemma", configs.recurrent_gemma_config, configs.older_recurrent_gemma),
         router=False,
         left_padding=False,
-        windowed=1,
+        windowed=9,
         one_width=False,
     ),
 )
+
+
+FALCON_MAMBA, RECURRENT_GEMMA = RECURRENT = FAMILIES[3:]
 
 
 def reference_class(row: FamilyRow, kind: str) -> Any:
@@ -105,7 +109,7 @@ def build_reference(row: FamilyRow, config: Config, kind: str = "ForCausalLM", s
     model.set_attn_implementation("eager")
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.dim() == 1:
+            if weight.dim() == 1 or torch.equal(weight, weight[:1].expand_as(weight)):
                 weight.add_(0.2 * torch.randn_like(weight))
     return model.eval()
 

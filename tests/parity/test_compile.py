@@ -12,7 +12,9 @@ from lmx.core.model import AnyState
 STEPS = 14
 PROMPT = padded([random_ids(7), random_ids(4)], "left")
 
-CASES = [(row, 0, 1) for row in FAMILIES] + [(row, row.windowed or 0, 2) for row in FAMILIES]
+CASES = [(row, index, 1) for row in FAMILIES for index in sorted({0, row.windowed or 0})] + [
+    (row, row.windowed or 0, 2) for row in FAMILIES
+]
 
 
 class Compiled:
