@@ -24,7 +24,8 @@ from lmx.core.loader import build, hub_shapes
 from lmx.core.mapped import Advice, FileMap
 from lmx.core.registry import family_of
 from lmx.core.safetensors_file import TensorInfo
-from lmx.quant.quantize import Finished, Options, Progress, predict, quantize
+from lmx.quant.quantize import Options, predict, quantize
+from lmx.quant.report import Finished, Progress
 from lmx.quant.spec import QuantSpec
 
 # As published, mistralai/Mixtral-8x7B-v0.1.

@@ -75,7 +75,7 @@ def open_output(target: Path, job: str, *, force: bool = False) -> Iterator[Outp
     leaves in NAME.partial serves the next one. Nothing becomes visible before `commit`.
 
     Raises:
-        ConflictError: the target exists and not `force`, or another process works on it.
+        ConflictError: the target exists and not `force`, or is not a checkpoint, or another process works on it.
         ResourceError: the disk is full, or may not be written; also for OSError in the block.
         UsageError: the target cannot be a folder's name.
 
@@ -85,12 +85,13 @@ def open_output(target: Path, job: str, *, force: bool = False) -> Iterator[Outp
         raise UsageError(f"{quoted(str(target))} cannot be an output folder", "name a new folder")
     partial = target.with_name(target.name + ".partial")
     try:
-        if not force and not _exists(partial):
-            _check_absent(target)
+        if not _exists(partial):
+            check_target(target, force=force)
         with _locked(partial):
             _settle(target, partial)
-            if not force:
-                _check_absent(target, partial)
+            if not (partial / _OUT).exists() and _exists(target) and not force:
+                _discard(partial)  # the empty shell of a run that ended well but for removing it
+            check_target(target, force=force)
             yield OutputFolder(target, partial, _resume(partial, job))
     except OSError as error:
         raise ResourceError(
@@ -100,9 +101,18 @@ def open_output(target: Path, job: str, *, force: bool = False) -> Iterator[Outp
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Raise what `open_output` would for a target that exists; for a job that takes time before it writes."""
+    """Raise ConflictError for a target that exists, or, with `force`, one that is no checkpoint and holds something.
+
+    For a job that takes time before it opens its output.
+    """
+    if not _exists(target):
+        return
     if not force:
-        _check_absent(Path(os.path.abspath(target)))
+        raise ConflictError(f"{quoted(str(target))} exists already", "choose another name, or replace it with --force")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").exists()):
+        raise ConflictError(
+            f"{quoted(str(target))} is no checkpoint folder, and is not replaced", "choose another name"
+        )
 
 
 @contextmanager
@@ -135,14 +145,6 @@ def _settle(target: Path, partial: Path) -> None:
     else:
         old.rename(target)
         sync_folder(target.parent)
-
-
-def _check_absent(target: Path, partial: Path | None = None) -> None:
-    if not _exists(target):
-        return
-    if partial is not None and not (partial / _OUT).exists():
-        _discard(partial)  # the empty shell of a run that ended well but for removing it
-    raise ConflictError(f"{quoted(str(target))} exists already", "choose another name, or replace it with --force")
 
 
 def _resume(partial: Path, job: str) -> dict[str, dict[str, JSON]]:

@@ -158,8 +158,8 @@ class ShardWriter:
 
         if first_byte + tensor.nbytes > self._sizes[name]:
             raise ValueError(f"{name}: {first_byte + tensor.nbytes} bytes for a place of {self._sizes[name]}")
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._put(memoryview(data), self.shard.offsets[name] + first_byte)
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._put(data, self.shard.offsets[name] + first_byte)
 
     def _put(self, data: memoryview, offset: int) -> None:
         self._written += len(data)

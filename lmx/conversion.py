@@ -9,15 +9,12 @@ from lmx.convert.events import Finished, Progress
 from lmx.core.checkpoint import Checkpoint, Source
 from lmx.core.errors import UsageError
 from lmx.core.files import quoted
+from lmx.quantization import companion_files
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Finished", "Progress", "companions_of", "convert"]
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-_COMPANIONS = (".json", ".jinja", ".txt", ".model", ".md")
-_LEGAL = ("LICENSE", "LICENCE", "NOTICE")
+__all__ = ["Finished", "Progress", "convert"]
 
 
 def convert(
@@ -43,24 +40,9 @@ def convert(
         raise UsageError(f"dtype {quoted(dtype)} is unknown", "give bf16, fp16 or fp32")
     checkpoint = open_checkpoint(model, revision=revision, offline=offline, show_progress=show_progress)
     options = Options(
-        _torch_dtype(dtype), max_shard_bytes or DEFAULT_SHARD_BYTES, force, companions_of(checkpoint.folder)
+        _torch_dtype(dtype), max_shard_bytes or DEFAULT_SHARD_BYTES, force, tuple(companion_files(checkpoint.folder))
     )
     yield from write_plain(_plain_source(checkpoint, options.dtype), Path(target), options)
-
-
-def companions_of(folder: Path) -> tuple[Path, ...]:
-    """The small files beside the weights that belong to the model: tokenizer, template, generation config, licence.
-
-    config.json and an index are not among them: they change with the weights.
-    """
-    return tuple(
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and path.name != "config.json"
-        and not path.name.endswith(_WEIGHTS)
-        and (path.suffix in _COMPANIONS or path.name.upper().startswith(_LEGAL))
-    )
 
 
 def _plain_source(checkpoint: Checkpoint, dtype: "torch.dtype | None") -> Source:

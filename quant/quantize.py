@@ -31,7 +31,7 @@ from lmx.quant.int8 import Int8, dequantize_rows, quantize_int8
 from lmx.quant.matmul import QuantMatrix
 from lmx.quant.memory import PIECE_BYTES, choose_workers, peak_memory_bytes, predict_peak, results_in_flight
 from lmx.quant.plan import Plan, PlannedWeight, plan_source
-from lmx.quant.report import Report, make_report
+from lmx.quant.report import Event, Finished, Progress, Report, make_report
 from lmx.quant.serialize import four_bit_tensors, int8_tensors, layout
 from lmx.quant.spec import QuantSpec
 
@@ -54,26 +54,6 @@ class Options:
     workers: int | None = None
     force: bool = False
     companions: tuple[Path, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """So many of all parameters are written, lately those of `name`; resumed: by an earlier run."""
-
-    name: str
-    parameters: int
-    total: int
-    resumed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The output has its name."""
-
-    report: Report
-
-
-Event = Progress | Finished
 
 
 def predict(source: Source, target: Path, spec: QuantSpec, options: Options = Options()) -> Report:
@@ -99,8 +79,8 @@ def quantize(source: Source, target: Path, spec: QuantSpec, options: Options = O
         ResourceError: disk or memory would not suffice, or did not.
 
     """
-    check_target(target, force=options.force)
     _check_apart(source, target)
+    check_target(target, force=options.force)
     plan = plan_source(source, spec)
     workers = choose_workers(plan, options.workers or torch.get_num_threads(), options.max_memory_bytes)
     shards = plan_output(plan, options.max_shard_bytes)
@@ -303,9 +283,10 @@ def _job(source: Source, plan: Plan, shards: Sequence[Shard]) -> str:
 
 
 def _check_apart(source: Source, target: Path) -> None:
-    """Replacing the source by its own quantization would leave nothing to go back to."""
-    if target.exists() and any(target.resolve() == path.parent.resolve() for path in source.files):
-        raise UsageError(f"{quoted(str(target))} is the source itself", "choose another output folder")
+    """Replacing the source, or a folder around it, by its own quantization would leave nothing to go back to."""
+    folders = {folder for path in source.files for folder in (path.parent.resolve(), path.resolve().parent)}
+    if any(folder.is_relative_to(target.resolve()) for folder in folders):
+        raise UsageError(f"{quoted(str(target))} holds the source itself", "choose another output folder")
 
 
 def _check_room(output: OutputFolder, shards: Sequence[Shard]) -> None:

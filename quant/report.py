@@ -1,11 +1,17 @@
-"""What a quantization did, or would do: bytes before and after, what was kept and why, how far off each matrix is."""
+"""What a quantization did, or would do: bytes before and after, what was kept and why, how far off each matrix is.
+
+Imports no torch.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lmx.core.shards import Shard
-from lmx.quant.plan import Plan, PlannedWeight
+
+if TYPE_CHECKING:
+    from lmx.quant.plan import Plan, PlannedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +24,7 @@ class Kept:
     reason: str
 
     @classmethod
-    def of(cls, weight: PlannedWeight) -> "Kept":
+    def of(cls, weight: "PlannedWeight") -> "Kept":
         """The entry for a weight whose plan gives a reason."""
         return cls(weight.name, weight.dtype, weight.source_bytes, str(weight.kept))
 
@@ -81,8 +87,28 @@ class Report:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """So many of all parameters are written, lately those of `name`; resumed: by an earlier run."""
+
+    name: str
+    parameters: int
+    total: int
+    resumed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The output has its name."""
+
+    report: Report
+
+
+Event = Progress | Finished
+
+
 def make_report(
-    plan: Plan,
+    plan: "Plan",
     shards: Sequence[Shard],
     source: str,
     output: Path,

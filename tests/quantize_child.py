@@ -4,11 +4,17 @@ import sys
 from pathlib import Path
 
 import torch
+from families import config_of
 
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import LmxError
+from lmx.core.loader import build
 from lmx.quant.quantize import Options, quantize
 from lmx.quant.spec import QuantSpec
+
+# What torch imports at the first model on the meta device takes seconds: here once, not in every child.
+with torch.device("meta"):
+    build(config_of("mixtral"))
 
 SPEC = QuantSpec("nf4", block_size=32, double_quant=True)
 SHARD_BYTES = 12_000

@@ -113,13 +113,7 @@ def test_a_quantized_folder_is_checked_against_its_base(checkpoint: Path, text: 
 
 
 def test_a_quantized_model_is_shown_and_converted_back(lmx: Any, checkpoint: Path, ids: Path, tmp_path: Path) -> None:
-    from lmx.conversion import companions_of
-    from lmx.core.checkpoint import Checkpoint
-    from lmx.quant.quantize import Options, quantize
-    from lmx.quant.spec import QuantSpec
-
-    options = Options(companions=companions_of(checkpoint))
-    list(quantize(Checkpoint.open(checkpoint), tmp_path / "out", QuantSpec(), options))
+    assert lmx("quantize", checkpoint, tmp_path / "out", "--4bit").code == 0
     shown, before = (json.loads(lmx("show", folder, "--json").out) for folder in (tmp_path / "out", checkpoint))
     assert (shown["quantization"], shown["dtype"]) == ("nf4 (bitsandbytes)", "f32")
     assert shown["parameters"] == before["parameters"]

@@ -30,6 +30,12 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def old_output(folder):
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "mine").write_text("x")
+
+
 def test_the_folder_appears_whole_and_alone(tmp_path):
     with open_output(tmp_path / "deep" / "model", "job") as output:
         write_shard(output, 0)
@@ -40,23 +46,32 @@ def test_the_folder_appears_whole_and_alone(tmp_path):
 
 
 def test_an_existing_folder_is_refused_and_stays(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "mine").write_text("x")
+    old_output(tmp_path / "model")
     with pytest.raises(ConflictError, match="exists already"):
         write_all(tmp_path / "model")
     assert names(tmp_path) == ["model"]
-    assert names(tmp_path / "model") == ["mine"]
+    assert names(tmp_path / "model") == ["config.json", "mine"]
 
 
 def test_force_replaces_at_the_end_alone(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "mine").write_text("x")
+    old_output(tmp_path / "model")
     with open_output(tmp_path / "model", "job", force=True) as output:
         write_shard(output, 0)
-        assert names(tmp_path / "model") == ["mine"]
+        assert names(tmp_path / "model") == ["config.json", "mine"]
     write_all(tmp_path / "model", force=True)
     assert names(tmp_path) == ["model"]
     assert names(tmp_path / "model") == ["config.json", *(shard.name for shard in SHARDS)]
+
+
+def test_force_replaces_no_folder_that_is_something_else(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.txt").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for name in ("model", "file"):
+        with pytest.raises(ConflictError, match="no checkpoint folder"):
+            write_all(tmp_path / name, force=True)
+    assert names(tmp_path) == ["file", "model"]
+    assert names(tmp_path / "model") == ["thesis.txt"]
 
 
 def test_a_second_worker_is_turned_away_and_the_first_goes_on(tmp_path):
@@ -109,14 +124,13 @@ def test_a_shard_of_the_wrong_size_is_made_again(tmp_path):
 
 
 def test_a_run_killed_between_the_last_two_renames_gives_the_old_output_back(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "mine").write_text("x")
+    old_output(tmp_path / "model")
     with open_output(tmp_path / "model", "job", force=True) as output:
         write_shard(output, 0)
     (tmp_path / "model").rename(tmp_path / "model.partial" / "old")
     with pytest.raises(ConflictError, match="exists already"), open_output(tmp_path / "model", "job"):
         pass
-    assert names(tmp_path / "model") == ["mine"]
+    assert names(tmp_path / "model") == ["config.json", "mine"]
     write_all(tmp_path / "model", force=True)
     assert names(tmp_path) == ["model"]
 

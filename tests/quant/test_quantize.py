@@ -15,7 +15,8 @@ from support import SHARED, needs_shared
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import ConflictError, InputError, ResourceError, UsageError
 from lmx.quant.plan import plan_source
-from lmx.quant.quantize import Finished, Options, Progress, predict, quantize
+from lmx.quant.quantize import Options, predict, quantize
+from lmx.quant.report import Finished, Progress
 from lmx.quant.serialize import four_bit_type_of
 from lmx.quant.spec import QuantSpec
 
@@ -164,8 +165,9 @@ def test_nan_and_infinity_are_refused_by_name(tmp_path, name, value, scheme):
 
 def test_the_source_itself_is_no_target(tmp_path):
     folder = write_family(tmp_path / "source", "mixtral")
-    with pytest.raises(UsageError, match="the source itself"):
-        run(folder, folder, force=True)
+    for target in (folder, tmp_path):
+        with pytest.raises(UsageError, match="the source itself"):
+            run(folder, target, force=True)
 
 
 def test_an_existing_target_is_refused_before_any_work(tmp_path):
