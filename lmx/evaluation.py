@@ -1,17 +1,12 @@
 """What to evaluate a model on, and the check of a quantized model against the one it was made from."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, UsageError
 from lmx.core.files import quoted, read_bounded
 from lmx.core.jsonfile import parse_json
 from lmx.core.text.types import TextCodec
-
-if TYPE_CHECKING:
-    from lmx.core.evaluate import Evaluation, Progress
 
 DEFAULT_CONTEXT = 2048
 """Tokens of a window, or the model's own context if that is shorter."""
@@ -58,12 +53,12 @@ def read_windows(path: Path, codec: TextCodec, context: int | None, longest: int
 
 
 def check_quantized(
-    quantized: Path, base: Checkpoint, text: Path, max_kl: float, *, context: int | None = None
-) -> "Iterator[Progress | Evaluation]":
-    """Compare a quantized folder with the model it was made from on a text, by KL(BASE || MODEL) in nats a token.
+    quantized: Path, base: Checkpoint, text: Path, max_kl: float | None, *, context: int | None = None
+) -> float:
+    """The distance of a quantized folder from the model it was made from on a text: KL(BASE || MODEL), nats a token.
 
     Both run on the CPU in the base's dtype; the base's tokenizer serves both, so that the folder needs none yet.
-    Yields what `lmx.core.evaluate.evaluate` yields, and then raises InputError where the divergence is past `max_kl`.
+    Raises InputError where the divergence is past `max_kl`; None allows any.
     """
     from lmx.api import choose_device, choose_dtype, load_core
     from lmx.core.evaluate import Evaluation, evaluate
@@ -74,17 +69,12 @@ def check_quantized(
     with TextEngine.open(base.folder) as codec:
         sequences = read_windows(text, codec, context, reference.context_length)
     model = load_core(Checkpoint.open(quantized), None, "causal", None, dtype, where)
-    for step in evaluate(model, sequences, reference):
-        yield step
-        if isinstance(step, Evaluation):
-            check_divergence(step, max_kl)
-
-
-def check_divergence(result: "Evaluation", max_kl: float) -> None:
-    """Raise InputError where a model is further from its base than it may be, or that cannot be told."""
-    found = result.kl_divergence
-    if found is None or not found <= max_kl:
+    *_, result = evaluate(model, sequences, reference)
+    if not isinstance(result, Evaluation) or result.kl_divergence is None:
+        raise TypeError("the last event of a comparison is its result")
+    if max_kl is not None and not result.kl_divergence <= max_kl:
         raise InputError(
-            f"the KL divergence is {'unknown' if found is None else f'{found:.6f}'} nats a token, more than {max_kl:g}",
-            "keep more of the model (--skip, --8bit), or allow more (--max-kl)",
+            f"the KL divergence is {result.kl_divergence:.6f} nats a token, more than {max_kl:g}",
+            "keep more of the model (--skip, --8bit); or allow more (--max-kl), which goes on from here",
         )
+    return result.kl_divergence

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +98,22 @@ def test_malformed_ids(lmx: Any, checkpoint: Path, tmp_path: Path, content: str)
     assert "bad.json" in ran.err
 
 
-def test_a_quantized_folder_is_checked_against_its_base(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    from lmx.core.checkpoint import Checkpoint
-    from lmx.core.errors import InputError
-    from lmx.evaluation import check_quantized
-    from lmx.quant.quantize import quantize
-    from lmx.quant.spec import QuantSpec
-
-    base = Checkpoint.open(checkpoint)
-    list(quantize(base, tmp_path / "out", QuantSpec()))
-    *_, result = check_quantized(tmp_path / "out", base, text, 10.0, context=64)
-    assert 0 < result.kl_divergence < 10
-    with pytest.raises(InputError, match="KL divergence"):
-        list(check_quantized(tmp_path / "out", base, text, result.kl_divergence / 2, context=64))
+def test_quantize_checks_the_output_before_it_gets_its_name(
+    lmx: Any, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    out, command = tmp_path / "out", ("quantize", checkpoint, tmp_path / "out", "--4bit", "--check", text)
+    ran = lmx(*command, "--max-kl", "1e-9")
+    assert ran.code == 3
+    assert "KL divergence" in ran.err
+    assert not out.exists()
+    ran = lmx(*command, "--max-kl", "10")
+    assert ran.code == 0, ran.err
+    assert "going on after the 100%" in ran.err, "only the check had to be done again"
+    told = float(re.search(r"source: ([0-9.]+) nats", ran.err)[1])  # type: ignore[index]
+    found = json.loads(lmx("eval", out, "--text", text, "--against", checkpoint, "--json").out)
+    assert told == pytest.approx(found["kl_divergence"], abs=1e-6)
+    assert told > 1e-4
+    assert lmx("quantize", checkpoint, tmp_path / "other", "--max-kl", "1").code == 2
 
 
 def test_a_quantized_model_is_shown_and_converted_back(lmx: Any, checkpoint: Path, ids: Path, tmp_path: Path) -> None:
@@ -117,9 +121,8 @@ def test_a_quantized_model_is_shown_and_converted_back(lmx: Any, checkpoint: Pat
     shown, before = (json.loads(lmx("show", folder, "--json").out) for folder in (tmp_path / "out", checkpoint))
     assert (shown["quantization"], shown["dtype"]) == ("nf4 (bitsandbytes)", "f32")
     assert shown["parameters"] == before["parameters"]
-    assert (
-        shown["weight_bytes"] < before["weight_bytes"] * 0.6
-    )  # small widths: the embedding, the head and the tables weigh much
+    # widths are small: the embedding, the head and the tables weigh much
+    assert shown["weight_bytes"] < before["weight_bytes"] * 0.6
     ran = lmx("convert", tmp_path / "out", tmp_path / "plain", "--dtype", "fp32", "--json")
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["parameters"] == before["parameters"]
