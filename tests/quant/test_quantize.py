@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit
 from families import FAMILIES, config_of, write_family, write_tensors
 from safetensors.torch import load_file
 from support import SHARED, needs_shared
@@ -249,3 +250,32 @@ def test_transformers_loads_it_and_gives_the_same_logits(tmp_path, family, schem
     tolerance = 1e-4 if scheme == "nf4" else 2e-2  # its int8 also rounds the activations
 
     assert (logits - expected).abs().max() < tolerance * expected.abs().max().clamp(min=1)
+
+
+@needs_shared
+@pytest.mark.parametrize(("family", "skip"), [("falcon_mamba", ("x_proj",)), ("recurrent_gemma", ())])
+def test_transformers_would_have_quantized_to_the_same_model(tmp_path, family, skip):
+    """Bit-equal logits in its bfloat16 inference path. (That path takes no matrix of 40 rows: x_proj of this file.)"""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    checkpoint = SHARED / "checkpoints" / family
+    run(checkpoint, tmp_path / "out", QuantSpec(skip=skip))
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    kept = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=kept,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, quantization_config=bits)
+    for model in (ours, theirs):
+        for module in model.modules():
+            if isinstance(module, Linear4bit):  # bitsandbytes 0.50 takes every input there for a contiguous one
+                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    ids = torch.tensor(json.loads((checkpoint / "expected.json").read_text())["eval_ids"][:1])
+    with torch.no_grad():
+        dequantized = theirs.train()(ids, use_cache=False).logits
+        logits = [model.eval()(ids, use_cache=False).logits for model in (ours, theirs)]
+    assert torch.equal(*logits)
+    assert (logits[0] - dequantized).abs().max() < 1e-2 * dequantized.abs().max()
