@@ -210,6 +210,11 @@ def check_runnable(checkpoint: Checkpoint) -> None:
                 "take the model it was made from, or one quantized with bitsandbytes",
             )
         return  # what is in it, the loader checks
+    if any(name.endswith(".weight._data") or name.endswith(".weight._data._data") for name in checkpoint.infos):
+        raise InputError(
+            f"{quoted(checkpoint.label)} is quantized by optimum-quanto, which lmx does not read",
+            "take the model it was made from, or one quantized with bitsandbytes",
+        )
     for info in checkpoint.infos.values():
         if info.dtype not in _STORED:
             raise InputError(
