@@ -121,7 +121,7 @@ def _bitsandbytes_4bit(q: FourBit) -> Product:
     state = _quant_state(q)
 
     def product(x: Tensor) -> Tensor:
-        return matmul_4bit(x, q.packed, quant_state=state).to(x.dtype)  # type: ignore[no-any-return]
+        return matmul_4bit(x, q.packed, quant_state=state).to(x.dtype)
 
     return product
 
@@ -156,6 +156,6 @@ def _bitsandbytes_int8(q: Int8) -> Product:
     state.has_fp16_weights, state.is_training, state.threshold = False, False, _OUTLIER_THRESHOLD
 
     def product(x: Tensor) -> Tensor:
-        return matmul(x.half(), q.weight, state=state).to(x.dtype)  # type: ignore[no-any-return]
+        return matmul(x.half(), q.weight, state=state).to(x.dtype)
 
     return product
