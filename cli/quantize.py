@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -14,7 +15,7 @@ from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.options import CommonOptions, parse_size, spread_groups
 from lmx.core.errors import UsageError
 from lmx.core.text.safe import safe_line
-from lmx.quantization import Finished, Progress, Quantization, Report
+from lmx.quantization import Checked, Finished, Progress, Quantization, Report
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn, Task
@@ -52,6 +53,14 @@ def quantize_command(
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The largest file to write.")] = "5GB",
     max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Do not take more memory than this.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. Without it: as many as torch chooses.")] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(metavar="TEXTFILE", help="Compare the output with SRC on a text before it gets its name."),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0.0, help="Fail --check past this KL divergence, in nats a token."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing output, when the new one is done.")
@@ -77,6 +86,8 @@ def quantize_command(
         skip=skip or (),
         max_shard_bytes=shard_bytes,
         max_memory_bytes=memory_bytes,
+        check=check,
+        max_kl=max_kl,
         force=force,
         revision=revision,
         offline=offline,
@@ -104,6 +115,9 @@ def _run(job: Quantization, quiet: bool) -> Report:
         for number, event in enumerate(job.run()):
             if isinstance(event, Finished):
                 return event.report
+            if isinstance(event, Checked):
+                note(f"KL divergence from the source: {event.kl_divergence:.6f} nats a token", quiet=quiet)
+                continue
             if not number and event.resumed:
                 note(f"going on after the {event.resumed / event.total:.0%} of an earlier run", quiet=quiet)
             show(event)

@@ -32,6 +32,11 @@ class OutputFolder:
         """Shards of an earlier run that are complete, with the notes that were taken on them."""
         self._partial, self._finished = partial, finished
 
+    @property
+    def folder(self) -> Path:
+        """Where the output grows until it has its name."""
+        return self._partial / _OUT
+
     @contextmanager
     def shard(self, shard: Shard, notes: dict[str, JSON]) -> Iterator[ShardWriter]:
         """Write one shard in the block. `notes`, as they are at its end, are kept with it in the journal."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,14 +11,15 @@ from lmx.convert.hub import HubId, find_model
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, UsageError
 from lmx.core.shards import DEFAULT_SHARD_BYTES
-from lmx.quant.report import Event, Finished, Progress, Report
+from lmx.evaluation import check_quantized
+from lmx.quant.report import Checked, Event, Finished, Progress, Report
 
 if TYPE_CHECKING:
     from lmx.quant.quantize import Options
     from lmx.quant.spec import QuantSpec
     from lmx.quant.spec import Scheme as Scheme
 
-__all__ = ["Event", "Finished", "Progress", "Quantization", "Report", "companion_files", "quantize"]
+__all__ = ["Checked", "Event", "Finished", "Progress", "Quantization", "Report", "companion_files", "quantize"]
 
 # What stands beside the weights and belongs to the model, quantized or not. config.json and the index are made anew.
 _COMPANIONS = (
@@ -36,16 +38,21 @@ def quantize(
     skip: Sequence[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     max_memory_bytes: int | None = None,
+    check: Path | None = None,
+    max_kl: float | None = None,
     force: bool = False,
 ) -> Report:
     """Quantize a model into a new checkpoint folder, in the bitsandbytes serialization, and say what was done.
 
     model: as for `load`. output: without it, NAME-SCHEME in the working folder. scheme: "nf4", "fp4" or "int8".
-    skip: module names or globs that stay as they are. A run that was stopped goes on where it was.
+    skip: module names or globs that stay as they are. check: a text on which the complete output is compared with the
+    source, before it gets its name; past a KL divergence of `max_kl` nats a token it does not get it. A run that was
+    stopped goes on where it was.
 
     Raises:
         UsageError: the scheme does not exist, or not with these settings.
-        InputError: the source is damaged (NaN and infinity included), unsupported, or quantized already.
+        InputError: the source is damaged (NaN and infinity included), unsupported, or quantized already; or the check
+            failed.
         ConflictError: the output exists and `force` is not set, or another process works on it.
         NotFoundError, NetworkError: there is no such model, or it could not be pulled.
         ResourceError: disk or memory would not suffice, or did not.
@@ -60,6 +67,8 @@ def quantize(
         skip=skip,
         max_shard_bytes=max_shard_bytes,
         max_memory_bytes=max_memory_bytes,
+        check=check,
+        max_kl=max_kl,
         force=force,
     )
     *_, last = job.run()
@@ -89,6 +98,8 @@ class Quantization:
         skip: Sequence[str] = (),
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         max_memory_bytes: int | None = None,
+        check: Path | None = None,
+        max_kl: float | None = None,
         force: bool = False,
         revision: str | None = None,
         offline: bool = False,
@@ -99,9 +110,18 @@ class Quantization:
 
         spec = _spec(scheme, block_size, double_quant, tuple(skip))
         folder = find_model(model, revision=revision, offline=offline, show_progress=show_progress)
+        if max_kl is not None and check is None:
+            raise UsageError("--max-kl needs a text to measure on", "add --check TEXTFILE")
         target = Path(output) if output is not None else Path(f"{_stem(model, folder, revision)}-{scheme}")
-        options = Options(max_shard_bytes, max_memory_bytes, force=force, companions=tuple(companion_files(folder)))
-        return cls(Checkpoint.open(folder), target, spec, options)
+        source = Checkpoint.open(folder)
+        options = Options(
+            max_shard_bytes,
+            max_memory_bytes,
+            force=force,
+            companions=tuple(companion_files(folder)),
+            check=None if check is None else partial(check_quantized, base=source, text=check, max_kl=max_kl),
+        )
+        return cls(source, target, spec, options)
 
     def predict(self) -> Report:
         """What `run` would do, from headers alone; writes nothing. Raises InputError, ResourceError."""

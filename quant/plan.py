@@ -14,10 +14,10 @@ from torch import nn
 from lmx.core.checkpoint import Source
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
-from lmx.core.heads import CausalHead, ClassHead, HeadKind
+from lmx.core.heads import CausalHead, ClassHead
 from lmx.core.layers.moe import ExpertBank
 from lmx.core.layers.norm import OffsetRMSNorm, RMSNorm
-from lmx.core.loader import DECODER_PREFIX, HEAD_NAMES, bind, build
+from lmx.core.loader import DECODER_PREFIX, HEAD_NAMES, bind, build, stored_head
 from lmx.core.mapped import ITEM_SIZES
 from lmx.core.model import LanguageModel
 from lmx.core.models.falcon_mamba import Mixer
@@ -121,7 +121,7 @@ def make_plan(config: Mapping[str, object], infos: Mapping[str, TensorInfo], spe
     _check_plain(config)
     family = family_of(config)
     with torch.device("meta"):
-        model = build(config, _head_kind(config, infos), tied=False if "lm_head.weight" in infos else None)
+        model = build(config, stored_head(config, infos), tied=False if "lm_head.weight" in infos else None)
     table = family.names(model.config)
     pieces = bind(model, table, {name: info.shape for name, info in infos.items()})
     named = _Naming(table, bare=not any(name.startswith(table.base_prefix) for name in infos))
@@ -213,14 +213,6 @@ class _Naming:
             return HEAD_NAMES[ours]
         name = self._table.matrix_name(ours.removeprefix(DECODER_PREFIX))
         return name.removeprefix(self._table.base_prefix) if self._bare else name
-
-
-def _head_kind(config: Mapping[str, object], infos: Mapping[str, TensorInfo]) -> HeadKind:
-    """Which head the file brings."""
-    if "score.weight" in infos:
-        return "token" if "score.bias" in infos else "sequence"
-    tied = family_of(config).parse(config).tie_word_embeddings
-    return "causal" if tied or "lm_head.weight" in infos else "none"
 
 
 def _check_plain(config: Mapping[str, object]) -> None:

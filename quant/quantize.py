@@ -8,7 +8,7 @@ bytes depend on the source and the options alone.
 import hashlib
 import json
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,7 +31,7 @@ from lmx.quant.int8 import Int8, dequantize_rows, quantize_int8
 from lmx.quant.matmul import QuantMatrix
 from lmx.quant.memory import PIECE_BYTES, choose_workers, peak_memory_bytes, predict_peak, results_in_flight
 from lmx.quant.plan import Plan, PlannedWeight, plan_source
-from lmx.quant.report import Event, Finished, Progress, Report, make_report
+from lmx.quant.report import Checked, Event, Finished, Progress, Report, make_report
 from lmx.quant.serialize import four_bit_tensors, int8_tensors, layout
 from lmx.quant.spec import QuantSpec
 
@@ -46,7 +46,8 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.uint8: "U8", torch.int8: "I8"}
 @dataclass(frozen=True, slots=True)
 class Options:
     """How to write. workers: matrices in work at a time, None for torch's number of threads; companions: files that
-    are copied as they are (tokenizer, template, licence).
+    are copied as they are (tokenizer, template, licence); check: compares the complete output, before it has its name,
+    with the source, and returns the KL divergence, or raises: then the output does not get its name.
     """
 
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -54,6 +55,7 @@ class Options:
     workers: int | None = None
     force: bool = False
     companions: tuple[Path, ...] = ()
+    check: Callable[[Path], float] | None = None
 
 
 def predict(source: Source, target: Path, spec: QuantSpec, options: Options = Options()) -> Report:
@@ -70,8 +72,9 @@ def predict(source: Source, target: Path, spec: QuantSpec, options: Options = Op
 def quantize(source: Source, target: Path, spec: QuantSpec, options: Options = Options()) -> Iterator[Event]:
     """Quantize a checkpoint into the new folder `target`, in the bitsandbytes serialization.
 
-    Yields a Progress for each weight, and at last Finished. A run that was stopped goes on at the first shard that was
-    not complete, and ends with the same bytes. Until the end there is nothing under the target's name but what was.
+    Yields a Progress for each weight, Checked if there is a check, and at last Finished. A run that was stopped goes on
+    at the first shard that was not complete, and ends with the same bytes. Until the end there is nothing under the
+    target's name but what was.
 
     Raises:
         InputError: the source is damaged (NaN and infinity included), unsupported or quantized already.
@@ -94,8 +97,11 @@ def quantize(source: Source, target: Path, spec: QuantSpec, options: Options = O
             raise
         errors = _errors(output, shards)
         _add_small_files(output, source, plan, shards, options.companions)
+        peak = peak_memory_bytes()
+        if options.check is not None:
+            yield Checked(options.check(output.folder))
         output.commit()
-    yield Finished(make_report(plan, shards, source.label, target, peak_memory_bytes(), errors))
+    yield Finished(make_report(plan, shards, source.label, target, peak, errors))
 
 
 def plan_output(plan: Plan, max_shard_bytes: int) -> tuple[Shard, ...]:

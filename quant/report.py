@@ -104,7 +104,14 @@ class Finished:
     report: Report
 
 
-Event = Progress | Finished
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The output, complete but without its name, was compared with the source: KL(SOURCE || OUTPUT), nats a token."""
+
+    kl_divergence: float
+
+
+Event = Progress | Checked | Finished
 
 
 def make_report(
