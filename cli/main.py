@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import lmx
-from lmx.cli import chat, generate, show
+from lmx.cli import chat, generate, quantize, show
 
 app = typer.Typer(
     help="Run FalconMamba, RecurrentGemma, OLMoE, DBRX and Mixtral on the machine you have.",
@@ -31,4 +31,5 @@ def _main(
 
 chat.register(app)
 generate.register(app)
+quantize.register(app)
 show.register(app)

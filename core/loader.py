@@ -17,7 +17,7 @@ from lmx.core.names import NameTable, Piece, Shape
 from lmx.core.registry import Family, family_of
 
 HEAD_NAMES = {"head.weight": "lm_head.weight", "head.score.weight": "score.weight", "head.score.bias": "score.bias"}
-_PREFIX = "decoder."
+DECODER_PREFIX = "decoder."
 
 
 def build(config: Mapping[str, object], head: HeadKind = "causal", *, tied: bool | None = None) -> LanguageModel:
@@ -35,7 +35,7 @@ def hub_shapes(model: LanguageModel, family: Family) -> dict[str, Shape]:
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     heads = {HEAD_NAMES[name]: shapes.pop(name) for name in list(shapes) if name in HEAD_NAMES}
     table = family.names(model.config)
-    return table.hub_shapes({name.removeprefix(_PREFIX): shape for name, shape in shapes.items()}) | heads
+    return table.hub_shapes({name.removeprefix(DECODER_PREFIX): shape for name, shape in shapes.items()}) | heads
 
 
 def load_model(
@@ -76,12 +76,12 @@ def bind(model: LanguageModel, table: NameTable, stored: Mapping[str, Shape]) ->
         # A model saved without its head lacks the prefix that the head's class puts before the decoder.
         bound = table.bind(
             {prefix + name: shape for name, shape in body.items()},
-            {n.removeprefix(_PREFIX): s for n, s in wanted.items()},
+            {n.removeprefix(DECODER_PREFIX): s for n, s in wanted.items()},
         )
         bound = {name: piece.renamed(piece.hub.removeprefix(prefix)) for name, piece in bound.items()}
     else:
-        bound = table.bind(body, {n.removeprefix(_PREFIX): s for n, s in wanted.items()})
-    found = {_PREFIX + name: piece for name, piece in bound.items()}
+        bound = table.bind(body, {n.removeprefix(DECODER_PREFIX): s for n, s in wanted.items()})
+    found = {DECODER_PREFIX + name: piece for name, piece in bound.items()}
     for name, shape in heads.items():
         hub = HEAD_NAMES[name]
         if hub in stored:

@@ -160,6 +160,17 @@ class NameTable:
                 return rule.hub.format(*indices[:-1])
         raise KeyError(ours)
 
+    def matrix_name(self, ours: str) -> str:
+        """The hub's name for a tensor that holds this one weight and no other; raises KeyError where it has none.
+
+        Differs from `hub_name` where the canonical file stacks experts: quantized files hold each by itself.
+        """
+        skeleton, indices = _skeleton(ours)
+        for rule in self.rules:
+            if isinstance(rule, Rename) and rule.ours == skeleton:
+                return rule.hub.format(*indices)
+        raise KeyError(ours)
+
     def hub_shapes(self, wanted: Mapping[str, Shape]) -> dict[str, Shape]:
         """Names and shapes of the canonical file of a model with these weights."""
         first: dict[str, Rule] = {}
