@@ -49,7 +49,18 @@ def loaded(
         _import_while_rendering(opened, talk)
         limit_threads(runtime.threads)
         limit_gpu_memory(nbytes, runtime.device)
-        yield Loaded(opened, opened.load(device=runtime.device, dtype=runtime.dtype, attention=runtime.attention))
+        yield Loaded(opened, load_as(opened, runtime))
+
+
+def load_as(opened: OpenedModel, runtime: RuntimeOptions) -> "LanguageModel":
+    """Load a model as the options say. Raises UsageError, InputError."""
+    return opened.load(
+        device=runtime.device,
+        dtype=runtime.dtype,
+        quantize=runtime.quantize,
+        head_scheme=runtime.head_scheme,
+        attention=runtime.attention,
+    )
 
 
 def _import_while_rendering(opened: OpenedModel, talk: Sequence[Message] | None) -> None:

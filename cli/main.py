@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import lmx
-from lmx.cli import chat, generate, show
+from lmx.cli import chat, convert, evaluate, generate, quantize, show
 
 app = typer.Typer(
     help="Run FalconMamba, RecurrentGemma, OLMoE, DBRX and Mixtral on the machine you have.",
@@ -30,5 +30,8 @@ def _main(
 
 
 chat.register(app)
+convert.register(app)
 generate.register(app)
+quantize.register(app)
+evaluate.register(app)
 show.register(app)

@@ -44,11 +44,11 @@ class RuntimeOptions:
         typer.Option(help="Convert the weights. Without it: as stored; of several dtypes, that of most."),
     ] = None
     threads: Annotated[int | None, typer.Option(help="CPU threads. Without it: as many as torch chooses.")] = None
-    four_bit: Annotated[bool, typer.Option("--4bit", help="Quantize to 4 bits. Not in this version.")] = False
-    eight_bit: Annotated[bool, typer.Option("--8bit", help="Quantize to 8 bits. Not in this version.")] = False
+    four_bit: Annotated[bool, typer.Option("--4bit", help="Quantize to 4 bits (NF4) while loading.")] = False
+    eight_bit: Annotated[bool, typer.Option("--8bit", help="Quantize to 8 bits while loading.")] = False
     head: Annotated[
         Literal["bf16", "int8", "nf4"],
-        typer.Option(help="The output head; bf16 leaves it as it is. int8 and nf4 are not in this version."),
+        typer.Option(help="Quantize the output head; bf16 leaves it as it is."),
     ] = "bf16"
     attention: Annotated[
         Literal["sdpa", "eager", "flash"], typer.Option(help="How to compute attention; flash needs CUDA.")
@@ -60,14 +60,21 @@ class RuntimeOptions:
     revision: Annotated[str | None, typer.Option(help="A hub model's branch, tag or commit.")] = None
 
     def __post_init__(self) -> None:
-        """Raise UsageError for what this version cannot honour."""
-        for given, name in ((self.four_bit, "--4bit"), (self.eight_bit, "--8bit")):
-            if given:
-                raise UsageError(f"{name}: quantizing is not in this version", _LATER)
-        if self.head != "bf16":
-            raise UsageError(f"--head {self.head}: quantizing is not in this version", _LATER)
+        """Raise UsageError for what cannot be."""
+        if self.four_bit and self.eight_bit:
+            raise UsageError("--4bit and --8bit exclude each other", "give one of them")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads is {self.threads}", "give 1 or more")
+
+    @property
+    def quantize(self) -> str | None:
+        """The scheme to quantize with while loading, if any."""
+        return "nf4" if self.four_bit else "int8" if self.eight_bit else None
+
+    @property
+    def head_scheme(self) -> Literal["int8", "nf4"] | None:
+        """The scheme of the output head, if it is to be quantized."""
+        return None if self.head == "bf16" else self.head
 
     @property
     def gpu_memory_bytes(self) -> int | None:

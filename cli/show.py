@@ -1,15 +1,15 @@
 """`lmx show`: what a model is and what it needs, from its headers and configs alone."""
 
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lmx.api import model_name, open_checkpoint
-from lmx.cli.console import is_terminal, may_animate, may_decorate, write, write_json
+from lmx.cli.console import may_animate, write_json
 from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.options import CommonOptions, ModelArgument, spread_groups
+from lmx.cli.rows import write_rows
 from lmx.core.text.safe import safe_line
 
 if TYPE_CHECKING:
@@ -39,10 +39,8 @@ def show_command(
     description = describe(model_name(model, revision), checkpoint)
     if json:
         write_json(asdict(description) | {"memory_to_run": description.memory_to_run})
-    elif is_terminal(sys.stdout):
-        _print_table(_rows(description))
     else:
-        write("".join(f"{name}\t{value}\n" for name, value in _rows(description)))
+        write_rows(_rows(description))
 
 
 def _rows(facts: "Description") -> list[tuple[str, str]]:
@@ -64,17 +62,3 @@ def _rows(facts: "Description") -> list[tuple[str, str]]:
         ("kernels", facts.kernels),
     ]
     return [(name, safe_line(value)) for name, value in rows]
-
-
-def _print_table(rows: list[tuple[str, str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    decorated = may_decorate(sys.stdout)
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold" if decorated else "")
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, Text(value))
-    Console(no_color=not decorated, highlight=False).print(table)

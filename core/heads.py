@@ -26,7 +26,10 @@ class CausalHead(nn.Module):
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """hidden: [batch, length, hidden] -> [batch, length, vocab]."""
         weight = embedding if self.weight is None else self.weight
-        logits = F.linear(hidden.to(weight.dtype), weight)
+        return self.capped(F.linear(hidden.to(weight.dtype), weight))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits squashed to (-soft_cap, soft_cap), where the config has one."""
         if self.soft_cap is None:
             return logits
         return torch.tanh(logits / self.soft_cap) * self.soft_cap

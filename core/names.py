@@ -126,7 +126,7 @@ class NameTable:
         """
         found: dict[str, Piece] = {}
         for hub, shape in stored.items():
-            for ours, piece in self._pieces(hub, shape):
+            for ours, piece in self.pieces(hub, shape):
                 if ours not in wanted:
                     raise InputError(f"{hub}: the model of config.json has no such weight", _MISMATCH)
                 if ours in found:
@@ -141,7 +141,11 @@ class NameTable:
             raise InputError(f"the checkpoint lacks {self.hub_name(missing)} (our {missing})", _MISMATCH)
         return found
 
-    def _pieces(self, hub: str, shape: Shape) -> Iterator[tuple[str, Piece]]:
+    def pieces(self, hub: str, shape: Shape) -> Iterator[tuple[str, Piece]]:
+        """Our weights that a tensor of the file holds, and where in it; none for one that no maths needs.
+
+        Raises InputError for an unknown name and for a shape that cannot be.
+        """
         skeleton, indices = _skeleton(hub)
         rule = self._by_hub.get(skeleton)
         if rule is None:
@@ -158,6 +162,17 @@ class NameTable:
                 return rule.hub.format(*indices)
             if isinstance(rule, ExpertStack) and skeleton in rule.ours:
                 return rule.hub.format(*indices[:-1])
+        raise KeyError(ours)
+
+    def matrix_name(self, ours: str) -> str:
+        """The hub's name for a tensor that holds this one weight and no other; raises KeyError where it has none.
+
+        Differs from `hub_name` where the canonical file stacks experts: quantized files hold each by itself.
+        """
+        skeleton, indices = _skeleton(ours)
+        for rule in self.rules:
+            if isinstance(rule, Rename) and rule.ours == skeleton:
+                return rule.hub.format(*indices)
         raise KeyError(ours)
 
     def hub_shapes(self, wanted: Mapping[str, Shape]) -> dict[str, Shape]:

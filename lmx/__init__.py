@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lmx.api import load as load
     from lmx.core.errors import LmxError as LmxError
     from lmx.language_model import LanguageModel as LanguageModel
+    from lmx.quantization import quantize as quantize
 
 # Started from the root of a checkout, Python finds this folder before any installed lmx; its siblings
 # (core, cli, ...) are then looked up beside it. An installed package has no pyproject.toml beside it.
@@ -24,9 +25,10 @@ _EXPORTS = {
     "LanguageModel": "lmx.language_model",
     "LmxError": "lmx.core.errors",
     "load": "lmx.api",
+    "quantize": "lmx.quantization",
 }
 
-__all__ = ["LanguageModel", "LmxError", "__version__", "load"]
+__all__ = ["LanguageModel", "LmxError", "__version__", "load", "quantize"]
 
 
 def __getattr__(name: str) -> object:

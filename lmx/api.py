@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, cast
 
 from lmx.convert.hub import HubId, find_model
 from lmx.core.checkpoint import Checkpoint
@@ -18,10 +18,13 @@ from lmx.core.text.engine import TextEngine
 if TYPE_CHECKING:
     import torch
 
+    from lmx.core import model as core
     from lmx.core.config import ModelConfig
     from lmx.core.heads import HeadKind
     from lmx.core.layers.attention import Implementation
     from lmx.language_model import LanguageModel
+    from lmx.quant.apply import HeadScheme
+    from lmx.quant.spec import QuantSpec, Scheme
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -41,15 +44,18 @@ def load(
     *,
     device: Device | None = None,
     dtype: "torch.dtype | str | None" = None,
-    quantize: str | None = None,
+    quantize: "str | QuantSpec | None" = None,
     head: "HeadKind" = "causal",
+    head_scheme: "HeadScheme | None" = None,
 ) -> "LanguageModel":
     """Load a model, ready to be called or to generate.
 
     model: a checkpoint's folder, or a hub id `org/name[@revision]` that is taken from the Hugging Face cache or pulled
     into it; None is the embedded demo. device: None is "auto", the best that this machine has. dtype: a torch dtype or
-    its name; None keeps the weights as they are stored, and of several dtypes gives all that of most bytes. head:
-    "causal", "none", "sequence" or "token".
+    its name; None keeps the weights as they are stored, and of several dtypes gives all that of most bytes. quantize:
+    "nf4", "fp4", "int8" or a `QuantSpec`: quantize a plain checkpoint while it is loaded; one that is quantized already
+    runs as it is, without. head: "causal", "none", "sequence" or "token". head_scheme: "int8" or "nf4" quantizes the
+    output head too.
 
     Raises:
         UsageError: an argument that this version or this machine cannot honour.
@@ -57,11 +63,9 @@ def load(
         NotFoundError, NetworkError, ResourceError: there is no such model, or it could not be pulled.
 
     """
-    if quantize is not None:
-        raise UsageError(f"quantize={quantize!r} is not in this version of lmx", "leave it out")
     opened = OpenedModel.open(model)
     try:
-        return opened.load(device=device, dtype=dtype, head=head)
+        return opened.load(device=device, dtype=dtype, quantize=quantize, head=head, head_scheme=head_scheme)
     except BaseException:
         opened.close()
         raise
@@ -108,17 +112,19 @@ class OpenedModel:
         *,
         device: Device | None = None,
         dtype: "torch.dtype | str | None" = None,
+        quantize: "str | QuantSpec | None" = None,
         head: "HeadKind" = "causal",
+        head_scheme: "HeadScheme | None" = None,
         attention: "Implementation" = "sdpa",
     ) -> "LanguageModel":
         """The model with its weights. Raises UsageError, InputError."""
-        from lmx.core.loader import load_model
         from lmx.language_model import LanguageModel
 
+        spec = choose_spec(quantize)
         where, wanted = choose_device(device), choose_dtype(dtype, self.checkpoint)
-        core = load_model(self.checkpoint, head=head, dtype=wanted, device=where)
-        core.attention = attention
-        return LanguageModel(core, self.text, stop_ids=self.stop_ids(core.config), defaults=self.generation_config)
+        loaded = load_core(self.checkpoint, spec, head, head_scheme, wanted, where)
+        loaded.attention = attention
+        return LanguageModel(loaded, self.text, stop_ids=self.stop_ids(loaded.config), defaults=self.generation_config)
 
     def stop_ids(self, config: "ModelConfig") -> frozenset[int]:
         """The tokens that end an answer, by config, generation config and template together. Raises InputError."""
@@ -167,14 +173,50 @@ def model_name(model: str | Path | None, revision: str | None = None) -> str:
     return str(hub_id or model)
 
 
+def load_core(
+    checkpoint: Checkpoint,
+    spec: "QuantSpec | None",
+    head: "HeadKind",
+    head_scheme: "HeadScheme | None",
+    dtype: "torch.dtype",
+    device: "torch.device",
+) -> "core.LanguageModel":
+    """The bare model, with whatever is to be quantized, or is already. Raises UsageError, InputError."""
+    if spec is None and head_scheme is None and checkpoint.quantization_config is None:
+        from lmx.core.loader import load_model
+
+        return load_model(checkpoint, head=head, dtype=dtype, device=device)
+    from lmx.quant.apply import load_quantized
+
+    return load_quantized(checkpoint, spec=spec, head=head, head_scheme=head_scheme, dtype=dtype, device=device)
+
+
+def choose_spec(quantize: "str | QuantSpec | None") -> "QuantSpec | None":
+    """How to quantize while loading. Raises UsageError for a scheme that there is not."""
+    from lmx.quant.spec import SCHEMES, QuantSpec
+
+    if quantize is None or isinstance(quantize, QuantSpec):
+        return quantize
+    if quantize not in SCHEMES:
+        raise UsageError(f"quantize={quantize!r:.40} is unknown", f"give {', '.join(SCHEMES)} or a QuantSpec")
+    return QuantSpec(cast("Scheme", quantize))
+
+
 def check_runnable(checkpoint: Checkpoint) -> None:
     """Raise InputError for an architecture, or weights in a form, that the models here do not compute with."""
     model_type_of(checkpoint.config)
     if checkpoint.quantization_config is not None:
-        method = checkpoint.quantization_config.get("quant_method")
+        method = checkpoint.quantization_config.get("quant_method", "bitsandbytes")
+        if method != "bitsandbytes":
+            raise InputError(
+                f"{quoted(checkpoint.label)} is quantized by {method!s:.40}",
+                "take the model it was made from, or one quantized with bitsandbytes",
+            )
+        return  # what is in it, the loader checks
+    if any(name.endswith(".weight._data") or name.endswith(".weight._data._data") for name in checkpoint.infos):
         raise InputError(
-            f"{quoted(checkpoint.label)} is quantized ({method!s:.40})",
-            "this version of lmx runs unquantized checkpoints: take the model it was made from",
+            f"{quoted(checkpoint.label)} is quantized by optimum-quanto, which lmx does not read",
+            "take the model it was made from, or one quantized with bitsandbytes",
         )
     for info in checkpoint.infos.values():
         if info.dtype not in _STORED:
@@ -209,6 +251,10 @@ def choose_dtype(dtype: "torch.dtype | str | None", checkpoint: Checkpoint) -> "
         return dtype
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"dtype {quoted(dtype)} is unknown", "give bf16, fp16 or fp32")
+    if dtype is None and checkpoint.quantization_config is not None:
+        from lmx.quant.stored import common_dtype, find_matrices, plain_infos
+
+        return common_dtype(plain_infos(checkpoint, find_matrices(checkpoint)))
     stored = stored_bytes(checkpoint)
     name = _STORED[max(stored, key=lambda name: stored[name])] if dtype is None else _DTYPES[dtype]
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]

@@ -12,10 +12,13 @@ from lmx.core.files import read_bounded
 from lmx.core.text.files import read_tokenizer_files
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from lmx.core.layers.moe import ExpertBank
     from lmx.core.model import LanguageModel
+    from lmx.core.names import Shape
 
 STATE_CONTEXT = 4096
 """The context at which the state's memory is given, or the model's own if that is shorter."""
@@ -32,7 +35,7 @@ _README_BYTES = 1 << 20
 class Description:
     """The facts of one checkpoint. Sizes are in bytes; `active_parameters` are those that one token goes through.
 
-    context_length: None where the architecture has no limit. quantization: None, or the method's name.
+    context_length: None where the architecture has no limit. quantization: None, or the scheme and its method.
     chat_template: the file that it stands in, or None. state_bytes: one conversation of `state_context` tokens.
     """
 
@@ -66,13 +69,12 @@ def describe(name: str, checkpoint: Checkpoint) -> Description:
     from lmx.core.loader import bind, build
     from lmx.core.registry import family_of
 
-    family = family_of(checkpoint.config)
-    stored = {info.name: info.shape for info in checkpoint.infos.values()}
+    family, stored = family_of(checkpoint.config), _stored(checkpoint)
     dtype = choose_dtype(None, checkpoint)
     with torch.device("meta"):
-        model = build(checkpoint.config, tied=False if "lm_head.weight" in stored else None).to(dtype)
+        model = build(checkpoint.config, tied=False if "lm_head.weight" in stored.shapes else None).to(dtype)
         state = model.make_state()
-    bind(model, family.names(model.config), stored)
+    bind(model, family.names(model.config), stored.shapes)
     total = sum(weight.numel() for weight in model.parameters())
     context = min(STATE_CONTEXT, model.context_length or STATE_CONTEXT)
     return Description(
@@ -81,10 +83,10 @@ def describe(name: str, checkpoint: Checkpoint) -> Description:
         model_type=family.model_type,
         parameters=total,
         active_parameters=total - _idle_parameters(model),
-        dtype="+".join(sorted(stored_bytes(checkpoint))).lower(),
-        quantization=None,
+        dtype="+".join(stored.dtypes).lower(),
+        quantization=stored.quantization,
         size_on_disk=sum(file.stat().st_size for file in checkpoint.folder.iterdir() if file.is_file()),
-        weight_bytes=total * dtype.itemsize,
+        weight_bytes=total * dtype.itemsize if stored.quantization is None else checkpoint.total_bytes,
         state_bytes=state.nbytes_at(context),
         state_context=context,
         context_length=model.context_length,
@@ -93,6 +95,28 @@ def describe(name: str, checkpoint: Checkpoint) -> Description:
         license=license_of(checkpoint.folder),
         kernels="torch",
     )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What a checkpoint's weights are: the shapes they really have, the dtypes of the plain ones, the quantization."""
+
+    shapes: "Mapping[str, Shape]"
+    dtypes: list[str]
+    quantization: str | None = None
+
+
+def _stored(checkpoint: Checkpoint) -> _Stored:
+    if checkpoint.quantization_config is None:
+        shapes = {info.name: info.shape for info in checkpoint.infos.values()}
+        return _Stored(shapes, sorted(stored_bytes(checkpoint)))
+    from lmx.quant.spec import QuantSpec
+    from lmx.quant.stored import StoredMatrices, find_matrices, plain_infos
+
+    spec = QuantSpec.from_config(checkpoint.quantization_config)
+    plain = plain_infos(checkpoint, find_matrices(checkpoint))
+    scheme = f"{spec.scheme}{' with double quantization' if spec.double_quant else ''} (bitsandbytes)"
+    return _Stored(StoredMatrices.read(checkpoint).shapes, sorted({info.dtype for info in plain.values()}), scheme)
 
 
 def _idle_parameters(model: "LanguageModel") -> int:

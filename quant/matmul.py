@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
 QuantMatrix = FourBit | Int8
+Matrix = QuantMatrix | Tensor
 Product = Callable[[Tensor], Tensor]
 
 # Elements of a matrix that are dequantized at a time.
@@ -26,11 +27,14 @@ _TILE = 1 << 18
 _OUTLIER_THRESHOLD = 6.0
 
 
-def choose_product(q: QuantMatrix) -> Product:
+def choose_product(q: Matrix) -> Product:
     """The function that multiplies by a matrix [rows, columns]: x [..., columns] -> [..., rows], in the dtype of x.
 
-    This is the one place that picks a kernel: bitsandbytes for matrices on a CUDA device, else torch.
+    This is the one place that picks a kernel: bitsandbytes for matrices on a CUDA device, else torch. A tensor is a
+    matrix that was kept from quantization.
     """
+    if isinstance(q, Tensor):
+        return partial(plain_product, q)
     if q.absmax.device.type == "cuda":
         return bitsandbytes_product(q)
     return partial(tiled_product, q)
@@ -39,6 +43,11 @@ def choose_product(q: QuantMatrix) -> Product:
 def dequantize(q: QuantMatrix, dtype: torch.dtype | None = None) -> Tensor:
     """The values of a quantized matrix, in `dtype` or in the dtype that its source had."""
     return four_bit.dequantize_4bit(q, dtype) if isinstance(q, FourBit) else int8.dequantize_int8(q, dtype)
+
+
+def plain_product(weight: Tensor, x: Tensor) -> Tensor:
+    """Multiply by a matrix that is not quantized: x [..., columns] -> [..., rows]."""
+    return linear(x, weight.to(x.dtype))
 
 
 def tiled_product(q: QuantMatrix, x: Tensor) -> Tensor:
@@ -112,7 +121,7 @@ def _bitsandbytes_4bit(q: FourBit) -> Product:
     state = _quant_state(q)
 
     def product(x: Tensor) -> Tensor:
-        return matmul_4bit(x, q.packed, quant_state=state).to(x.dtype)  # type: ignore[no-any-return]
+        return matmul_4bit(x, q.packed, quant_state=state).to(x.dtype)
 
     return product
 
@@ -147,6 +156,6 @@ def _bitsandbytes_int8(q: Int8) -> Product:
     state.has_fp16_weights, state.is_training, state.threshold = False, False, _OUTLIER_THRESHOLD
 
     def product(x: Tensor) -> Tensor:
-        return matmul(x.half(), q.weight, state=state).to(x.dtype)  # type: ignore[no-any-return]
+        return matmul(x.half(), q.weight, state=state).to(x.dtype)
 
     return product

@@ -146,13 +146,20 @@ class Mixer(nn.Module):
         lengths = None if compaction is None else compaction.lengths
         x, conv = causal_conv(x, self.conv_weight.squeeze(1), self.conv_bias, before.conv, lengths)
         x = self.act(x)
-        y, ssm = selective_scan(x, *self._select(x, compaction), before.hidden)
+        y, ssm = self._scan(x, compaction, before.hidden)
         if state is not None:
             state.keep(conv, ssm)
         # The gate is silu whatever `hidden_act` says, as in Mamba's kernels and transformers 5.
-        # In place: a long prompt has no room for another tensor of this width.
-        y = y.addcmul_(x, self.D).mul_(F.silu(gate)).to(x.dtype)
+        y = (y.addcmul_(x, self.D) * F.silu(gate)).to(x.dtype)
         return self.out_proj(y if compaction is None else compaction.unpack(y))
+
+    def _scan(self, x: Tensor, compaction: Compaction | None, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The scan's answer [batch, length, inner] in float32 and its new state."""
+        dt, B, C = (rms_normalise(part, self.eps) for part in self.x_proj(x).split(self.sizes, dim=-1))
+        delta = F.softplus(F.linear(dt, self.dt_proj.weight).float().add_(self.dt_proj.bias))
+        if compaction is not None:
+            delta = compaction.fill_tail(delta, 0.0)
+        return selective_scan(x, delta, self._rates(), B, C, hidden)
 
     def _rates(self) -> Tensor:
         """A = -exp(A_log) [inner, state] in float32: a fifth of a decode step beside the products, so it is kept."""
@@ -161,12 +168,6 @@ class Mixer(nn.Module):
         if self._kept_rates is None or not self._kept_rates.are_of(self.A_log):
             self._kept_rates = _Rates(self.A_log.detach(), self.A_log._version, -torch.exp(self.A_log.float()))
         return self._kept_rates.A
-
-    def _select(self, x: Tensor, compaction: Compaction | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Step sizes [batch, length, inner] in float32, A, and the input and output maps [batch, length, state]."""
-        dt, B, C = (rms_normalise(part, self.eps) for part in self.x_proj(x).split(self.sizes, dim=-1))
-        delta = F.softplus(F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias)
-        return delta if compaction is None else compaction.fill_tail(delta, 0.0), self._rates(), B, C
 
 
 class Block(nn.Module):
