@@ -17,11 +17,11 @@ from lmx.core.files import quoted
 from lmx.core.heads import CausalHead, ClassHead
 from lmx.core.layers.moe import ExpertBank
 from lmx.core.layers.norm import OffsetRMSNorm, RMSNorm
+from lmx.core.layers.rg_lru import RGLRU
 from lmx.core.loader import DECODER_PREFIX, HEAD_NAMES, bind, build, stored_head
 from lmx.core.mapped import ITEM_SIZES
 from lmx.core.model import LanguageModel
 from lmx.core.models.falcon_mamba import Mixer
-from lmx.core.models.recurrent_gemma import RGLRU
 from lmx.core.names import NameTable, Piece, Shape
 from lmx.core.registry import family_of
 from lmx.core.safetensors_file import TensorInfo
