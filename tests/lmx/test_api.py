@@ -106,8 +106,8 @@ def test_other_heads_generate_no_text(folder: Path, head: str) -> None:
 
 
 def test_what_cannot_be_honoured(folder: Path) -> None:
-    with pytest.raises(UsageError, match="quantize='nf4'"):
-        lmx.load(folder, quantize="nf4")
+    with pytest.raises(UsageError, match="quantize='q4'"):
+        lmx.load(folder, quantize="q4")
     with pytest.raises(UsageError, match="float7"):
         lmx.load(folder, dtype="float7")
     with pytest.raises(UsageError, match="tpu"):
