@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 CONFIG_LIMIT_BYTES = 4 << 20  # the longest published ones, with a list of modules kept from quantization, take 0.1 MB
 INDEX_LIMIT_BYTES = 16 << 20  # 20,000 tensors of long names take 3 MB
 
-_PULL_AGAIN = "the download is incomplete or damaged: pull it again with lmx pull REPO"
+_PULL_AGAIN = "the download is incomplete or damaged: download it again"
 _OTHER_FORMATS = re.compile(r"\.(bin|pt|pth|gguf)$|^consolidated.*\.safetensors$")
 
 
@@ -171,7 +171,7 @@ def _list(folder: Path) -> set[str]:
     try:
         return {entry.name for entry in folder.iterdir()}
     except FileNotFoundError as error:
-        raise NotFoundError(f"{where} does not exist", "check the path, or pull a model: lmx pull REPO") from error
+        raise NotFoundError(f"{where} does not exist", "check the path") from error
     except PermissionError as error:
         raise NotFoundError(f"{where} may not be read", "check the folder's permissions") from error
     except (OSError, ValueError) as error:
