@@ -17,7 +17,11 @@ needs_shared = pytest.mark.skipif(
 
 
 def run_lmx(
-    *args: str, stdin: str | None = None, timeout: float = 60, env: dict[str, str] | None = None, cwd: Path | None = None
+    *args: str,
+    stdin: str | None = None,
+    timeout: float = 60,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `lmx ARGS` and return its exit code and both streams."""
     return subprocess.run(
