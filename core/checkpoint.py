@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-INDEX_LIMIT_BYTES = 64 << 20  # 20,000 tensors of long names take 3 MB
+CONFIG_LIMIT_BYTES = 4 << 20  # the longest published ones, with a list of modules kept from quantization, take 0.1 MB
+INDEX_LIMIT_BYTES = 16 << 20  # 20,000 tensors of long names take 3 MB
 
 _PULL_AGAIN = "the download is incomplete or damaged: pull it again with lmx pull REPO"
 _OTHER_FORMATS = re.compile(r"\.(bin|pt|pth|gguf)$|^consolidated.*\.safetensors$")
@@ -258,4 +259,4 @@ def _read_optional(path: Path) -> dict[str, JSON] | None:
     """A JSON file, or None where there is no such file (a dangling link or a denied one is an error all the same)."""
     if not path.exists() and not path.is_symlink():
         return None
-    return read_json(path)
+    return read_json(path, CONFIG_LIMIT_BYTES)

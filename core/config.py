@@ -14,17 +14,19 @@ Number = TypeVar("Number", int, float)
 # What transformers writes into every config and what no forward pass reads: generation defaults of old releases,
 # bookkeeping, and switches of the training framework.
 _NO_MATHS = frozenset(
-    """_attn_implementation _attn_implementation_autoset _commit_hash _experts_implementation _name_or_path
-    add_cross_attention architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens cache_implementation
-    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
-    early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing id2label is_decoder is_encoder_decoder keys_to_ignore_at_inference
-    label2id length_penalty max_length max_new_tokens min_length model_type no_repeat_ngram_size num_beam_groups
-    num_beams num_labels num_return_sequences output_attentions output_hidden_states output_router_logits
-    output_scores prefix problem_type pruned_heads quantization_config remove_invalid_values repetition_penalty
-    return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version
-    transformers.js_config typical_p unsloth_version use_bfloat16 use_cache""".split()
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _experts_implementation _name_or_path
+    add_cross_attention architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens
+    cache_implementation chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label is_decoder
+    is_encoder_decoder keys_to_ignore_at_inference label2id length_penalty max_length max_new_tokens min_length
+    model_type no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
+    output_hidden_states output_router_logits output_scores prefix problem_type pruned_heads quantization_config
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
+    torchscript transformers_version typical_p use_bfloat16 use_cache
+    """.split()  # noqa: SIM905
 )
 
 _LARGEST = 2**31 - 1
@@ -120,8 +122,9 @@ class ConfigReader:
     def token_ids(self, key: str) -> tuple[int, ...]:
         """A token id, a list of them, or nothing."""
         value = self._take(key)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and -1 <= i <= _LARGEST for i in ids):
+        given: list[object] = value if isinstance(value, list) else [] if value is None else [value]
+        ids = [i for i in given if isinstance(i, int) and not isinstance(i, bool) and -1 <= i <= _LARGEST]
+        if len(ids) != len(given):
             raise self.error(key, f"must be a token id or a list of them, not {value!r:.80}")
         return tuple(i for i in ids if i >= 0)
 

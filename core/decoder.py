@@ -2,18 +2,16 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lmx.core.config import ModelConfig
 from lmx.core.layers.attention import Implementation, Visibility
+from lmx.core.layers.padding import Compaction
 from lmx.core.layers.rope import Rotary
 from lmx.core.state import LayerState, Span, State
-
-if TYPE_CHECKING:
-    from lmx.core.layers.padding import Compaction
 
 L = TypeVar("L", bound=LayerState)
 
@@ -46,17 +44,23 @@ class Record:
 class Call:
     """What one forward call means for every layer, worked out once.
 
-    positions: [batch or 1, length] for rotary embeddings and resets; rotary and visibility: None in a family without
-    attention; compaction: where padding must be moved out of a recurrence's way.
+    positions: [batch or 1, length] for rotary embeddings and resets; compaction: where padding must be moved out of a
+    recurrence's way.
     """
 
     span: Span
     positions: Tensor
     record: Record
-    attention: Implementation = "sdpa"
-    rotary: Rotary | None = None
-    visibility: Visibility | None = None
-    compaction: "Compaction | None" = None
+    compaction: Compaction | None = None
+
+
+@dataclass(frozen=True)
+class AttentionCall(Call):
+    """The same for a family with attention layers."""
+
+    implementation: Implementation = field(kw_only=True)
+    rotary: Rotary = field(kw_only=True)
+    visibility: Visibility = field(kw_only=True)
 
 
 @dataclass
@@ -66,7 +70,7 @@ class Inputs:
     embeds: Tensor
     mask: Tensor | None
     positions: Tensor | None
-    attention: Implementation
+    implementation: Implementation
     record: Record = field(default_factory=Record)
 
 
@@ -106,7 +110,10 @@ class Decoder(nn.Module, ABC, Generic[L]):
         return State(self.FAMILY, self.empty_layers(batch_size, weight.dtype, weight.device), batch_size)
 
     def forward(self, inputs: Inputs, state: State[L] | None) -> Tensor:
-        """Run all layers; the state, if any, is advanced in place. Returns the last norm's output [batch, length, hidden]."""
+        """Run all layers; the state, if any, is advanced in place.
+
+        Returns the last norm's output [batch, length, hidden].
+        """
         length = inputs.embeds.shape[1]
         span = state.span(length, inputs.mask) if state is not None else Span.stateless(length, inputs.mask)
         call = self.plan(inputs, span, state)

@@ -103,3 +103,32 @@ def _open_error(path: Path, error: OSError | ValueError) -> InputError | NotFoun
     if error.errno in _EXHAUSTED:
         return ResourceError(reason, "close other programs, or raise the limit of open files (ulimit -n)")
     return InputError(reason, "check the path and the disk")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Put a file in place whole: written beside its name, synced, renamed, the rename synced.
+
+    Raises ResourceError where the disk is full or the folder cannot be written; what stood there before stays.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise ResourceError(
+            f"cannot write {quoted(str(path))}: {error.strerror}", "Check the free space and the folder's permissions."
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""What turns the decoder's output into an answer: next-token logits, classes of a sequence, or classes of each token."""
+"""What turns the decoder's output into an answer: next-token logits, or classes of a sequence or of each token."""
 
 from typing import Literal
 
@@ -25,7 +25,8 @@ class CausalHead(nn.Module):
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """hidden: [batch, length, hidden] -> [batch, length, vocab]."""
-        logits = F.linear(hidden, embedding if self.weight is None else self.weight)
+        weight = embedding if self.weight is None else self.weight
+        logits = F.linear(hidden.to(weight.dtype), weight)
         if self.soft_cap is None:
             return logits
         return torch.tanh(logits / self.soft_cap) * self.soft_cap
@@ -54,7 +55,7 @@ class ClassHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [batch, length, hidden] -> [batch, length, labels]."""
-        scores: Tensor = self.score(hidden)
+        scores: Tensor = self.score(hidden.to(self.score.weight.dtype))
         return scores
 
     def reset_parameters(self, std: float) -> None:
@@ -64,7 +65,9 @@ class ClassHead(nn.Module):
             nn.init.zeros_(self.score.bias)
 
 
-def last_real_token(input_ids: Tensor | None, mask: Tensor | None, pad_id: int | None, length: int, batch: int) -> Tensor:
+def last_real_token(
+    input_ids: Tensor | None, mask: Tensor | None, pad_id: int | None, length: int, batch: int
+) -> Tensor:
     """The column that a sequence is judged by: its last that is no padding. Returns [batch].
 
     Known from the mask, else from the padding token. Raises UsageError for a batch where neither is known.
@@ -95,6 +98,4 @@ def sequence_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 def token_loss(scores: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy over the tokens with a label other than -100. scores: [batch, length, labels]."""
-    return F.cross_entropy(
-        scores.float().flatten(0, 1), labels.flatten().to(scores.device), ignore_index=IGNORED_LABEL
-    )
+    return F.cross_entropy(scores.float().flatten(0, 1), labels.flatten().to(scores.device), ignore_index=IGNORED_LABEL)

@@ -62,11 +62,17 @@ class AttentionCache(LayerState):
         """Bytes of both buffers, spare slots included."""
         return self.keys.nbytes + self.values.nbytes
 
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """Kind, heads, head width and dtype."""
+        return self.KIND, self.keys.shape[1], self.keys.shape[3], self.keys.dtype
+
 
 class KVCache(AttentionCache):
     """Every key and value so far; a token's slot is its number in the row, spare slots lie behind."""
 
     KIND = "kv"
+    REWINDS = True
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys = keys
@@ -139,6 +145,11 @@ class WindowKVCache(AttentionCache):
         """A ring of `window` slots, whole from the start: its memory never grows."""
         shape = (batch, kv_heads, window, head_dim)
         return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """The window too: a ring cannot change its size."""
+        return *super().signature, self.window
 
     @property
     def window(self) -> int:

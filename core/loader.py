@@ -75,7 +75,8 @@ def bind(model: LanguageModel, table: NameTable, stored: Mapping[str, Shape]) ->
     if prefix and not any(name.startswith(prefix) for name in body):
         # A model saved without its head lacks the prefix that the head's class puts before the decoder.
         bound = table.bind(
-            {prefix + name: shape for name, shape in body.items()}, {n.removeprefix(_PREFIX): s for n, s in wanted.items()}
+            {prefix + name: shape for name, shape in body.items()},
+            {n.removeprefix(_PREFIX): s for n, s in wanted.items()},
         )
         bound = {name: piece.renamed(piece.hub.removeprefix(prefix)) for name, piece in bound.items()}
     else:

@@ -97,7 +97,7 @@ class FileMap:
 
 def _no_reserve() -> int:
     """MAP_NORESERVE, which Python's mmap does not name in every version; 0 where it has no meaning."""
-    if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64", "riscv64", "s390x"):
+    if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64", "riscv64"):
         return 0x4000  # include/uapi/asm-generic/mman-common.h
     return 0
 

@@ -1,6 +1,7 @@
 """A language model: a family's decoder and a head, with the arguments and outputs of the transformers classes."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,8 @@ from lmx.core.heads import (
 )
 from lmx.core.layers.attention import Implementation
 from lmx.core.layers.moe import balance_loss
-from lmx.core.state import LayerState, State
+from lmx.core.state import LayerState, State, StateError
+from lmx.core.state_file import load_state
 
 AnyState = State[LayerState]
 
@@ -83,6 +85,15 @@ class LanguageModel(nn.Module):
         """An empty state for `batch_size` conversations."""
         return cast(AnyState, self.decoder.make_state(batch_size))
 
+    def load_state(self, path: Path) -> AnyState:
+        """A state saved by `State.save`, on the model's device; it continues to the same bits.
+
+        Raises InputError for a damaged file, StateError for a state of another model, dtype or window.
+        """
+        state = load_state(path, self.device)
+        state.check_fits(self.make_state(state.batch_size))
+        return state
+
     def reset_parameters(self) -> None:
         """Initialise all weights as the config says."""
         self.decoder.reset_parameters()
@@ -114,6 +125,11 @@ class LanguageModel(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise UsageError("give either input_ids or inputs_embeds", "Pass exactly one of the two.")
         embeds = self.decoder.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if state is not None and (state.family, state.batch_size) != (self.family, embeds.shape[0]):
+            raise StateError(
+                f"a state of {state.batch_size} rows of {state.family}, an input of {embeds.shape[0]} of {self.family}",
+                "Make a state with model.make_state(batch_size).",
+            )
         mask = _real_columns(attention_mask, embeds)
         record = Record(
             [] if output_hidden_states else None,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 from lmx.core.errors import InputError
 from lmx.core.files import open_regular, quoted, read_range
@@ -18,9 +18,10 @@ from lmx.core.jsonfile import JSON, parse_json
 from lmx.core.mapped import ITEM_SIZES, FileMap
 
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
-# A hostile header of 100 MB could otherwise become gigabytes of Python objects. The largest published file holds
-# some 20,000 tensors.
-MAX_TENSORS = 1 << 18
+# A hostile header of 100 MB could become gigabytes of Python objects, so its structure is counted before it is parsed.
+# The largest file of our families holds some 20,000 tensors.
+MAX_TENSORS = 100_000
+_MARKS_PER_TENSOR = {b"{": 1, b"[": 2, b":": 8, b",": 16}
 MAX_DIMENSIONS = 64
 MAX_ELEMENTS = 2**63 - 1
 
@@ -102,9 +103,9 @@ def _read_header(fd: int, size: int, path: Path) -> bytes:
 def _parse_header(header: bytes, path: Path) -> dict[str, JSON]:
     if not header.startswith(b"{"):
         raise _error(path, "its header does not begin with '{'")
-    for mark, per_tensor in ((b"{", 1), (b"[", 2), (b",", 16)):
+    for mark, per_tensor in _MARKS_PER_TENSOR.items():
         if header.count(mark) > per_tensor * MAX_TENSORS:
-            raise _error(path, f"its header holds more than {MAX_TENSORS:,} tensors' worth of {mark.decode()!r}")
+            raise _error(path, f"its header holds more {mark.decode()!r} than {MAX_TENSORS:,} tensors need")
     return parse_json(header, f"the header of {quoted(str(path))}")
 
 
@@ -161,7 +162,9 @@ def _tensor_info(name: str, entry: JSON, data_start: int, path: Path) -> TensorI
 
 def _is_natural_list(value: JSON) -> TypeGuard[list[int]]:
     """A list of integers >= 0 (True is an int to Python, but not to us)."""
-    return isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        return False
+    return min(cast("list[int]", value), default=0) >= 0
 
 
 def _is_countable(shape: list[int]) -> bool:

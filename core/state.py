@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Self, TypeVar
+from typing import ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Span:
     """Where the tokens of one call go.
 
     start: real tokens that every row already holds (the most, if they differ); length: columns of this call;
-    ordinals: [batch, length], each real token's number in its row and -1 for padding; None while no row was ever padded;
+    ordinals: [batch, length], each real token's number in its row, -1 for padding; None while no row was ever padded;
     held: [batch], real tokens that each row already holds; None likewise.
     """
 
@@ -45,7 +45,9 @@ class Span:
         """The span of a call without a state. mask: [batch, columns] bool, False for padding, or None."""
         if mask is None:
             return cls(0, columns)
-        return cls(0, columns, (mask.cumsum(1) - 1).masked_fill(~mask, -1), torch.zeros_like(mask[:, 0], dtype=torch.int64))
+        return cls(
+            0, columns, (mask.cumsum(1) - 1).masked_fill(~mask, -1), torch.zeros_like(mask[:, 0], dtype=torch.int64)
+        )
 
     def positions(self, device: torch.device) -> Tensor:
         """Rotary positions: real tokens count from 0 in each row; padding gets 0. [batch or 1, length]."""
@@ -58,6 +60,8 @@ class LayerState(ABC):
     """One layer's memory."""
 
     KIND: str
+    REWINDS: ClassVar[bool] = False
+    """Whether it can be truncated to any length at any time."""
 
     @abstractmethod
     def tensors(self, length: int) -> dict[str, Tensor]:
@@ -77,6 +81,11 @@ class LayerState(ABC):
     def nbytes(self) -> int:
         """Bytes of memory that it occupies."""
 
+    @property
+    @abstractmethod
+    def signature(self) -> tuple[object, ...]:
+        """What two states must share for one model to continue both: kind, widths and dtype."""
+
 
 L = TypeVar("L", bound=LayerState)
 
@@ -84,7 +93,9 @@ L = TypeVar("L", bound=LayerState)
 def take(tensors: Mapping[str, Tensor], kind: str, **dimensions: int) -> list[Tensor]:
     """The named tensors of a saved layer, each of the given number of dimensions; anything else is an InputError."""
     if set(tensors) != set(dimensions) or any(tensors[name].dim() != n for name, n in dimensions.items()):
-        raise InputError(f"saved state: a {kind} layer holds {sorted(tensors)}", "The file is not a state of this model.")
+        raise InputError(
+            f"saved state: a {kind} layer holds {sorted(tensors)}", "The file is not a state of this model."
+        )
     return [tensors[name] for name in dimensions]
 
 
@@ -128,7 +139,9 @@ class State(Generic[L]):
         `clone()` taken at that point instead.
         """
         if not 0 <= length <= self.length:
-            raise StateError(f"cannot cut a state of {self.length} tokens to {length}", "Cut to a length that it holds.")
+            raise StateError(
+                f"cannot cut a state of {self.length} tokens to {length}", "Cut to a length that it holds."
+            )
         if length == self.length:
             return
         for layer in self.layers:
@@ -147,6 +160,11 @@ class State(Generic[L]):
         return type(self)(self.family, layers, self.batch_size, self.length, lengths)
 
     @property
+    def rewinds(self) -> bool:
+        """Whether `truncate` works to any length at any time; if not, going back takes a `clone` from before."""
+        return all(layer.REWINDS for layer in self.layers)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory that the state occupies."""
         return sum(layer.nbytes for layer in self.layers)
@@ -155,14 +173,15 @@ class State(Generic[L]):
         """Write the state as one safetensors file, beside its final name first and renamed when complete."""
         from lmx.core.state_file import save_state
 
-        save_state(self, path)
+        save_state(cast(State[LayerState], self), path)
 
-    def check_fits(self, family: str, kinds: list[str], batch_size: int) -> None:
-        """Raise StateError unless this is a state of that family, those layers and that batch."""
-        mine = [layer.KIND for layer in self.layers]
-        if self.family != family or mine != kinds or self.batch_size != batch_size:
+    def check_fits(self, other: "State[LayerState]") -> None:
+        """Raise StateError unless this state could take the place of the other: same family, layers, widths, batch."""
+        if (self.family, self.batch_size) != (other.family, other.batch_size) or [
+            layer.signature for layer in self.layers
+        ] != [layer.signature for layer in other.layers]:
             raise StateError(
-                f"this state is of {self.family}, {len(mine)} layers, batch {self.batch_size}; "
-                f"the call is for {family}, {len(kinds)} layers, batch {batch_size}",
-                "Make a state with model.make_state(batch_size).",
+                f"a state of {self.family} (batch {self.batch_size}) does not fit this {other.family} model "
+                f"(batch {other.batch_size})",
+                "Continue it with the model, the dtype and the batch that it was made with.",
             )

@@ -63,16 +63,14 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, dro
 def _flash(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, dropout: float) -> Tensor:
     if visibility.mask is not None or query.device.type != "cuda":
         raise UsageError(
-            "--attention flash: torch's flash kernel needs CUDA, no padding and no sliding window shorter than the prompt",
+            "--attention flash: torch's flash kernel needs CUDA, no padding, and a prompt no longer than the window",
             "Use --attention sdpa, which picks the fastest kernel that fits.",
         )
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
         return _sdpa(query, key, value, visibility, dropout)
 
 
-def _eager(
-    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, dropout: float
-) -> tuple[Tensor, Tensor]:
+def _eager(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, dropout: float) -> tuple[Tensor, Tensor]:
     batch, heads, queries, width = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     folded = query.reshape(batch, kv_heads, -1, width)  # [batch, kv_heads, group * queries, head_dim]

@@ -148,6 +148,6 @@ class ExpertBank(nn.Module):
             return run_experts(x, ids, weights, gate, up, down, self.activation)
         # The choice of experts is data: inside a compiled graph it must be one opaque operation.
         if torch.compiler.is_compiling():
-            return torch.ops.lmx.experts(x, ids, weights, gate, up, down, self.activation)  # type: ignore[no-any-return]
+            return torch.ops.lmx.experts(x, ids, weights, gate, up, down, self.activation)
         run = run_experts_once if len(x) == 1 else run_experts
         return run(x, ids, weights, gate, up, down, self.activation)

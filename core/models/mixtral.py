@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lmx.core.config import ConfigReader, ModelConfig, RopeConfig, count_labels
-from lmx.core.decoder import Call, Decoder, Inputs
+from lmx.core.decoder import AttentionCall, Decoder, Inputs
 from lmx.core.kv_cache import AttentionCache, KVCache, WindowKVCache, causal_visibility
 from lmx.core.layers.activation import ACTIVATION_NAMES
 from lmx.core.layers.attention import attend
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.hidden_size, narrow, bias=False)
         self.o = nn.Linear(wide, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, call: Call, cache: AttentionCache | None) -> Tensor:
+    def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         heads = (*x.shape[:2], -1, self.head_dim)
         query, key, value = (p(x).view(heads).transpose(1, 2) for p in (self.q, self.k, self.v))
@@ -113,7 +113,7 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, call.span)
         dropout = self.dropout if self.training else 0.0
-        answer, weights = attend(query, key, value, call.visibility, call.attention, dropout)
+        answer, weights = attend(query, key, value, call.visibility, call.implementation, dropout)
         call.record.attention(weights)
         return self.o(answer)
 
@@ -127,7 +127,7 @@ class SparseMLP(nn.Module):
         self.router = nn.Linear(config.hidden_size, config.experts, bias=False)
         self.experts = ExpertBank(config.experts, config.hidden_size, config.intermediate_size, config.activation)
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, call: AttentionCall) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         tokens = jitter(x, self.noise, self.training).flatten(0, 1)  # [batch * length, hidden]
         router_logits = self.router(tokens)
@@ -146,7 +146,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SparseMLP(config)
 
-    def forward(self, x: Tensor, call: Call, cache: AttentionCache | None) -> Tensor:
+    def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         x = x + self.attention(self.attention_norm(x), call, cache)
         return x + self.mlp(self.mlp_norm(x), call)
@@ -169,7 +169,7 @@ class MixtralDecoder(Decoder[AttentionCache]):
         """The config that the decoder was built from."""
         return self._config
 
-    def plan(self, inputs: Inputs, span: Span, state: State[AttentionCache] | None) -> Call:
+    def plan(self, inputs: Inputs, span: Span, state: State[AttentionCache] | None) -> AttentionCall:
         """Rotary tables and one mask for all layers."""
         device, config = inputs.embeds.device, self._config
         positions = inputs.positions if inputs.positions is not None else span.positions(device)
@@ -178,7 +178,14 @@ class MixtralDecoder(Decoder[AttentionCache]):
             visibility = state.layers[0].visibility(span)
         else:
             visibility = causal_visibility(span, config.sliding_window, device)
-        return Call(span, positions, inputs.record, inputs.attention, rotary, visibility)
+        return AttentionCall(
+            span,
+            positions,
+            inputs.record,
+            implementation=inputs.implementation,
+            rotary=rotary,
+            visibility=visibility,
+        )
 
     def empty_layers(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> list[AttentionCache]:
         """A ring as wide as the sliding window where the config has one, else a cache that grows."""

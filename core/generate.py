@@ -1,0 +1,294 @@
+"""Generation as an iterator of typed events: read the prompt in chunks, then choose one token at a time.
+
+At every event the state holds a beginning of `prompt_ids + token_ids`: its first `state.length` tokens. After
+`Finished` that is all of them but the last one produced, whose logits were never needed; a caller continues by
+generating from `prompt_ids + token_ids + more` with the same state.
+
+To interrupt, set the `cancel` event: it is looked at between chunks and between tokens, never inside the model, so the
+state stays as said above. An exception that strikes inside the model (KeyboardInterrupt without a handler that sets
+`cancel` instead, out of memory) may leave some layers ahead of others: drop that state, or a clone taken before serves.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lmx.core.answer import Answer, Event, Finished, PromptProcessed
+from lmx.core.errors import InputError, UsageError
+from lmx.core.sampling import Sampler, Sampling, sample_rows
+
+if TYPE_CHECKING:
+    from lmx.core.model import AnyState, LanguageModel, Output
+    from lmx.core.text.types import TextCodec
+
+PROMPT_CHUNK = 512
+"""Prompt tokens a forward pass: bounds the memory of a long prompt, and how long a cancel waits."""
+
+
+def check_prompt(model: "LanguageModel", prompt_ids: Sequence[int]) -> None:
+    """Raise `InputError` for a prompt that is empty, longer than the context, or not of the model's vocabulary."""
+    if not prompt_ids:
+        raise InputError("the prompt is empty", "give at least one token: this tokenizer adds none of its own")
+    if model.context_length is not None and len(prompt_ids) > model.context_length:
+        raise InputError(
+            f"the prompt is {len(prompt_ids):,} tokens long",
+            f"shorten it: the model's context is {model.context_length:,} tokens",
+        )
+    vocab = model.config.vocab_size
+    if min(prompt_ids) < 0 or max(prompt_ids) >= vocab:
+        bad = next(index for index in prompt_ids if not 0 <= index < vocab)
+        raise InputError(f"the prompt holds the token id {bad}", f"the model's ids are 0 to {vocab - 1}")
+
+
+def generate(
+    model: "LanguageModel",
+    text_engine: "TextCodec",
+    prompt_ids: Sequence[int],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int | None = None,
+    stop_strings: Sequence[str] = (),
+    stop_ids: frozenset[int] = frozenset(),
+    state: "AnyState | None" = None,
+    stream_context: Sequence[int] = (),
+    cancel: threading.Event | None = None,
+    prompt_chunk: int = PROMPT_CHUNK,
+) -> Iterator[Event]:
+    """Continue `prompt_ids`: yields `PromptProcessed`, one `Token` for each token, then `Finished`.
+
+    max_new_tokens: None goes on to the end of the context, or for ever where a model has none; 0 computes nothing.
+    stop_ids: tokens that end the answer.
+    state: one that already holds the first `state.length` tokens of the prompt, at most all but one: only the rest is
+    computed. It is advanced in place, and may be cut to any of its tokens by the caller afterwards.
+    stream_context: the ids that the answer's text follows on, so that its first space is decided as in one text;
+    without them the text is what decoding the answer alone gives.
+    cancel: ends the answer with the reason "cancelled" once it is set.
+
+    Raises, at the first event and before computing: `InputError` for a bad prompt (see `check_prompt`), `UsageError`
+    for bad options; while computing: `InputError` if the model produces NaN.
+    """
+    check_prompt(model, prompt_ids)
+    state = model.make_state(1) if state is None else state
+    if state.length >= len(prompt_ids):
+        raise UsageError(
+            f"the state holds {state.length} tokens and the prompt only {len(prompt_ids)}",
+            "continue with at least one new token, or cut the state first",
+        )
+    options = _Options(sampling, max_new_tokens, tuple(stop_strings), stop_ids)
+    row = _Row(model, text_engine, prompt_ids, stream_context, options)
+    run = _Run(model, state, cancel)
+    if row.active:
+        run.read_prompt(torch.tensor([prompt_ids[state.length :]]), None, prompt_chunk)
+        row.computed_tokens = run.columns
+    if run.prompt_is_read:
+        yield PromptProcessed(len(prompt_ids), run.columns, run.prompt_seconds)
+    while row.active:
+        if run.must_stop:
+            row.answer.cancel()
+            break
+        with run.generating():
+            if row.answer.token_ids:
+                run.feed(torch.tensor([row.answer.token_ids[-1:]]), None)
+            token = row.answer.take(*row.sampler.next(run.logits[0]))
+        row.generation_seconds = run.generation_seconds
+        yield token
+    yield row.finished(run.prompt_seconds)
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What became of `prompts[index]`. The seconds in `finished` are those of its whole batch, up to this row's end."""
+
+    index: int
+    prompt_ids: tuple[int, ...]
+    finished: Finished
+
+
+def generate_batch(
+    model: "LanguageModel",
+    text_engine: "TextCodec",
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    sampling: Sampling,
+    max_new_tokens: int | None = None,
+    stop_strings: Sequence[str] = (),
+    stop_ids: frozenset[int] = frozenset(),
+    continue_text: bool = False,
+    cancel: threading.Event | None = None,
+    prompt_chunk: int = PROMPT_CHUNK,
+) -> Iterator[BatchResult]:
+    """Continue every prompt, `batch_size` of them at a time, left-padded; yields one result a prompt, in their order.
+
+    Each row chooses, stops and seeds as `generate` would for its prompt alone; continue_text gives each its prompt as
+    `stream_context`. A cancel ends the running batch, whose unfinished rows get the reason "cancelled"; later batches
+    are not begun. Raises as `generate` does; a bad prompt anywhere is found before anything is computed.
+    """
+    if batch_size < 1:
+        raise UsageError(f"the batch size is {batch_size}", "give --batch-size 1 or more")
+    for prompt_ids in prompts:
+        check_prompt(model, prompt_ids)
+    options = _Options(sampling, max_new_tokens, tuple(stop_strings), stop_ids)
+    for first in range(0, len(prompts), batch_size):
+        if cancel is not None and cancel.is_set():
+            return
+        batch = prompts[first : first + batch_size]
+        rows = [_Row(model, text_engine, ids, ids if continue_text else (), options) for ids in batch]
+        run = _Run(model, model.make_state(len(batch)), cancel)
+        finished = _finish_batch(run, rows, prompt_chunk)
+        for index, (prompt_ids, result) in enumerate(zip(batch, finished, strict=True), start=first):
+            yield BatchResult(index, tuple(prompt_ids), result)
+
+
+def _finish_batch(run: "_Run", rows: "list[_Row]", prompt_chunk: int) -> list[Finished]:
+    """Run a batch until all of its rows have ended."""
+    if any(row.active for row in rows):
+        input_ids, mask = _left_padded([row.prompt_ids for row in rows])
+        run.read_prompt(input_ids, mask, prompt_chunk)
+        for row, computed in zip(rows, mask[:, : run.columns].sum(1).tolist(), strict=True):
+            row.computed_tokens = computed
+    while active := [number for number, row in enumerate(rows) if row.active]:
+        if run.must_stop:
+            for number in active:
+                rows[number].answer.cancel()
+            break
+        with run.generating():
+            if rows[active[0]].answer.token_ids:
+                run.feed(*_next_column(rows))
+            choices = sample_rows([rows[number].sampler for number in active], run.logits[active])
+            for number, choice in zip(active, choices, strict=True):
+                rows[number].answer.take(*choice)
+        for number in active:
+            rows[number].generation_seconds = run.generation_seconds
+    return [row.finished(run.prompt_seconds) for row in rows]
+
+
+def _next_column(rows: "list[_Row]") -> tuple[Tensor, Tensor]:
+    """Each row's last token and the mask, both [rows, 1]; a row that has ended is padding from then on."""
+    column = [row.answer.token_ids[-1] if row.active else 0 for row in rows]
+    return torch.tensor(column)[:, None], torch.tensor([row.active for row in rows])[:, None]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids and mask, both [rows, longest]; the mask is False for padding."""
+    longest = max(map(len, prompts))
+    input_ids = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prompts])
+    lengths = torch.tensor([len(ids) for ids in prompts])
+    return input_ids, torch.arange(longest)[None] >= longest - lengths[:, None]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What all rows of a batch have in common."""
+
+    sampling: Sampling
+    max_new_tokens: int | None
+    stop_strings: tuple[str, ...]
+    stop_ids: frozenset[int]
+
+    def limit(self, model: "LanguageModel", prompt_length: int) -> int | None:
+        """The most tokens to generate after a prompt: what was asked for, as far as the context reaches."""
+        if self.max_new_tokens is not None and self.max_new_tokens < 0:
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens}", "give 0 or more")
+        room = None if model.context_length is None else model.context_length - prompt_length
+        return min((bound for bound in (self.max_new_tokens, room) if bound is not None), default=None)
+
+
+class _Row:
+    """One sequence: its prompt, its sampler and its answer."""
+
+    def __init__(
+        self,
+        model: "LanguageModel",
+        text_engine: "TextCodec",
+        prompt_ids: Sequence[int],
+        stream_context: Sequence[int],
+        options: _Options,
+    ) -> None:
+        self.prompt_ids = prompt_ids
+        self.sampler = Sampler(options.sampling, prompt_ids)
+        self.answer = Answer(
+            text_engine.stream(stream_context),
+            options.stop_strings,
+            options.stop_ids,
+            options.limit(model, len(prompt_ids)),
+        )
+        self.computed_tokens = 0
+        self.generation_seconds = 0.0
+
+    @property
+    def active(self) -> bool:
+        """Whether the answer goes on."""
+        return self.answer.reason is None
+
+    def finished(self, prompt_seconds: float) -> Finished:
+        """The closing event of an answer that has ended."""
+        return Finished(
+            reason=self.answer.reason or "cancelled",
+            token_ids=tuple(self.answer.token_ids),
+            logprobs=tuple(self.answer.logprobs),
+            text=self.answer.text,
+            tail=self.answer.tail,
+            prompt_tokens=len(self.prompt_ids),
+            computed_prompt_tokens=self.computed_tokens,
+            prompt_seconds=prompt_seconds,
+            generation_seconds=self.generation_seconds,
+        )
+
+
+class _Run:
+    """Feeds a model and keeps the time."""
+
+    def __init__(self, model: "LanguageModel", state: "AnyState", cancel: threading.Event | None) -> None:
+        self.prompt_is_read = False
+        self.columns = 0
+        self.prompt_seconds = 0.0
+        self.generation_seconds = 0.0
+        self.logits = torch.empty(0)  # [rows, vocab], of the last column fed
+        self._model = model
+        self._state = state
+        self._cancel = cancel
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether a cancel was asked for, or came before the prompt was read."""
+        return not self.prompt_is_read or (self._cancel is not None and self._cancel.is_set())
+
+    def read_prompt(self, input_ids: Tensor, mask: Tensor | None, chunk: int) -> None:
+        """Feed [rows, length] chunk by chunk, up to a cancel; `columns` counts what was fed."""
+        start = perf_counter()
+        for first in range(0, input_ids.shape[1], chunk):
+            if self._cancel is not None and self._cancel.is_set():
+                break
+            part = slice(first, first + chunk)
+            self.feed(input_ids[:, part], None if mask is None else mask[:, part])
+            self.columns = min(first + chunk, input_ids.shape[1])
+        self.prompt_is_read = self.columns == input_ids.shape[1]
+        if self._model.device.type != "cpu":
+            torch.accelerator.synchronize(self._model.device)
+        self.prompt_seconds = perf_counter() - start
+
+    # no_grad rather than inference_mode: a state that grew in inference mode could not be continued outside of it.
+    @torch.no_grad()
+    def feed(self, input_ids: Tensor, mask: Tensor | None) -> None:
+        """Run the model over [rows, length] more tokens."""
+        output: Output = self._model(
+            input_ids=input_ids.to(self._model.device),
+            attention_mask=None if mask is None else mask.to(self._model.device),
+            state=self._state,
+            logits_to_keep=1,
+        )
+        self.logits = output.logits[:, -1]
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Count the time spent inside as generation."""
+        start = perf_counter()
+        yield
+        self.generation_seconds += perf_counter() - start

@@ -1,0 +1,236 @@
+"""FalconMamba (arXiv 2410.05355): Mamba layers alone, with B, C and dt normalised before the scan."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmx.core.config import ConfigReader, ModelConfig, count_labels
+from lmx.core.decoder import Call, Decoder, Inputs
+from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS
+from lmx.core.layers.conv import causal_conv
+from lmx.core.layers.initialise import initialise_normal
+from lmx.core.layers.norm import RMSNorm, rms_normalise
+from lmx.core.layers.padding import Compaction
+from lmx.core.layers.scan import selective_scan
+from lmx.core.names import NameTable, Rename
+from lmx.core.recurrent_state import MambaState
+from lmx.core.registry import Family
+from lmx.core.state import Span, State
+
+
+@dataclass(frozen=True)
+class TimeStepInit:
+    """How the step sizes of a fresh model are drawn (arXiv 2312.00752, section 3.6)."""
+
+    scale: float
+    smallest: float
+    largest: float
+    floor: float
+    scheme: str
+
+
+@dataclass(frozen=True)
+class FalconMambaConfig(ModelConfig):
+    """Widths, counts and switches of a FalconMamba model, by the names of its `config.json`."""
+
+    intermediate_size: int
+    state_size: int
+    conv_kernel: int
+    time_step_rank: int
+    activation: str
+    layer_norm_epsilon: float
+    mixer_rms_eps: float
+    use_bias: bool
+    use_conv_bias: bool
+    residual_in_fp32: bool
+    rescale_prenorm_residual: bool
+    time_step: TimeStepInit
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, object]) -> "FalconMambaConfig":
+        """Read a `config.json` in the spelling of transformers 4 or 5. Raises InputError naming the key."""
+        read = ConfigReader(raw)
+        hidden = read.integer("hidden_size")
+        # The published file says expand 16 beside the true width; the width wins.
+        expanded = read.integer("expand", 2) * hidden
+        rank = math.ceil(hidden / 16)
+        if raw.get("time_step_rank") != "auto":
+            rank = read.integer("time_step_rank", rank)
+        read.ignore("time_step_rank", "use_mambapy", "use_falcon_mambapy", "use_associative_scan", "layer_types")
+        config = cls(
+            vocab_size=read.integer("vocab_size"),
+            hidden_size=hidden,
+            layers=read.integer("num_hidden_layers", most=4096),
+            initializer_range=read.number("initializer_range", 0.1),
+            tie_word_embeddings=read.flag("tie_word_embeddings", True),
+            bos_ids=read.token_ids("bos_token_id"),
+            eos_ids=read.token_ids("eos_token_id"),
+            pad_id=read.optional_integer("pad_token_id", least=0),
+            labels=count_labels(raw),
+            intermediate_size=read.integer("intermediate_size", expanded),
+            state_size=read.integer("state_size", 16),
+            conv_kernel=read.integer("conv_kernel", 4, most=1024),
+            time_step_rank=rank,
+            activation=read.choice("hidden_act", "silu", ACTIVATION_NAMES),
+            layer_norm_epsilon=read.number("layer_norm_epsilon", 1e-5),
+            mixer_rms_eps=read.number("mixer_rms_eps", 1e-6),
+            use_bias=read.flag("use_bias", False),
+            use_conv_bias=read.flag("use_conv_bias", True),
+            residual_in_fp32=read.flag("residual_in_fp32", True),
+            rescale_prenorm_residual=read.flag("rescale_prenorm_residual", False),
+            time_step=TimeStepInit(
+                scale=read.number("time_step_scale", 1.0),
+                smallest=read.number("time_step_min", 0.001, least=1e-12),
+                largest=read.number("time_step_max", 0.1, least=1e-12),
+                floor=read.number("time_step_floor", 1e-4),
+                scheme=read.choice("time_step_init_scheme", "random", ("random", "constant")),
+            ),
+        )
+        read.finish()
+        return config
+
+
+class Mixer(nn.Module):
+    """The Mamba layer: a convolution, a selective scan, a gate (arXiv 2312.00752, figure 3)."""
+
+    def __init__(self, config: FalconMambaConfig) -> None:
+        super().__init__()
+        inner, states, rank = config.intermediate_size, config.state_size, config.time_step_rank
+        self.sizes = [rank, states, states]
+        self.eps = config.mixer_rms_eps
+        self.act = ACTIVATIONS[config.activation]
+        self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=config.use_bias)
+        self.conv_weight = nn.Parameter(torch.empty(inner, 1, config.conv_kernel))
+        self.conv_bias = nn.Parameter(torch.empty(inner)) if config.use_conv_bias else None
+        self.x_proj = nn.Linear(inner, sum(self.sizes), bias=False)
+        self.dt_proj = nn.Linear(rank, inner)
+        self.A_log = nn.Parameter(torch.empty(inner, states))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
+
+    def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> MambaState:
+        """Zeros: no inputs seen, nothing remembered."""
+        inner, states = self.A_log.shape
+        conv = torch.zeros(batch, inner, self.conv_weight.shape[2] - 1, dtype=dtype, device=device)
+        return MambaState(conv, torch.zeros(batch, inner, states, device=device))
+
+    def forward(self, x: Tensor, compaction: Compaction | None, state: MambaState | None) -> Tensor:
+        """x: [batch, length, hidden] -> the same; the state is advanced in place."""
+        x = self.in_proj(x)
+        if compaction is not None:
+            x = compaction.pack(x)
+        x, gate = x.chunk(2, dim=-1)  # [batch, length, inner] each
+        before = state if state is not None else self.empty_state(x.shape[0], x.dtype, x.device)
+        lengths = None if compaction is None else compaction.lengths
+        x, conv = causal_conv(x, self.conv_weight.squeeze(1), self.conv_bias, before.conv, lengths)
+        x = self.act(x)
+        delta, B, C = self._select(x, compaction)
+        y, ssm = selective_scan(x, delta, -torch.exp(self.A_log.float()), B, C, before.hidden)
+        if state is not None:
+            state.keep(conv, ssm)
+        y = (torch.addcmul(y, x, self.D.float()) * self.act(gate)).to(x.dtype)
+        return self.out_proj(y if compaction is None else compaction.unpack(y))
+
+    def _select(self, x: Tensor, compaction: Compaction | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Step sizes [batch, length, inner] in float32 and the input and output maps [batch, length, state]."""
+        dt, B, C = (rms_normalise(part, self.eps).to(x.dtype) for part in self.x_proj(x).split(self.sizes, dim=-1))
+        delta = F.softplus(F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias.float())
+        return delta if compaction is None else compaction.fill_tail(delta, 0.0), B, C
+
+
+class Block(nn.Module):
+    """The mixer on the normalised stream, added back to it; the stream may be float32 in a 16-bit model."""
+
+    def __init__(self, config: FalconMambaConfig) -> None:
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = Mixer(config)
+
+    def forward(self, x: Tensor, call: Call, state: MambaState | None) -> Tensor:
+        """x: [batch, length, hidden] -> the same."""
+        answer = self.mixer(self.norm(x.to(self.norm.weight.dtype)), call.compaction, state)
+        return (x.float() if self.residual_in_fp32 else x) + answer
+
+
+class FalconMambaDecoder(Decoder[MambaState]):
+    """Embedding, layers and the last norm."""
+
+    FAMILY: ClassVar[str] = "falcon_mamba"
+
+    def __init__(self, config: FalconMambaConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = [Block(config) for _ in range(config.layers)]
+        self.layers = nn.ModuleList(self.blocks)
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+    @property
+    def config(self) -> FalconMambaConfig:
+        """The config that the decoder was built from."""
+        return self._config
+
+    def plan(self, inputs: Inputs, span: Span, state: State[MambaState] | None) -> Call:
+        """No positions, no mask: only padding has to be moved out of the way."""
+        compaction = None if inputs.mask is None else Compaction.of(inputs.mask)
+        return Call(span, span.positions(inputs.embeds.device), inputs.record, compaction=compaction)
+
+    def empty_layers(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> list[MambaState]:
+        """Zeros of a size that no length changes."""
+        return [layer.mixer.empty_state(batch_size, dtype, device) for layer in self.blocks]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal projections; A = -(1 .. state), D = 1 and log-uniform step sizes, as Mamba begins."""
+        initialise_normal(self, self._config.initializer_range)
+        for layer in self.blocks:
+            _initialise_mixer(layer.mixer, self._config)
+
+
+def _initialise_mixer(mixer: Mixer, config: FalconMambaConfig) -> None:
+    rates = torch.arange(1, config.state_size + 1, dtype=torch.float32)
+    mixer.A_log.copy_(rates.log().expand_as(mixer.A_log))
+    mixer.D.fill_(1.0)
+    step = config.time_step
+    spread = config.time_step_rank**-0.5 * step.scale
+    if step.scheme == "constant":
+        mixer.dt_proj.weight.fill_(spread)
+    else:
+        mixer.dt_proj.weight.uniform_(-spread, spread)
+    low, high = math.log(step.smallest), math.log(step.largest)
+    dt = torch.exp(torch.rand(config.intermediate_size) * (high - low) + low).clamp(min=step.floor)
+    mixer.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    nn.init.kaiming_uniform_(mixer.conv_weight, a=math.sqrt(5))
+    if mixer.conv_bias is not None:
+        mixer.conv_bias.zero_()
+    nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
+    if config.rescale_prenorm_residual:
+        mixer.out_proj.weight.div_(math.sqrt(config.layers))
+
+
+_MIXER, _OURS = "backbone.layers.{}.mixer.", "layers.{}.mixer."
+
+NAMES = NameTable(
+    Rename("backbone.embeddings.weight", "embed.weight"),
+    Rename("backbone.layers.{}.norm.weight", "layers.{}.norm.weight"),
+    *(
+        Rename(f"{_MIXER}{name}", f"{_OURS}{name}")
+        for name in (
+            *("in_proj.weight", "in_proj.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias"),
+            *("A_log", "D", "out_proj.weight", "out_proj.bias"),
+        )
+    ),
+    Rename(_MIXER + "conv1d.weight", _OURS + "conv_weight"),
+    Rename(_MIXER + "conv1d.bias", _OURS + "conv_bias"),
+    Rename("backbone.norm_f.weight", "norm.weight"),
+    Rename("backbone.embedding.weight", "embed.weight"),  # mamba-ssm's spelling
+    base_prefix="backbone.",
+)
+
+FAMILY = Family("falcon_mamba", "FalconMamba", FalconMambaConfig.parse, FalconMambaDecoder, lambda config: NAMES)

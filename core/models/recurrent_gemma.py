@@ -1,0 +1,376 @@
+"""RecurrentGemma (arXiv 2404.07839), of the Griffin architecture (arXiv 2402.19427): two layers of a gated linear
+recurrence, the RG-LRU, to one of local attention, and a gated MLP after each.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmx.core.config import ConfigReader, ModelConfig, RopeConfig, count_labels
+from lmx.core.decoder import AttentionCall, Decoder, Inputs
+from lmx.core.kv_cache import WindowKVCache, causal_visibility
+from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS
+from lmx.core.layers.attention import attend
+from lmx.core.layers.conv import causal_conv
+from lmx.core.layers.initialise import initialise_normal
+from lmx.core.layers.linear_recurrence import rg_lru
+from lmx.core.layers.norm import OffsetRMSNorm
+from lmx.core.layers.padding import Compaction
+from lmx.core.layers.rope import rotary_tables, rotate
+from lmx.core.names import NameTable, Rename
+from lmx.core.recurrent_state import GriffinState
+from lmx.core.registry import Family
+from lmx.core.state import Span, State
+
+LayerMemory = GriffinState | WindowKVCache
+
+_LARGEST_SQRT_GRADIENT = 1000.0
+
+
+@dataclass(frozen=True)
+class RecurrentGemmaConfig(ModelConfig):
+    """Widths, counts and switches of a RecurrentGemma model; `mlp_width` is half of the file's intermediate_size."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    lru_width: int
+    conv_width: int
+    window: int
+    block_types: tuple[str, ...]
+    activation: str
+    rms_norm_eps: float
+    rope: RopeConfig
+    soft_cap: float | None
+    scale_embeddings: bool
+    attention_bias: bool
+    attention_dropout: float
+    w_init_variance_scale: float
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, object]) -> "RecurrentGemmaConfig":
+        """Read a `config.json` in the spelling of transformers 4 or 5. Raises InputError naming the key."""
+        read = ConfigReader(raw)
+        hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads", most=65536)
+        layers, conv_width = read.integer("num_hidden_layers", most=4096), read.integer("conv1d_width", 4, most=1024)
+        variance = read.number("w_init_variance_scale", 0.01)
+        cycle = read.names("_block_types") or read.names("block_types") or ("recurrent", "recurrent", "attention")
+        if not set(cycle) <= {"recurrent", "attention"}:
+            raise read.error("block_types", f"has {sorted(set(cycle))}; supported: recurrent, attention")
+        read.ignore("_block_types", "block_types", "layers_block_type", "layer_types")
+        read.ignore("initializer_range", "final_w_init_variance_scale")
+        config = cls(
+            vocab_size=read.integer("vocab_size"),
+            hidden_size=hidden,
+            layers=layers,
+            # What transformers gives every matrix that has no rule of its own.
+            initializer_range=math.sqrt(variance / conv_width),
+            tie_word_embeddings=read.flag("tie_word_embeddings", True),
+            bos_ids=read.token_ids("bos_token_id"),
+            eos_ids=read.token_ids("eos_token_id"),
+            pad_id=read.optional_integer("pad_token_id", least=0),
+            labels=count_labels(raw),
+            heads=heads,
+            kv_heads=read.integer("num_key_value_heads", heads),
+            head_dim=read.integer("head_dim", hidden // heads),
+            mlp_width=read.integer("intermediate_size", 3 * hidden) // 2,
+            lru_width=read.integer("lru_width", hidden),
+            conv_width=conv_width,
+            window=read.integer("attention_window_size", 2048),
+            block_types=tuple(cycle[i % len(cycle)] for i in range(layers)),
+            activation=read.choice("hidden_activation", "gelu_pytorch_tanh", ACTIVATION_NAMES),
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            rope=RopeConfig.read(read, 10000.0, default_fraction=0.5),
+            soft_cap=read.number("logits_soft_cap", 30.0, least=1e-6) if raw.get("logits_soft_cap", 1) else None,
+            scale_embeddings=read.flag("embeddings_scale_by_sqrt_dim", True),
+            attention_bias=read.flag("attention_bias", False),
+            attention_dropout=read.number("attention_dropout", 0.0, most=1.0),
+            w_init_variance_scale=variance,
+        )
+        read.ignore("logits_soft_cap")
+        if config.heads % config.kv_heads:
+            raise read.error("num_key_value_heads", f"({config.kv_heads}) does not divide {heads} heads")
+        if config.lru_width % config.heads:
+            raise read.error("lru_width", f"({config.lru_width}) is not divisible by {heads} heads")
+        read.finish()
+        return config
+
+    @property
+    def logits_soft_cap(self) -> float | None:
+        """Logits are squashed to (-cap, cap)."""
+        return self.soft_cap
+
+
+class LocalAttention(nn.Module):
+    """Attention with rotary positions on part of each head, over the last window of tokens."""
+
+    def __init__(self, config: RecurrentGemmaConfig) -> None:
+        super().__init__()
+        self.head_dim, self.dropout = config.head_dim, config.attention_dropout
+        wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q = nn.Linear(config.hidden_size, wide, bias=config.attention_bias)
+        self.k = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        self.v = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        self.o = nn.Linear(wide, config.hidden_size)
+
+    def forward(self, x: Tensor, call: AttentionCall, cache: WindowKVCache | None) -> Tensor:
+        """x: [batch, length, hidden] -> the same."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        query, key, value = (p(x).view(heads).transpose(1, 2) for p in (self.q, self.k, self.v))
+        query, key = rotate(query, call.rotary), rotate(key, call.rotary)
+        if cache is not None:
+            key, value = cache.update(key, value, call.span)
+        dropout = self.dropout if self.training else 0.0
+        answer, weights = attend(query, key, value, call.visibility, call.implementation, dropout)
+        call.record.attention(weights)
+        return self.o(answer)
+
+
+class _BoundedSqrt(torch.autograd.Function):
+    """A square root whose gradient stays finite at zero, so that training in 16 bits meets no NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sqrt()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad / torch.sqrt(torch.clip(4.0 * x, min=1.0 / _LARGEST_SQRT_GRADIENT**2))
+
+
+def bounded_sqrt(x: Tensor) -> Tensor:
+    """The square root of x >= 0, its gradient at most 1000 (arXiv 2402.19427, appendix A)."""
+    return cast(Tensor, _BoundedSqrt.apply(x))  # type: ignore[no-untyped-call]
+
+
+class RGLRU(nn.Module):
+    """The real-gated linear recurrent unit (arXiv 2402.19427, section 2.4); gates are block-diagonal by heads."""
+
+    def __init__(self, config: RecurrentGemmaConfig) -> None:
+        super().__init__()
+        heads, width = config.heads, config.lru_width // config.heads
+        self.recurrent_param = nn.Parameter(torch.empty(config.lru_width))
+        self.input_gate_weight = nn.Parameter(torch.empty(heads, width, width))
+        self.input_gate_bias = nn.Parameter(torch.empty(heads, width))
+        self.recurrent_gate_weight = nn.Parameter(torch.empty(heads, width, width))
+        self.recurrent_gate_bias = nn.Parameter(torch.empty(heads, width))
+
+    def forward(self, x: Tensor, reset: Tensor, compaction: Compaction | None, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the recurrence in float32.
+
+        x: [batch, length, width]; reset: [batch or 1, length] bool, True where a text begins; state: [batch, width].
+        Returns the outputs in x's dtype and the state after the last token.
+        """
+        input_gate = self._gate(x, self.input_gate_weight, self.input_gate_bias)
+        recurrent_gate = self._gate(x, self.recurrent_gate_weight, self.recurrent_gate_bias)
+        log_a = -8.0 * recurrent_gate * F.softplus(self.recurrent_param.float())
+        kept = 1.0 - torch.exp(2.0 * log_a)
+        # With gradients off the plain root is the same, and opens the way to a compiled graph.
+        root = bounded_sqrt(kept) if torch.is_grad_enabled() else kept.sqrt()
+        start = reset[..., None]
+        drive = x.float() * input_gate * torch.where(start, 1.0, root)
+        a = log_a.exp().masked_fill(start, 0.0)
+        if compaction is not None:
+            a, drive = compaction.fill_tail(a, 1.0), compaction.fill_tail(drive, 0.0)
+        h, last = rg_lru(a, drive, state)
+        return h.to(x.dtype), last
+
+    @staticmethod
+    def _gate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        heads = x.unflatten(-1, weight.shape[:2]).flatten(0, 1).transpose(0, 1)  # [heads, batch * length, width of one]
+        gates = torch.baddbmm(bias[:, None], heads, weight)
+        return gates.transpose(0, 1).reshape(x.shape).float().sigmoid()
+
+
+class RecurrentBlock(nn.Module):
+    """A convolution and the RG-LRU on one branch, a gate on the other (arXiv 2402.19427, figure 2c)."""
+
+    def __init__(self, config: RecurrentGemmaConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[config.activation]
+        self.linear_y = nn.Linear(config.hidden_size, config.lru_width)
+        self.linear_x = nn.Linear(config.hidden_size, config.lru_width)
+        self.conv_weight = nn.Parameter(torch.empty(config.lru_width, 1, config.conv_width))
+        self.conv_bias = nn.Parameter(torch.empty(config.lru_width))
+        self.rg_lru = RGLRU(config)
+        self.linear_out = nn.Linear(config.lru_width, config.hidden_size)
+
+    def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> GriffinState:
+        """Zeros: no inputs seen, nothing remembered."""
+        width, _, kernel = self.conv_weight.shape
+        conv = torch.zeros(batch, width, kernel - 1, dtype=dtype, device=device)
+        return GriffinState(conv, torch.zeros(batch, width, device=device))
+
+    def forward(self, x: Tensor, call: AttentionCall, state: GriffinState | None) -> Tensor:
+        """x: [batch, length, hidden] -> the same; the state is advanced in place."""
+        gate, branch = self.act(self.linear_y(x)), self.linear_x(x)
+        before = state if state is not None else self.empty_state(x.shape[0], x.dtype, x.device)
+        reset, compaction, lengths = call.positions == 0, call.compaction, None
+        if compaction is not None:
+            lengths = compaction.lengths
+            branch = compaction.pack(branch)
+            reset = compaction.pack(reset.expand(x.shape[:2]))
+        branch, conv = causal_conv(branch, self.conv_weight.squeeze(1), self.conv_bias, before.conv, lengths)
+        branch, lru = self.rg_lru(branch, reset, compaction, before.hidden)
+        if state is not None:
+            state.keep(conv, lru)
+        return self.linear_out(gate * (branch if compaction is None else compaction.unpack(branch)))
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))`, with biases."""
+
+    def __init__(self, config: RecurrentGemmaConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[config.activation]
+        self.gate = nn.Linear(config.hidden_size, config.mlp_width)
+        self.up = nn.Linear(config.hidden_size, config.mlp_width)
+        self.down = nn.Linear(config.mlp_width, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [batch, length, hidden] -> the same."""
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """A temporal block, then an MLP, each on the normalised stream and added back to it."""
+
+    def __init__(self, config: RecurrentGemmaConfig, block_type: str) -> None:
+        super().__init__()
+        self.temporal_norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.temporal: LocalAttention | RecurrentBlock = (
+            LocalAttention(config) if block_type == "attention" else RecurrentBlock(config)
+        )
+        self.mlp_norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, x: Tensor, call: AttentionCall, state: LayerMemory | None) -> Tensor:
+        """x: [batch, length, hidden] -> the same."""
+        x = x + self.temporal(self.temporal_norm(x), call, state)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class RecurrentGemmaDecoder(Decoder[LayerMemory]):
+    """Embedding, layers and the last norm."""
+
+    FAMILY: ClassVar[str] = "recurrent_gemma"
+
+    def __init__(self, config: RecurrentGemmaConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_id)
+        self.blocks = [Block(config, block_type) for block_type in config.block_types]
+        self.layers = nn.ModuleList(self.blocks)
+        self.norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.embed_scale = math.sqrt(config.hidden_size) if config.scale_embeddings else None
+
+    @property
+    def config(self) -> RecurrentGemmaConfig:
+        """The config that the decoder was built from."""
+        return self._config
+
+    def plan(self, inputs: Inputs, span: Span, state: State[LayerMemory] | None) -> AttentionCall:
+        """Rotary tables and one mask for the attention layers, and padding out of the recurrences' way."""
+        device, config = inputs.embeds.device, self._config
+        positions = inputs.positions if inputs.positions is not None else span.positions(device)
+        rotary = rotary_tables(positions, int(config.head_dim * config.rope.fraction), config.rope.theta)
+        caches = [] if state is None else [layer for layer in state.layers if isinstance(layer, WindowKVCache)]
+        visibility = caches[0].visibility(span) if caches else causal_visibility(span, config.window, device)
+        compaction = None if inputs.mask is None else Compaction.of(inputs.mask)
+        return AttentionCall(
+            span,
+            positions,
+            inputs.record,
+            compaction,
+            implementation=inputs.implementation,
+            rotary=rotary,
+            visibility=visibility,
+        )
+
+    def empty_layers(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> list[LayerMemory]:
+        """A ring for each attention layer, zeros for each recurrence: none of them grows."""
+        config = self._config
+        shape = (batch_size, config.kv_heads, config.head_dim, dtype, device)
+        return [
+            layer.temporal.empty_state(batch_size, dtype, device)
+            if isinstance(layer.temporal, RecurrentBlock)
+            else WindowKVCache.empty(*shape, window=config.window)
+            for layer in self.blocks
+        ]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As the Griffin paper begins: small gates, decays between 0.9 and 0.999 (section 2.4)."""
+        config = self._config
+        initialise_normal(self, config.initializer_range)
+        into = math.sqrt(1.0 / config.hidden_size)
+        final = 2.0 / config.layers
+        for layer in self.blocks:
+            temporal = layer.temporal
+            if isinstance(temporal, LocalAttention):
+                for projection in (temporal.q, temporal.k, temporal.v):
+                    projection.weight.normal_(0.0, into)
+                temporal.o.weight.normal_(0.0, math.sqrt(final / config.hidden_size))
+                continue
+            temporal.linear_x.weight.normal_(0.0, into)
+            temporal.linear_y.weight.normal_(0.0, into)
+            temporal.linear_out.weight.normal_(0.0, math.sqrt(final / config.lru_width))
+            temporal.conv_weight.normal_(0.0, config.initializer_range)
+            temporal.conv_bias.zero_()
+            _initialise_rg_lru(temporal.rg_lru, config)
+
+
+def _initialise_rg_lru(unit: RGLRU, config: RecurrentGemmaConfig) -> None:
+    std = math.sqrt(config.w_init_variance_scale / (config.lru_width // config.heads))
+    for weight in (unit.input_gate_weight, unit.recurrent_gate_weight):
+        weight.normal_(0.0, std)
+    for bias in (unit.input_gate_bias, unit.recurrent_gate_bias):
+        bias.zero_()
+    square = torch.empty_like(unit.recurrent_param).uniform_(0.9**2 + 1e-8, 0.999**2 + 1e-8)
+    unit.recurrent_param.copy_(square.log().mul(0.5).neg().expm1().log())  # the inverse of a = exp(-softplus(param))
+
+
+_LAYER, _OURS = "model.layers.{}.", "layers.{}."
+_TEMPORAL = _LAYER + "temporal_block."
+
+NAMES = NameTable(
+    Rename("model.embed_tokens.weight", "embed.weight"),
+    Rename(_LAYER + "temporal_pre_norm.weight", _OURS + "temporal_norm.weight"),
+    *(
+        Rename(f"{_TEMPORAL}{name}_proj.{kind}", f"{_OURS}temporal.{name}.{kind}")
+        for name in "qkvo"
+        for kind in ("weight", "bias")
+    ),
+    *(
+        Rename(f"{_TEMPORAL}{name}.{kind}", f"{_OURS}temporal.{name}.{kind}")
+        for name in ("linear_x", "linear_y", "linear_out")
+        for kind in ("weight", "bias")
+    ),
+    *(Rename(f"{_TEMPORAL}conv_1d.{kind}", f"{_OURS}temporal.conv_{kind}") for kind in ("weight", "bias")),
+    *(
+        Rename(f"{_TEMPORAL}rg_lru.{name}", f"{_OURS}temporal.rg_lru.{name}")
+        for name in (
+            *("recurrent_param", "input_gate_weight", "input_gate_bias"),
+            *("recurrent_gate_weight", "recurrent_gate_bias"),
+        )
+    ),
+    Rename(_LAYER + "channel_pre_norm.weight", _OURS + "mlp_norm.weight"),
+    *(
+        Rename(f"{_LAYER}mlp_block.{name}_proj.{kind}", f"{_OURS}mlp.{name}.{kind}")
+        for name in ("gate", "up", "down")
+        for kind in ("weight", "bias")
+    ),
+    Rename("model.final_norm.weight", "norm.weight"),
+)
+
+FAMILY = Family(
+    "recurrent_gemma", "RecurrentGemma", RecurrentGemmaConfig.parse, RecurrentGemmaDecoder, lambda config: NAMES
+)

@@ -1,0 +1,145 @@
+"""Products with quantized matrices: which code runs them, and the plain torch path that runs anywhere."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from math import gcd
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lmx.quant import four_bit, int8
+from lmx.quant.four_bit import NESTED_BLOCK_SIZE, FourBit
+from lmx.quant.int8 import Int8
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
+QuantMatrix = FourBit | Int8
+Product = Callable[[Tensor], Tensor]
+
+# Elements of a matrix that are dequantized at a time.
+_TILE = 1 << 20
+# Activations beyond it are multiplied in 16 bits by LLM.int8() (arXiv 2208.07339, section 3.2).
+_OUTLIER_THRESHOLD = 6.0
+
+
+def choose_product(q: QuantMatrix) -> Product:
+    """The function that multiplies by a matrix [rows, columns]: x [..., columns] -> [..., rows], in the dtype of x.
+
+    This is the one place that picks a kernel: bitsandbytes for matrices on a CUDA device, else torch.
+    """
+    if q.absmax.device.type == "cuda":
+        return bitsandbytes_product(q)
+    return partial(tiled_product, q)
+
+
+def dequantize(q: QuantMatrix, dtype: torch.dtype | None = None) -> Tensor:
+    """The values of a quantized matrix, in `dtype` or in the dtype that its source had."""
+    return four_bit.dequantize_4bit(q, dtype) if isinstance(q, FourBit) else int8.dequantize_int8(q, dtype)
+
+
+def tiled_product(q: QuantMatrix, x: Tensor) -> Tensor:
+    """Multiply by a matrix that is dequantized a few rows at a time: x [..., columns] -> [..., rows].
+
+    Gradients flow to `x`; the backward pass dequantizes again instead of keeping the tiles.
+    """
+    flat = x.reshape(-1, x.shape[-1])  # [vectors, columns]
+    differentiate = torch.is_grad_enabled() and x.requires_grad
+    out: Tensor = _TiledProduct.apply(flat, q) if differentiate else _multiply(flat, q)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], q.shape[0])
+
+
+def bitsandbytes_product(q: QuantMatrix) -> Product:
+    """Multiply by bitsandbytes' kernels; int8 as LLM.int8(), which also rounds the activations to 8 bits."""
+    return _bitsandbytes_4bit(q) if isinstance(q, FourBit) else _bitsandbytes_int8(q)
+
+
+def _multiply(x: Tensor, q: QuantMatrix) -> Tensor:
+    """Multiply x [vectors, columns] -> [vectors, rows]."""
+    out = x.new_empty(len(x), q.shape[0])
+    for start, tile in _tiles(q, x.dtype):
+        out[:, start : start + len(tile)] = linear(x, tile)
+    return out
+
+
+class _TiledProduct(torch.autograd.Function):
+    """`_multiply` with a gradient for `x`, in the same bounded memory."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, q: QuantMatrix) -> Tensor:
+        """Multiply x [vectors, columns] -> [vectors, rows]."""
+        ctx.q = q  # type: ignore[attr-defined]
+        return _multiply(x, q)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+        """The gradient [vectors, rows] -> that of x [vectors, columns]."""
+        grad, q = grads[0], ctx.q  # type: ignore[attr-defined]
+        out = grad.new_zeros(len(grad), q.shape[1])
+        for start, tile in _tiles(q, grad.dtype):
+            out += grad[:, start : start + len(tile)] @ tile
+        return out, None
+
+
+def _tiles(q: QuantMatrix, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """The matrix in `dtype` in pieces [rows of the tile, columns], each with the number of its first row."""
+    rows, columns = q.shape
+    step = max(1, _TILE // columns)
+    if isinstance(q, FourBit):
+        unit = q.block_size // gcd(columns, q.block_size)  # so many rows are whole blocks
+        step = -(-step // unit) * unit
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        if isinstance(q, FourBit):
+            tile = four_bit.dequantize_range(q, start * columns, stop * columns).view(-1, columns)
+        else:
+            tile = int8.dequantize_rows(q, start, stop)
+        yield start, tile.to(dtype)
+
+
+def _bitsandbytes_4bit(q: FourBit) -> Product:
+    from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]
+
+    state = _quant_state(q)
+
+    def product(x: Tensor) -> Tensor:
+        return matmul_4bit(x, q.packed, quant_state=state).to(x.dtype)  # type: ignore[no-any-return]
+
+    return product
+
+
+def _quant_state(q: FourBit) -> "QuantState":
+    """The same as bitsandbytes' own object."""
+    from bitsandbytes.functional import QuantState
+
+    offset = nested = None
+    if q.nested is not None:
+        offset = torch.tensor(q.nested.offset, device=q.absmax.device)
+        nested = QuantState(  # type: ignore[no-untyped-call]
+            q.nested.absmax, code=q.nested.quant_map, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32
+        )
+    return QuantState(  # type: ignore[no-untyped-call]
+        q.absmax,
+        shape=torch.Size(q.shape),
+        code=q.quant_map.to(q.absmax.device),
+        blocksize=q.block_size,
+        quant_type=q.quant_type,
+        dtype=q.dtype,
+        offset=offset,
+        state2=nested,
+    )
+
+
+def _bitsandbytes_int8(q: Int8) -> Product:
+    from bitsandbytes import MatmulLtState, matmul  # type: ignore[attr-defined]
+
+    state = MatmulLtState()
+    state.CB, state.SCB = q.weight, q.absmax
+    state.has_fp16_weights, state.is_training, state.threshold = False, False, _OUTLIER_THRESHOLD
+
+    def product(x: Tensor) -> Tensor:
+        return matmul(x.half(), q.weight, state=state).to(x.dtype)  # type: ignore[no-any-return]
+
+    return product

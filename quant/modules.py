@@ -1,0 +1,142 @@
+"""Layers on quantized matrices: a linear layer and a bank of experts, on the bytes as a checkpoint holds them.
+
+The tensors of a matrix may be views of a mapped file: nothing here copies or repacks them. They are no parameters,
+because a change of the model's dtype must not reach them: the format fixes their dtypes. A move to a device does.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lmx.core.errors import InputError
+from lmx.core.layers.activation import ACTIVATIONS
+from lmx.quant.four_bit import FourBit
+from lmx.quant.matmul import Product, QuantMatrix, choose_product, dequantize
+from lmx.quant.serialize import four_bit_tensors, int8_tensors
+
+TensorFunction = Callable[[Tensor], Tensor]
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with a quantized weight [out_features, in_features] and, if any, a bias that is not quantized.
+
+    forward: x [..., in_features] of any float dtype -> [..., out_features] of the same. Gradients flow to x and bias.
+    """
+
+    def __init__(self, weight: QuantMatrix, bias: Tensor | None = None) -> None:
+        super().__init__()
+        _check_matrix(weight)
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+        self._product: Product = choose_product(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ weight.T + bias`."""
+        out = self._product(x)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The whole weight, in `dtype` or in that of its source."""
+        return dequantize(self.weight, dtype)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        scheme = self.weight.quant_type if isinstance(self.weight, FourBit) else "int8"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, scheme={scheme}"
+
+    def _apply(self, fn: TensorFunction, recurse: bool = True) -> "QuantLinear":
+        self.weight = _move(self.weight, fn)
+        self._product = choose_product(self.weight)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        destination.update(_tensors(f"{prefix}weight", self.weight))
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+class QuantExpertBank(nn.Module):
+    """`lmx.core.layers.moe.ExpertBank` on quantized matrices: gated MLPs, `down(act(gate(x)) * up(x))`.
+
+    gate, up: one matrix [inner, hidden] an expert; down: one [hidden, inner] an expert.
+    forward: x [tokens, hidden], ids and weights [tokens, top_k] -> [tokens, hidden]. An expert that no token chose is
+    not touched, so that its pages stay on disk.
+    """
+
+    def __init__(
+        self,
+        gate: Sequence[QuantMatrix],
+        up: Sequence[QuantMatrix],
+        down: Sequence[QuantMatrix],
+        activation: str,
+    ) -> None:
+        super().__init__()
+        if not len(gate) == len(up) == len(down) > 0:
+            raise InputError(
+                f"{len(gate)} gate, {len(up)} up and {len(down)} down matrices make no bank of experts",
+                "the checkpoint lacks some experts: download or quantize it again",
+            )
+        self.gate, self.up, self.down = list(gate), list(up), list(down)
+        self.activation = activation
+        self._choose_products()
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts' answers, in the dtype of x.
+
+        Tokens are sorted by expert, so that each expert that was hit is dequantized once.
+        """
+        top_k = ids.shape[-1]
+        out = torch.zeros_like(x)
+        order = ids.flatten().argsort(stable=True)  # [tokens * top_k], by expert
+        counts = torch.bincount(ids.flatten(), minlength=len(self.gate)).tolist()
+        flat_weights = weights.flatten()
+        for expert, slots in enumerate(torch.split(order, counts)):
+            if not len(slots):
+                continue
+            tokens = slots // top_k
+            answer = self.expert(expert, x[tokens]) * flat_weights[slots, None]  # [tokens of this expert, hidden]
+            out = out.index_add(0, tokens, answer.to(out.dtype))
+        return out
+
+    def expert(self, number: int, x: Tensor) -> Tensor:
+        """One expert's answer: x [tokens, hidden] -> [tokens, hidden]."""
+        gate, up, down = self._products[number]
+        return down(ACTIVATIONS[self.activation](gate(x)) * up(x))
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        inner, hidden = self.gate[0].shape
+        return f"experts={len(self.gate)}, hidden={hidden}, inner={inner}"
+
+    def _choose_products(self) -> None:
+        for matrix in (*self.gate, *self.up, *self.down):
+            _check_matrix(matrix)
+        self._products = [
+            (choose_product(gate), choose_product(up), choose_product(down))
+            for gate, up, down in zip(self.gate, self.up, self.down, strict=True)
+        ]
+
+    def _apply(self, fn: TensorFunction, recurse: bool = True) -> "QuantExpertBank":
+        for matrices in (self.gate, self.up, self.down):
+            matrices[:] = [_move(matrix, fn) for matrix in matrices]
+        self._choose_products()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def _check_matrix(q: QuantMatrix) -> None:
+    if len(q.shape) != 2:
+        raise InputError(f"a quantized tensor of shape {list(q.shape)} is no matrix", "only matrices can be multiplied")
+
+
+def _move(q: QuantMatrix, fn: TensorFunction) -> QuantMatrix:
+    """Follow a module's move to another device. Integers show the device alone, whatever else `fn` does to floats."""
+    device = fn(torch.empty(0, dtype=torch.uint8, device=q.absmax.device)).device
+    return q if device == q.absmax.device else q.to(device)
+
+
+def _tensors(name: str, q: QuantMatrix) -> dict[str, Tensor]:
+    """The tensors of a matrix by their names in a checkpoint."""
+    return four_bit_tensors(name, q) if isinstance(q, FourBit) else int8_tensors(name, q)
