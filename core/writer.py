@@ -121,7 +121,7 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: M
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     file.write(len(text).to_bytes(8, "little") + text)
     for name in order:
-        file.write(memoryview(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()))
+        file.write(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _rank(name: str, tensor: Tensor) -> tuple[bool, int, list[tuple[int, str]]]:

@@ -121,8 +121,11 @@ class Maker:
         self.hidden = {normalise(line) for part in ("dev", "test") for line in heldout_lines(heldout[part])}
         self.hidden_values = {value.lower() for values in heldout["values"].values() for value in values}
 
-    def dialogue(self) -> Dialogue:
-        """A conversation of 1 to 6 turns that mixes everything."""
+    def dialogue(self, memories: float = 0.6, most_turns: int = 6) -> Dialogue:
+        """A conversation of 1 to 6 turns, or of 7 to `most_turns`, that mixes everything.
+
+        memories: how likely it is that the user tells and asks facts about themselves.
+        """
         rng, known = self.rng, {}
         system = ""
         if rng.random() < 0.15:
@@ -131,8 +134,8 @@ class Maker:
                 system = self.grammar.expand(rng.choice(self.other["system_name"]), value=known["name"])
             else:
                 system = self.grammar.expand(rng.choice(self.other["system"]))
-        remembers = rng.random() < 0.6
-        count = rng.choices(range(1, 7), [20, 18, 20, 18, 13, 11])[0]
+        remembers = rng.random() < memories
+        count = rng.choices(range(1, 7), [20, 18, 20, 18, 13, 11])[0] if most_turns == 6 else rng.randint(7, most_turns)
         turns: list[Turn] = []
         for number in range(count):
             turns.append(self.memory_turn(known, number) if remembers and rng.random() < 0.62 else self.turn())

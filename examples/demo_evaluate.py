@@ -9,69 +9,45 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from demo_dialogues import Dialogue, Maker, Turn, load
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
 
 from lmx.core.checkpoint import Checkpoint
+from lmx.core.generate import generate_batch
 from lmx.core.loader import load_model
 from lmx.core.model import LanguageModel
+from lmx.core.sampling import Sampling
+from lmx.core.text.tokenizer import Tokenizer
 
-LIMIT = 64
+MOST_TOKENS = 64
 
 
 @dataclass
 class Demo:
-    """A checkpoint folder, ready to answer."""
+    """A checkpoint folder, ready to answer; it computes in the stored bfloat16, as `lmx chat` does."""
 
     model: LanguageModel
     tokenizer: Tokenizer
-    template: str
-    stop: int
 
     @classmethod
-    def open(cls, folder: Path, dtype: torch.dtype | None = None) -> "Demo":
-        """Load it; dtype as for `load_model`: None computes in the stored bfloat16."""
-        checkpoint = Checkpoint.open(folder)
-        model = load_model(checkpoint, dtype=dtype)
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        return cls(model, Tokenizer.from_file(str(folder / "tokenizer.json")), template, model.config.eos_ids[0])
+    def open(cls, folder: Path) -> "Demo":
+        """Load the model and its tokenizer."""
+        return cls(load_model(Checkpoint.open(folder)), Tokenizer.load(folder))
 
-    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """A conversation as token ids, up to where the assistant begins."""
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        bos = self.tokenizer.id_to_token(self.model.config.bos_ids[0])
-        text = environment.from_string(self.template).render(
-            messages=messages, bos_token=bos, add_generation_prompt=True
-        )
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    @torch.inference_mode()
-    def answer_ids(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Greedy continuations of a batch, each up to and without its stop token."""
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        state = self.model.make_state(len(prompts))
-        logits = self.model(ids, attention_mask=mask, state=state, logits_to_keep=1).logits
-        columns = [logits[:, -1].argmax(-1)]
-        while len(columns) < LIMIT and not all(self.stop in row for row in torch.stack(columns, 1).tolist()):
-            logits = self.model(columns[-1][:, None], state=state).logits
-            columns.append(logits[:, -1].argmax(-1))
-        rows = torch.stack(columns, 1).tolist()
-        return [row[: row.index(self.stop)] if self.stop in row else row for row in rows]
-
-    def answers(self, conversations: list[list[dict[str, str]]], batch: int = 32) -> list[str]:
+    def answers(self, talks: list[list[dict[str, str]]], batch_size: int = 32) -> list[str]:
         """The greedy answer to each conversation's last message."""
-        prompts = [self.prompt_ids(messages) for messages in conversations]
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        found: dict[int, str] = {}
-        for start in range(0, len(order), batch):
-            rows = order[start : start + batch]
-            answers = self.answer_ids([prompts[row] for row in rows])
-            found.update(zip(rows, self.tokenizer.decode_batch(answers), strict=True))
-        return [found[index] for index in range(len(prompts))]
+        prompts = [self.tokenizer.encode_chat(messages).ids for messages in talks]
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        results = generate_batch(
+            self.model,
+            self.tokenizer,
+            [prompts[row] for row in order],
+            batch_size=batch_size,
+            sampling=Sampling(),
+            max_new_tokens=MOST_TOKENS,
+            stop_ids=frozenset(self.model.config.eos_ids),
+        )
+        found = {order[result.index]: result.finished.text for result in results}
+        return [found[row] for row in range(len(talks))]
 
     def play(self, dialogues: list[Dialogue]) -> list[str]:
         """Type each dialogue's lines one after another, as a user would; returns the model's own last answers."""
@@ -88,7 +64,7 @@ class Demo:
 
 
 def questions(part: dict, maker: Maker, rng: random.Random) -> list[tuple[str, Dialogue]]:
-    """Dialogues whose last turn is held out, with the name of what they ask. The turns before are like those trained."""
+    """Dialogues whose last turn is held out, by what it asks. A turn before it is like those trained."""
     answers = {intent["name"]: intent["answer"] for kind in maker.intents.values() for intent in kind}
     asked: list[tuple[str, Dialogue]] = []
     for kind in ("command", "fact", "unknown"):

@@ -2,15 +2,16 @@
 
     python examples/train_demo.py --out lmx/demo
 
-It makes the dialogues (demo_dialogues.py), a byte-level BPE on them, trains on lmx's own modules, writes a checkpoint in
-the hub's layout, and measures what was written on wordings and names that were never trained (demo/heldout.toml).
+It makes the dialogues (demo_dialogues.py) and a byte-level BPE on them, trains on lmx's own modules, writes a
+checkpoint in the hub's layout, and measures it on wordings and names that were never trained (demo/heldout.toml).
 """
 
 import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -49,7 +50,7 @@ TEMPLATE = """\
 
 
 def config_for(vocabulary: int) -> dict[str, object]:
-    """The model's config.json: 2.9 million parameters, of which 1.1 million work on a token."""
+    """The model's config.json: 2.1 million parameters, of which 0.7 million work on a token."""
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -95,36 +96,75 @@ def train_tokenizer(maker: Maker, vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(dialogue: Dialogue, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """A dialogue's ids as the template renders it, and its labels: the assistant's words and the end of its turn."""
+def encode(dialogue: Dialogue, tokenizer: Tokenizer, everything: bool = False) -> tuple[list[int], list[int]]:
+    """A dialogue's ids as the template renders it, and its labels: the assistant's words and the end of its turn.
+
+    everything: the user's and the system's words are labels too.
+    """
     ids, labels = [SPECIAL.index(BOS)], [IGNORED]
     roles = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
     for message in dialogue.messages:
-        words = tokenizer.encode(message["content"], add_special_tokens=False).ids + [SPECIAL.index(END)]
+        words = [*tokenizer.encode(message["content"], add_special_tokens=False).ids, SPECIAL.index(END)]
         ids += [SPECIAL.index(roles[message["role"]]), *words]
-        labels += [IGNORED, *(words if message["role"] == "assistant" else [IGNORED] * len(words))]
+        learned = everything or message["role"] == "assistant"
+        labels += [IGNORED, *(words if learned else [IGNORED] * len(words))]
     return ids, labels
 
 
-# Short dialogues first: copying and telling questions apart are learned sooner where there is little to confuse them.
-# (share of the steps, longest dialogue in tokens, tokens a batch)
-STAGES = [(0.3, 64, 1200), (0.3, 128, 2000), (0.4, 256, 3000)]
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training: its steps, the longest dialogue and the batch in tokens, and what is learned.
+
+    Short dialogues come first: copying, and telling questions apart, are learned sooner where little can confuse them.
+    In the first stage the user's lines are learned too (`everything`), as any text is, so that words get a meaning.
+    memories: how many of the dialogues tell and ask facts. most_turns: beyond six for long conversations.
+    """
+
+    steps: int
+    longest: int
+    tokens: int
+    everything: bool = False
+    memories: float = 0.6
+    most_turns: int = 6
 
 
-def lessons(maker: Maker, tokenizer: Tokenizer, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of the whole training, stage after stage."""
-    for share, longest, tokens in STAGES:
-        yield from islice(batches(maker, tokenizer, tokens, longest), round(share * steps))
+@dataclass(frozen=True)
+class Round:
+    """One warm-up and one cosine over its stages, with fresh dialogues. Its end is rounded to what a file keeps."""
+
+    rate: float
+    stages: tuple[Stage, ...]
 
 
-def batches(maker: Maker, tokenizer: Tokenizer, tokens: int, longest: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches [rows, length] of ids and labels, of about `tokens` tokens; rows of one batch are alike in length."""
+ROUNDS = (
+    Round(3e-3, (Stage(650, 64, 1000, everything=True), Stage(1040, 128, 1600), Stage(910, 256, 2400))),
+    Round(
+        2e-3,
+        (
+            Stage(900, 128, 1600, memories=0.85),
+            Stage(600, 256, 2400, memories=0.75),
+            Stage(200, 768, 3000, most_turns=24),
+        ),
+    ),
+)
+
+
+def lessons(maker: Maker, tokenizer: Tokenizer, stages: Iterable[Stage]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a round, stage after stage."""
+    for stage in stages:
+        yield from islice(batches(maker, tokenizer, stage), stage.steps)
+
+
+def batches(maker: Maker, tokenizer: Tokenizer, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches [rows, length] of ids and labels; rows of one batch are alike in length."""
     while True:
-        pool = [encode(maker.dialogue(), tokenizer) for _ in range(1200)]
-        pool = sorted((pair for pair in pool if len(pair[0]) <= longest), key=lambda pair: len(pair[0]))
+        pool = [
+            encode(maker.dialogue(stage.memories, stage.most_turns), tokenizer, stage.everything) for _ in range(1200)
+        ]
+        pool = sorted((pair for pair in pool if len(pair[0]) <= stage.longest), key=lambda pair: len(pair[0]))
         cuts: list[list[tuple[list[int], list[int]]]] = [[]]
         for pair in pool:
-            if (len(cuts[-1]) + 1) * len(pair[0]) > tokens:
+            if (len(cuts[-1]) + 1) * len(pair[0]) > stage.tokens:
                 cuts.append([])
             cuts[-1].append(pair)
         maker.rng.shuffle(cuts)
@@ -163,6 +203,9 @@ def train(model: LanguageModel, data: Iterator[tuple[Tensor, Tensor]], steps: in
                 f"step {step + 1}/{steps}  loss {sum(recent) / len(recent):.4f}  {time.monotonic() - started:.0f} s",
                 flush=True,
             )
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16())
     last = history[-max(1, steps // 10) :]
     return sum(last) / len(last)
 
@@ -191,13 +234,18 @@ def extra_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     }
 
 
+def scaled(stages: Iterable[Stage], factor: float) -> tuple[Stage, ...]:
+    """The same stages with more or fewer steps."""
+    return tuple(replace(stage, steps=max(1, round(stage.steps * factor))) for stage in stages)
+
+
 def main() -> None:
     """Train, write, measure."""
+    usual = sum(stage.steps for lap in ROUNDS for stage in lap.stages)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; it must not exist")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=usual, help=f"optimizer steps in all (default {usual})")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--rate", type=float, default=2e-3, help="the highest learning rate")
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -210,13 +258,15 @@ def main() -> None:
     model = build(config)
     model.reset_parameters()
     parameters = sum(weight.numel() for weight in model.parameters())
-    print(
-        f"{parameters:,} parameters, {tokenizer.get_vocab_size()} tokens, seed {options.seed}, {options.threads} thread(s)"
-    )
-    loss = train(model, lessons(maker, tokenizer, options.steps), options.steps, options.rate)
+    print(f"{parameters:,} parameters, seed {options.seed}, {options.threads} thread(s), torch {torch.__version__}")
+    for number, lap in enumerate(ROUNDS):
+        maker = Maker(options.seed + number) if number else maker
+        stages = scaled(lap.stages, options.steps / usual)
+        loss = train(model, lessons(maker, tokenizer, stages), sum(stage.steps for stage in stages), lap.rate)
+        print(f"round {number + 1}: loss {loss:.4f} over the last tenth; {time.monotonic() - started:.0f} s so far")
     save_model(model, options.out, config=config, dtype=torch.bfloat16, extra_files=extra_files(tokenizer))
     size = sum(file.stat().st_size for file in options.out.iterdir())
-    print(f"loss {loss:.4f} over the last tenth; {time.monotonic() - started:.0f} s; {size:,} bytes in {options.out}")
+    print(f"{size:,} bytes in {options.out}")
     report(options.out, options.seed)
 
 
