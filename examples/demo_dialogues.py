@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DATA = Path(__file__).parent / "demo"
-KINDS = {"command": 0.42, "fact": 0.2, "talk": 0.1, "sum": 0.13, "unknown": 0.15}
+KINDS = {"command": 0.39, "fact": 0.24, "talk": 0.11, "sum": 0.12, "unknown": 0.14}
 
 
 def normalise(text: str) -> str:
@@ -121,10 +121,11 @@ class Maker:
         self.hidden = {normalise(line) for part in ("dev", "test") for line in heldout_lines(heldout[part])}
         self.hidden_values = {value.lower() for values in heldout["values"].values() for value in values}
 
-    def dialogue(self, memories: float = 0.6, most_turns: int = 6) -> Dialogue:
+    def dialogue(self, memories: float = 0.6, echoes: float = 0.0, most_turns: int = 6) -> Dialogue:
         """A conversation of 1 to 6 turns, or of 7 to `most_turns`, that mixes everything.
 
-        memories: how likely it is that the user tells and asks facts about themselves.
+        memories: how likely it is that the user tells and asks facts about themselves; echoes: how many turns
+        ask to repeat made-up words, which teaches to copy.
         """
         rng, known = self.rng, {}
         system = ""
@@ -138,6 +139,9 @@ class Maker:
         count = rng.choices(range(1, 7), [20, 18, 20, 18, 13, 11])[0] if most_turns == 6 else rng.randint(7, most_turns)
         turns: list[Turn] = []
         for number in range(count):
+            if echoes and rng.random() < echoes:
+                turns.append(self.echo_turn())
+                continue
             turns.append(self.memory_turn(known, number) if remembers and rng.random() < 0.62 else self.turn())
         return Dialogue(turns, system)
 
@@ -158,7 +162,12 @@ class Maker:
                 phrase = "{how} " + phrase
             line = self.grammar.expand(phrase)
             if normalise(line) not in self.hidden:
-                return self.typed(line)
+                return self.typed(line, ends="!!.. ?" if intent["kind"] == "talk" else "????.!  ")
+
+    def echo_turn(self) -> Turn:
+        """Some made-up words to repeat."""
+        words = " ".join(self.value("name", lower=self.rng.random() < 0.3) for _ in range(self.rng.randint(1, 5)))
+        return Turn(self.grammar.expand(self.rng.choice(self.other["echo"]), value=words), words, "echo")
 
     def sum_turn(self) -> Turn:
         """An addition of two numbers from 0 to 20."""
@@ -233,7 +242,7 @@ class Maker:
             if not {value.lower(), name.lower()} & self.hidden_values:
                 return value.lower() if lower else value
 
-    def typed(self, line: str, typos: bool = True) -> str:
+    def typed(self, line: str, typos: bool = True, ends: str = "????.!  ") -> str:
         """As people type: with or without capitals, question marks, courtesies; now and then a slip."""
         rng = self.rng
         if rng.random() < 0.08:
@@ -244,7 +253,7 @@ class Maker:
             line = slip(line, rng)
         style = rng.random()
         line = line.lower() if style < 0.2 else line[0].upper() + line[1:] if style < 0.65 else line
-        return line + rng.choice(["?", "?", "?", "", "", ".", "?", "!" if rng.random() < 0.3 else ""])
+        return line + rng.choice(ends).strip()
 
 
 def slip(line: str, rng: random.Random) -> str:
