@@ -27,8 +27,10 @@ def tasks(x: torch.Tensor) -> dict[str, tuple[Work, Work]]:
     nf4, double, int8 = quantize_4bit(x, "nf4"), quantize_4bit(x, "nf4", double_quant=True), quantize_int8(x)
     packed, state = bnb.quantize_4bit(x, quant_type="nf4", blocksize=64)
     weight, scales, _ = bnb.int8_vectorwise_quant(x.half())
-    assert torch.equal(nf4.packed, packed) and torch.equal(nf4.absmax, state.absmax)
-    assert torch.equal(int8.weight, weight) and torch.equal(int8.absmax, scales)
+    assert torch.equal(nf4.packed, packed)
+    assert torch.equal(nf4.absmax, state.absmax)
+    assert torch.equal(int8.weight, weight)
+    assert torch.equal(int8.absmax, scales)
     return {
         "NF4 quantize": (lambda: quantize_4bit(x, "nf4"), lambda: bnb.quantize_4bit(x, quant_type="nf4", blocksize=64)),
         "NF4 quantize, double": (

@@ -31,6 +31,8 @@ _NO_MATHS = frozenset(
 
 _LARGEST = 2**31 - 1
 
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
 
 class ConfigReader:
     """Takes typed, bounded values out of a config and, at the end, refuses what nobody took."""
@@ -67,12 +69,12 @@ class ConfigReader:
             raise self.error(key, f"must be a whole number from {least} to {most}, not {value!r:.80}")
         return value
 
-    def optional_integer(self, key: str, *, least: int = 1) -> int | None:
+    def optional_integer(self, key: str, *, least: int = 1, most: int = _LARGEST) -> int | None:
         """A whole number, or None where the key is absent or null."""
         if not self.has(key):
             self._taken.add(key)
             return None
-        return self.integer(key, least=least)
+        return self.integer(key, least=least, most=most)
 
     def number(self, key: str, default: float | None = None, *, least: float = 0.0, most: float = 1e30) -> float:
         """A finite number within bounds; without a default the key must be there."""
@@ -85,11 +87,11 @@ class ConfigReader:
             raise self.error(key, f"must be a number from {least} to {most}, not {value!r:.80}")
         return float(value)
 
-    def optional_number(self, key: str, *, least: float = 0.0) -> float | None:
-        """A finite number, or None where the key is absent or null."""
+    def optional_number(self, key: str, *, least: float = 0.0, absent: float | None = None) -> float | None:
+        """A finite number, or None where the key is null; `absent` where it is not there."""
         if not self.has(key):
             self._taken.add(key)
-            return None
+            return None if key in self._raw else absent
         return self.number(key, least=least)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -137,6 +139,24 @@ class ConfigReader:
             raise self.error(key, "must be an object")
         return ConfigReader(value, f"{self._where}: {key}")
 
+    def pad_id(self, vocab_size: int) -> int | None:
+        """The padding token, which must have an embedding; None where there is none (absent, null or -1)."""
+        if self._raw.get("pad_token_id") == -1:
+            self._taken.add("pad_token_id")
+            return None
+        return self.optional_integer("pad_token_id", least=0, most=vocab_size - 1)
+
+    def problem_type(self) -> str | None:
+        """What a sequence classifier's labels are; None where their dtype says it."""
+        return self.choice("problem_type", "", PROBLEM_TYPES) or None
+
+    def check_heads(self, heads: int, kv_heads: int, head_dim: int) -> None:
+        """Refuse heads that cannot share keys evenly, or whose channels cannot turn in pairs."""
+        if heads % kv_heads:
+            raise self.error("num_key_value_heads", f"({kv_heads}) does not divide {heads} heads")
+        if head_dim < 2 or head_dim % 2:
+            raise self.error("head_dim", f"({head_dim}) must be even: rotary embedding turns channels in pairs")
+
     def must_be(self, key: str, *harmless: object) -> None:
         """Refuse by name a feature that we do not have, unless the value says that it is off."""
         value = self._take(key)
@@ -162,19 +182,23 @@ class RopeConfig:
     fraction: float = 1.0
 
     @classmethod
-    def read(cls, config: ConfigReader, default_theta: float, default_fraction: float = 1.0) -> "RopeConfig":
+    def read(cls, config: ConfigReader, default_theta: float, default_fraction: float | None = None) -> "RopeConfig":
         """Both spellings: `rope_parameters` (transformers 5) wins over `rope_theta` and `rope_scaling` (4).
 
-        Raises InputError for a scaling other than `default`: none of the published models has one.
+        default_fraction: None for a family whose heads always turn whole.
+        Raises InputError for a scaling other than `default` (none of the published models has one), and for a
+        `partial_rotary_factor` in a family that has none.
         """
+        least = 1.0 if default_fraction is None else 0.0
+        default_fraction = 1.0 if default_fraction is None else default_fraction
         theta = config.number("rope_theta", default_theta, least=1e-3)
-        fraction = config.number("partial_rotary_factor", default_fraction, most=1.0)
+        fraction = config.number("partial_rotary_factor", default_fraction, least=least, most=1.0)
         for key in ("rope_scaling", "rope_parameters"):
             inner = config.section(key)
             inner.choice("rope_type", "default", ("default",))
             inner.choice("type", "default", ("default",))
             theta = inner.number("rope_theta", theta, least=1e-3)
-            fraction = inner.number("partial_rotary_factor", fraction, most=1.0)
+            fraction = inner.number("partial_rotary_factor", fraction, least=least, most=1.0)
             inner.finish()
         return cls(theta, fraction)
 
@@ -192,6 +216,9 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     pad_id: int | None
     labels: int = field(default=2, kw_only=True)
+    problem_type: str | None = field(default=None, kw_only=True)
+    classifier_dropout: float = field(default=0.1, kw_only=True)
+    output_router_logits: bool = field(default=False, kw_only=True)
 
     @property
     def context_length(self) -> int | None:

@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmx.core.config import ModelConfig
-from lmx.core.layers.attention import Implementation, Visibility
+from lmx.core.kv_cache import AttentionCache, causal_visibility
+from lmx.core.layers.attention import Implementation, Visibility, attend
 from lmx.core.layers.padding import Compaction
-from lmx.core.layers.rope import Rotary
+from lmx.core.layers.rope import Rotary, rotary_tables, rotate
 from lmx.core.state import LayerState, Span, State
 
 L = TypeVar("L", bound=LayerState)
@@ -62,6 +64,22 @@ class AttentionCall(Call):
     rotary: Rotary = field(kw_only=True)
     visibility: Visibility = field(kw_only=True)
 
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache | None, dropout: float = 0.0
+    ) -> Tensor:
+        """Rotary attention of one layer over its own keys, or over those that its cache holds as well.
+
+        query: [batch, length, heads, head_dim]; key, value: [batch, length, kv_heads, head_dim].
+        Returns the heads' answers side by side: [batch, length, heads * head_dim].
+        """
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key = rotate(query, self.rotary), rotate(key, self.rotary)
+        if cache is not None:
+            key, value = cache.update(key, value, self.span)
+        answer, weights = attend(query, key, value, self.visibility, self.implementation, dropout)
+        self.record.attention(weights)
+        return answer
+
 
 @dataclass
 class Inputs:
@@ -72,6 +90,25 @@ class Inputs:
     positions: Tensor | None
     implementation: Implementation
     record: Record = field(default_factory=Record)
+
+
+def plan_attention(
+    inputs: Inputs, span: Span, cache: AttentionCache | None, rotary_width: int, theta: float, window: int | None = None
+) -> AttentionCall:
+    """The call of a family whose attention layers are all alike: one rotary table and one mask for all of them.
+
+    cache: any layer's, before the call; None in a stateless pass. rotary_width: channels of a head that turn.
+    """
+    device = inputs.embeds.device
+    positions = inputs.positions if inputs.positions is not None else span.positions(device)
+    if cache is not None:
+        visibility = cache.visibility(span)
+    else:
+        visibility = causal_visibility(span, window, device, inputs.positions if inputs.mask is None else None)
+    rotary = rotary_tables(positions, rotary_width, theta)
+    return AttentionCall(
+        span, positions, inputs.record, implementation=inputs.implementation, rotary=rotary, visibility=visibility
+    )
 
 
 class Decoder(nn.Module, ABC, Generic[L]):
@@ -86,6 +123,7 @@ class Decoder(nn.Module, ABC, Generic[L]):
     layers: nn.ModuleList
     norm: nn.Module
     embed_scale: float | None = None
+    embed_dropout: float = 0.0
 
     @abstractmethod
     def plan(self, inputs: Inputs, span: Span, state: State[L] | None) -> Call:
@@ -119,7 +157,9 @@ class Decoder(nn.Module, ABC, Generic[L]):
         call = self.plan(inputs, span, state)
         x = inputs.embeds
         if self.embed_scale is not None:
-            x = x * torch.tensor(self.embed_scale, dtype=torch.bfloat16).to(x.dtype)
+            x = x * self.embed_scale
+        if self.training and self.embed_dropout:
+            x = F.dropout(x, self.embed_dropout)
         for index, layer in enumerate(self.layers):
             inputs.record.hidden(x)
             x = layer(x, call, state.layers[index] if state is not None else None)

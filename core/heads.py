@@ -26,7 +26,10 @@ class CausalHead(nn.Module):
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """hidden: [batch, length, hidden] -> [batch, length, vocab]."""
         weight = embedding if self.weight is None else self.weight
-        logits = F.linear(hidden.to(weight.dtype), weight)
+        return self.capped(F.linear(hidden.to(weight.dtype), weight))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits squashed to (-soft_cap, soft_cap), where the config has one."""
         if self.soft_cap is None:
             return logits
         return torch.tanh(logits / self.soft_cap) * self.soft_cap
@@ -37,25 +40,30 @@ class CausalHead(nn.Module):
             nn.init.normal_(self.weight, 0.0, std)
 
     @staticmethod
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
         """Mean cross entropy of predicting each label from the tokens before it; labels of -100 do not count.
 
-        logits: [batch, length, vocab]; labels: [batch, length].
+        Nor does the first token after left padding: nothing real stands before it (transformers scores it by what the
+        padding answers). logits: [batch, length, vocab]; labels: [batch, length]; mask: the same, False for padding.
         """
-        predictions = logits[:, :-1].float().flatten(0, 1)
-        return F.cross_entropy(predictions, labels[:, 1:].flatten().to(logits.device), ignore_index=IGNORED_LABEL)
+        predictions, labels = logits[:, :-1].float().flatten(0, 1), labels[:, 1:].to(logits.device)
+        if mask is not None:
+            labels = labels.masked_fill(~mask[:, :-1], IGNORED_LABEL)
+        return F.cross_entropy(predictions, labels.flatten(), ignore_index=IGNORED_LABEL)
 
 
 class ClassHead(nn.Module):
-    """A linear layer to class scores; `bias` as transformers has it (token: yes, sequence: no)."""
+    """A linear layer to class scores. As transformers has it, that of tokens has a bias and, in training, dropout."""
 
-    def __init__(self, config: ModelConfig, *, bias: bool) -> None:
+    def __init__(self, config: ModelConfig, *, of_tokens: bool) -> None:
         super().__init__()
-        self.score = nn.Linear(config.hidden_size, config.labels, bias=bias)
+        self.dropout = config.classifier_dropout if of_tokens else 0.0
+        self.score = nn.Linear(config.hidden_size, config.labels, bias=of_tokens)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [batch, length, hidden] -> [batch, length, labels]."""
-        scores: Tensor = self.score(hidden.to(self.score.weight.dtype))
+        hidden = F.dropout(hidden.to(self.score.weight.dtype), self.dropout, self.training)
+        scores: Tensor = self.score(hidden)
         return scores
 
     def reset_parameters(self, std: float) -> None:
@@ -70,7 +78,8 @@ def last_real_token(
 ) -> Tensor:
     """The column that a sequence is judged by: its last that is no padding. Returns [batch].
 
-    Known from the mask, else from the padding token. Raises UsageError for a batch where neither is known.
+    mask: as the caller gave it. Known from it, else from the padding token. Raises UsageError for a batch where neither
+    is known.
     """
     if mask is None and (pad_id is None or input_ids is None):
         if batch > 1:
@@ -79,20 +88,31 @@ def last_real_token(
                 "Pass attention_mask, with 0 for padding.",
             )
         return torch.full((batch,), length - 1)
-    real = mask if mask is not None else torch.ne(torch.as_tensor(input_ids), torch.as_tensor(pad_id))
+    real = (
+        mask[:, -length:].bool() if mask is not None else torch.ne(torch.as_tensor(input_ids), torch.as_tensor(pad_id))
+    )
     columns = torch.arange(length, device=real.device)
     return (columns * real).argmax(-1)
 
 
-def sequence_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """The loss that transformers infers from the labels: regression for one class, cross entropy for class numbers,
-    else one yes-or-no question a class. scores: [batch, labels].
+def infer_problem(classes: int, labels: Tensor) -> str:
+    """What transformers takes the labels for: numbers to come near to, class numbers, or yes and no for each class."""
+    if classes == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def sequence_loss(scores: Tensor, labels: Tensor, problem: str | None) -> Tensor:
+    """Squared error, cross entropy, or one yes-or-no question a class; by the labels' dtype where no problem is named.
+
+    scores: [batch, classes]; labels: [batch], or [batch, classes] of numbers or of yes (1) and no (0).
     """
-    labels = labels.to(scores.device)
-    if scores.shape[-1] == 1:
-        return F.mse_loss(scores.squeeze(), labels.squeeze().to(scores.dtype))
-    if labels.dtype in (torch.int64, torch.int32):
-        return F.cross_entropy(scores, labels.long().view(-1))
+    labels, problem = labels.to(scores.device), problem or infer_problem(scores.shape[-1], labels)
+    if problem == "single_label_classification":
+        return F.cross_entropy(scores, labels.long().view(-1), ignore_index=IGNORED_LABEL)
+    labels = labels.to(scores.dtype).view_as(scores)
+    if problem == "regression":
+        return F.mse_loss(scores, labels)
     return F.binary_cross_entropy_with_logits(scores, labels)
 
 

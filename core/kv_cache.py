@@ -14,19 +14,31 @@ from lmx.core.state import LayerState, Span, StateError, take
 _GROW = 256
 
 
-def causal_visibility(span: Span, window: int | None, device: torch.device) -> Visibility:
+def causal_visibility(
+    span: Span, window: int | None, device: torch.device, positions: Tensor | None = None
+) -> Visibility:
     """Queries see the earlier keys of the same call, and no cache: the stateless pass of training and scoring.
 
-    window: how many keys back a query sees, itself included; None for all.
+    window: how many keys back a query sees, itself included; None for all. positions: [batch or 1, length] as a caller
+    gave them without a mask: where they fall back, another text begins, and texts packed in a row are blind to each
+    other, as transformers has it in training.
     """
-    if span.ordinals is None and (window is None or span.length <= window):
+    texts = None if positions is None else _packed_texts(positions)
+    if span.ordinals is None and texts is None and (window is None or span.length <= window):
         return Visibility(None, causal=span.length > 1)
     if span.ordinals is None:
         row = torch.arange(span.length, device=device)[None]
-        return Visibility(_seen(row, row, window))
+        seen = _seen(row, row, window)
+        return Visibility(seen if texts is None else seen & (texts[:, None, :, None] == texts[:, None, None, :]))
     seen = _seen(span.ordinals, span.ordinals, window)
     # A padding query sees itself, so that its softmax has something to share; nobody sees its answer.
     return Visibility(seen | torch.eye(span.length, dtype=torch.bool, device=device))
+
+
+def _packed_texts(positions: Tensor) -> Tensor | None:
+    """The number of the text that each token belongs to [batch or 1, length], or None where a row is one text."""
+    texts = (positions.diff(dim=1, prepend=positions[:, :1] - 1) < 1).cumsum(1)
+    return texts if bool(texts.any()) else None
 
 
 def _seen(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
@@ -107,6 +119,11 @@ class KVCache(AttentionCache):
             else:
                 _scatter(buffer, new, span.ordinals, span.ordinals)
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def nbytes_at(self, length: int) -> int:
+        """Keys and values of `length` tokens."""
+        batch, kv_heads, _, head_dim = self.keys.shape
+        return 2 * batch * kv_heads * length * head_dim * self.keys.element_size()
 
     def _grow(self, slots: int) -> None:
         slots = -(-slots // _GROW) * _GROW
@@ -214,8 +231,8 @@ class WindowKVCache(AttentionCache):
         return cls(*_pair(tensors, "window"))
 
     def truncate(self, length: int, held: int) -> None:
-        """Possible while nothing was written over. Raises StateError after the ring went round."""
-        if held > self.window:
+        """Possible while nothing was written over, and to nothing. Raises StateError after the ring went round."""
+        if length and held > self.window:
             raise StateError(
                 f"a sliding window of {self.window} has already dropped what it held after {length} tokens",
                 "Continue from a clone() taken at that point.",
@@ -224,5 +241,10 @@ class WindowKVCache(AttentionCache):
 
 def _scatter(buffer: Tensor, new: Tensor, ordinals: Tensor, slots: Tensor) -> None:
     """Write each row's real tokens (ordinal not negative) into its own slots. buffer, new: [batch, heads, *, width]."""
+    if new.shape[2] == 1:
+        # The step of generation: to look for padding would make the host wait for the device in every layer.
+        every, slot = torch.arange(len(new), device=new.device), slots[:, 0].clamp(min=0)
+        buffer[every, :, slot] = torch.where(ordinals[:, :1, None] >= 0, new[:, :, 0], buffer[every, :, slot])
+        return
     rows, columns = (ordinals >= 0).nonzero(as_tuple=True)
     buffer[rows, :, slots[rows, columns]] = new[rows, :, columns]

@@ -4,7 +4,7 @@ On the CPU, a weight whose dtype is already right stays a view of the mapped fil
 what is touched.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from lmx.core.names import NameTable, Piece, Shape
 from lmx.core.registry import Family, family_of
 
 HEAD_NAMES = {"head.weight": "lm_head.weight", "head.score.weight": "score.weight", "head.score.bias": "score.bias"}
-_PREFIX = "decoder."
+DECODER_PREFIX = "decoder."
 
 
 def build(config: Mapping[str, object], head: HeadKind = "causal", *, tied: bool | None = None) -> LanguageModel:
@@ -35,7 +35,7 @@ def hub_shapes(model: LanguageModel, family: Family) -> dict[str, Shape]:
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     heads = {HEAD_NAMES[name]: shapes.pop(name) for name in list(shapes) if name in HEAD_NAMES}
     table = family.names(model.config)
-    return table.hub_shapes({name.removeprefix(_PREFIX): shape for name, shape in shapes.items()}) | heads
+    return table.hub_shapes({name.removeprefix(DECODER_PREFIX): shape for name, shape in shapes.items()}) | heads
 
 
 def load_model(
@@ -51,19 +51,27 @@ def load_model(
     dtype: convert all weights; None keeps each as stored. device: None is the CPU. The model is in evaluation mode.
     Raises InputError where config, names or shapes do not fit.
     """
-    family = family_of(source.config)
-    stored = {name: info.shape for name, info in source.infos.items()}
-    # A tied model may still bring an output matrix of its own; then that one counts.
-    tied = None if "lm_head.weight" not in stored else False
-    with torch.device("meta"):
-        model = build(source.config, head, tied=tied)
-    bound = bind(model, family.names(model.config), stored)
+    model, bound = build_bound(source.config, {name: info.shape for name, info in source.infos.items()}, head)
     device = device or torch.device("cpu")
     for name, piece in bound.items():
         weight = piece.of(source.tensor(piece.hub))
         assign(model, name, weight.to(device=device, dtype=dtype or weight.dtype))
-    _start_missing_head(model, dtype, device)
+    start_missing_head(model, dtype, device)
     return model.eval()
+
+
+def build_bound(
+    config: Mapping[str, object], stored: Mapping[str, Shape], head: HeadKind
+) -> tuple[LanguageModel, dict[str, Piece]]:
+    """A model without weights, on the meta device, and where in the file each of them lies.
+
+    stored: names and shapes in the file. Raises InputError for what does not fit.
+    """
+    # A tied model may still bring an output matrix of its own; then that one counts.
+    tied = None if "lm_head.weight" not in stored else False
+    with torch.device("meta"):
+        model = build(config, head, tied=tied)
+    return model, bind(model, family_of(config).names(model.config), stored)
 
 
 def bind(model: LanguageModel, table: NameTable, stored: Mapping[str, Shape]) -> dict[str, Piece]:
@@ -76,12 +84,12 @@ def bind(model: LanguageModel, table: NameTable, stored: Mapping[str, Shape]) ->
         # A model saved without its head lacks the prefix that the head's class puts before the decoder.
         bound = table.bind(
             {prefix + name: shape for name, shape in body.items()},
-            {n.removeprefix(_PREFIX): s for n, s in wanted.items()},
+            {n.removeprefix(DECODER_PREFIX): s for n, s in wanted.items()},
         )
         bound = {name: piece.renamed(piece.hub.removeprefix(prefix)) for name, piece in bound.items()}
     else:
-        bound = table.bind(body, {n.removeprefix(_PREFIX): s for n, s in wanted.items()})
-    found = {_PREFIX + name: piece for name, piece in bound.items()}
+        bound = table.bind(body, {n.removeprefix(DECODER_PREFIX): s for n, s in wanted.items()})
+    found = {DECODER_PREFIX + name: piece for name, piece in bound.items()}
     for name, shape in heads.items():
         hub = HEAD_NAMES[name]
         if hub in stored:
@@ -99,13 +107,22 @@ def bind(model: LanguageModel, table: NameTable, stored: Mapping[str, Shape]) ->
     return found
 
 
+def stored_head(config: Mapping[str, object], stored: Collection[str]) -> HeadKind:
+    """Which head a file with these tensors brings. Raises InputError for an architecture that is not supported."""
+    if "score.weight" in stored:
+        return "token" if "score.bias" in stored else "sequence"
+    tied = family_of(config).parse(config).tie_word_embeddings
+    return "causal" if tied or "lm_head.weight" in stored else "none"
+
+
 def assign(model: nn.Module, name: str, weight: Tensor) -> None:
     """Put a weight in the place of the meta one."""
     owner, _, last = name.rpartition(".")
     model.get_submodule(owner).register_parameter(last, nn.Parameter(weight, weight.is_floating_point()))
 
 
-def _start_missing_head(model: LanguageModel, dtype: torch.dtype | None, device: torch.device) -> None:
+def start_missing_head(model: LanguageModel, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Give random weights to a classification head that the checkpoint lacks."""
     if model.head is None or not any(weight.is_meta for weight in model.head.parameters()):
         return
     model.head.to_empty(device=device)

@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
         if kind == "causal":
             self.head = CausalHead(config, tied=config.tie_word_embeddings if tied is None else tied)
         elif kind != "none":
-            self.head = ClassHead(config, bias=kind == "token")
+            self.head = ClassHead(config, of_tokens=kind == "token")
 
     @property
     def config(self) -> ModelConfig:
@@ -91,7 +91,9 @@ class LanguageModel(nn.Module):
         Raises InputError for a damaged file, StateError for a state of another model, dtype or window.
         """
         state = load_state(path, self.device)
-        state.check_fits(self.make_state(state.batch_size))
+        # On no device: what a hostile file says of its batch must not be allocated.
+        weight = self.decoder.embed.weight
+        state.check_fits(self.family, self.decoder.empty_layers(1, weight.dtype, torch.device("meta")))
         return state
 
     def reset_parameters(self) -> None:
@@ -112,25 +114,33 @@ class LanguageModel(nn.Module):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
-        output_router_logits: bool = False,
+        output_router_logits: bool | None = None,
     ) -> Output:
         """Run the model over new tokens.
 
         input_ids: [batch, length], or inputs_embeds: [batch, length, hidden] instead. attention_mask: [batch, length],
         0 for padding anywhere in a row; columns of earlier calls may stand before it and are not needed. position_ids:
-        [batch or 1, length]; by default real tokens are counted from where the state ends. state: advanced in place;
-        its tensors carry no gradient. labels: as the head wants them. logits_to_keep: the last so many positions, or
-        their indices; 0 for all. Raises UsageError for arguments that do not fit together.
+        [batch or 1, length]; by default real tokens are counted from where the state ends. state: advanced in place; a
+        call with one records no gradient. labels: as the head wants them. logits_to_keep: the last so many positions,
+        or their indices, [kept] or [batch, kept]; 0 for all. output_router_logits: None for what the config says.
+        Raises UsageError for arguments that do not fit together.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UsageError("give either input_ids or inputs_embeds", "Pass exactly one of the two.")
         embeds = self.decoder.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if embeds.dim() != 3:
+            raise UsageError(
+                f"the input has shape {list(embeds.shape[:-1])}", "Give [batch, length], a row for a text."
+            )
         if state is not None and (state.family, state.batch_size) != (self.family, embeds.shape[0]):
             raise StateError(
                 f"a state of {state.batch_size} rows of {state.family}, an input of {embeds.shape[0]} of {self.family}",
                 "Make a state with model.make_state(batch_size).",
             )
+        _check_positions(position_ids, embeds)
         mask = _real_columns(attention_mask, embeds)
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         record = Record(
             [] if output_hidden_states else None,
             [] if output_attentions else None,
@@ -138,8 +148,9 @@ class LanguageModel(nn.Module):
         )
         implementation: Implementation = "eager" if output_attentions else self.attention
         inputs = Inputs(embeds, mask, position_ids, implementation, record)
-        hidden = self.decoder(inputs, state)
-        logits = self._answer(hidden, input_ids, mask, logits_to_keep)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
+            hidden = self.decoder(inputs, state)
+            logits = self._answer(hidden, input_ids, attention_mask, logits_to_keep)
         output = Output(
             logits,
             state,
@@ -150,13 +161,12 @@ class LanguageModel(nn.Module):
         if output.router_logits:
             output.aux_loss = balance_loss(output.router_logits, self.config.experts_to_choose, mask)
         if labels is not None:
-            output.loss = self._loss(logits, labels, output.aux_loss)
+            output.loss = self._loss(logits, labels, mask, output.aux_loss)
         return output
 
     def _answer(self, hidden: Tensor, input_ids: Tensor | None, mask: Tensor | None, keep: int | Tensor) -> Tensor:
         if isinstance(self.head, CausalHead):
-            kept = hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
-            return cast(Tensor, self.head(kept, self.decoder.embed.weight))
+            return cast(Tensor, self.head(_kept(hidden, keep), self.decoder.embed.weight))
         if self.head is None:
             return hidden
         if self.kind == "token":
@@ -165,14 +175,19 @@ class LanguageModel(nn.Module):
         column = last_real_token(input_ids, mask, self.config.pad_id, length, batch).to(hidden.device)
         return cast(Tensor, self.head(hidden[torch.arange(batch, device=hidden.device), column]))
 
-    def _loss(self, logits: Tensor, labels: Tensor, aux_loss: Tensor | None) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None, aux_loss: Tensor | None) -> Tensor:
         if self.kind == "none":
             raise UsageError("labels were given to a model without a head", "Load it with head='causal'.")
         if self.kind == "sequence":
-            return sequence_loss(logits, labels)
+            return sequence_loss(logits, labels, self.config.problem_type)
         if self.kind == "token":
             return token_loss(logits, labels)
-        loss = CausalHead.loss(logits, labels)
+        if logits.shape[:2] != labels.shape:
+            raise UsageError(
+                f"labels have shape {list(labels.shape)}, the logits {list(logits.shape)}",
+                "Give a label for every token (-100 where none counts) and leave logits_to_keep at 0.",
+            )
+        loss = CausalHead.loss(logits, labels, mask)
         return loss if aux_loss is None else loss + self.config.router_aux_loss_coef * aux_loss
 
 
@@ -188,6 +203,24 @@ def _real_columns(attention_mask: Tensor | None, embeds: Tensor) -> Tensor | Non
         )
     mask = attention_mask[:, attention_mask.shape[1] - length :].to(embeds.device).bool()
     return None if bool(mask.all()) else mask
+
+
+def _check_positions(position_ids: Tensor | None, embeds: Tensor) -> None:
+    batch, length = embeds.shape[:2]
+    if position_ids is not None and tuple(position_ids.shape) not in ((batch, length), (1, length)):
+        raise UsageError(
+            f"position_ids has shape {list(position_ids.shape)}, the input [{batch}, {length}]",
+            "Give one position a token, for all rows or for each.",
+        )
+
+
+def _kept(hidden: Tensor, keep: int | Tensor) -> Tensor:
+    """The positions that logits are wanted of: the last so many, or those of an index for all rows or for each row."""
+    if isinstance(keep, int):
+        return hidden[:, -keep:]
+    if keep.dim() == 2:
+        return torch.take_along_dim(hidden, keep[..., None], dim=1)
+    return hidden[:, keep]
 
 
 def _frozen(tensors: list[Tensor] | None) -> tuple[Tensor, ...] | None:

@@ -56,11 +56,12 @@ class ExpertStack:
     def pieces(self, indices: tuple[int, ...], shape: Shape) -> Iterator[tuple[str, "Piece"]]:
         """The weights inside the tensor with these indices."""
         hub = self.hub.format(*indices)
-        experts = self.flat_experts or (shape[0] if shape else 0)
-        total = shape[0] if self.flat_experts else experts * (shape[1] if len(shape) > 1 else 0)
-        parts = len(self.ours)
-        if len(shape) != (2 if self.flat_experts else 3) or not experts or total % (experts * parts):
-            raise InputError(f"{hub}: shape {list(shape)} does not hold experts", "The checkpoint is damaged.")
+        if len(shape) != (2 if self.flat_experts else 3):
+            raise InputError(f"{hub}: shape {list(shape)} does not hold experts", _MISMATCH)
+        experts, parts = self.flat_experts or shape[0], len(self.ours)
+        total = shape[0] if self.flat_experts else shape[0] * shape[1]
+        if not experts or total % (experts * parts):
+            raise InputError(f"{hub}: shape {list(shape)} does not hold {experts} experts", _MISMATCH)
         rows = total // (experts * parts)
         final = (shape[-1], rows) if self.transposed else (rows, shape[-1])
         for expert in range(experts):
@@ -125,7 +126,7 @@ class NameTable:
         """
         found: dict[str, Piece] = {}
         for hub, shape in stored.items():
-            for ours, piece in self._pieces(hub, shape):
+            for ours, piece in self.pieces(hub, shape):
                 if ours not in wanted:
                     raise InputError(f"{hub}: the model of config.json has no such weight", _MISMATCH)
                 if ours in found:
@@ -140,7 +141,11 @@ class NameTable:
             raise InputError(f"the checkpoint lacks {self.hub_name(missing)} (our {missing})", _MISMATCH)
         return found
 
-    def _pieces(self, hub: str, shape: Shape) -> Iterator[tuple[str, Piece]]:
+    def pieces(self, hub: str, shape: Shape) -> Iterator[tuple[str, Piece]]:
+        """Our weights that a tensor of the file holds, and where in it; none for one that no maths needs.
+
+        Raises InputError for an unknown name and for a shape that cannot be.
+        """
         skeleton, indices = _skeleton(hub)
         rule = self._by_hub.get(skeleton)
         if rule is None:
@@ -157,6 +162,17 @@ class NameTable:
                 return rule.hub.format(*indices)
             if isinstance(rule, ExpertStack) and skeleton in rule.ours:
                 return rule.hub.format(*indices[:-1])
+        raise KeyError(ours)
+
+    def matrix_name(self, ours: str) -> str:
+        """The hub's name for a tensor that holds this one weight and no other; raises KeyError where it has none.
+
+        Differs from `hub_name` where the canonical file stacks experts: quantized files hold each by itself.
+        """
+        skeleton, indices = _skeleton(ours)
+        for rule in self.rules:
+            if isinstance(rule, Rename) and rule.ours == skeleton:
+                return rule.hub.format(*indices)
         raise KeyError(ours)
 
     def hub_shapes(self, wanted: Mapping[str, Shape]) -> dict[str, Shape]:

@@ -11,7 +11,7 @@ state that went through "Hel", "lo" would have to be recomputed; so what follows
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -127,7 +127,7 @@ class ChatSession:
         """Tokens that the model was made for; None where it has no such limit."""
         return self._model.context_length
 
-    def ask(self, text: str, cancel: threading.Event | None = None) -> Iterator[Event]:
+    def ask(self, text: str, cancel: threading.Event | None = None) -> Generator[Event, None, None]:
         """Say `text` and yield the events of the answer.
 
         An answer that is cancelled, by `cancel` or by closing the iterator, stays in the conversation as far as it
@@ -136,7 +136,7 @@ class ChatSession:
         """
         return self._answer((Message("user", text),), cancel)
 
-    def answer(self, cancel: threading.Event | None = None) -> Iterator[Event]:
+    def answer(self, cancel: threading.Event | None = None) -> Generator[Event, None, None]:
         """Answer the user's message that a loaded conversation ends with; as `ask`."""
         return self._answer((), cancel)
 
@@ -169,7 +169,7 @@ class ChatSession:
         if self._answering:
             raise UsageError("an answer is still being generated", "read its events to the end, or close the iterator")
 
-    def _answer(self, added: tuple[Message, ...], cancel: threading.Event | None) -> Iterator[Event]:
+    def _answer(self, added: tuple[Message, ...], cancel: threading.Event | None) -> Generator[Event, None, None]:
         self._check_idle()
         before = self._kept
         encoded = self._begin((*before.messages, *added))
@@ -226,7 +226,7 @@ class ChatSession:
             return earlier if earlier is not None and earlier.length <= shared else self._model.make_state(1)
         return state
 
-    def _events(self, encoded: "EncodedChat", cancel: threading.Event | None) -> Iterator[Event]:
+    def _events(self, encoded: "EncodedChat", cancel: threading.Event | None) -> Generator[Event, None, None]:
         """Generate, keeping `ids` in step with the state."""
         for event in generate(
             self._model,

@@ -11,7 +11,7 @@ Worked example, a full cache and a ring of window 4, after the tokens a b c d e 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, Self, TypeVar, cast
@@ -32,22 +32,22 @@ class Span:
 
     start: real tokens that every row already holds (the most, if they differ); length: columns of this call;
     ordinals: [batch, length], each real token's number in its row, -1 for padding; None while no row was ever padded;
-    held: [batch], real tokens that each row already holds; None likewise.
+    held: [batch], real tokens that each row already holds; None likewise. whole: whether no column is padding.
     """
 
     start: int
     length: int
     ordinals: Tensor | None = None
     held: Tensor | None = None
+    whole: bool = True
 
     @classmethod
     def stateless(cls, columns: int, mask: Tensor | None) -> "Span":
         """The span of a call without a state. mask: [batch, columns] bool, False for padding, or None."""
         if mask is None:
             return cls(0, columns)
-        return cls(
-            0, columns, (mask.cumsum(1) - 1).masked_fill(~mask, -1), torch.zeros_like(mask[:, 0], dtype=torch.int64)
-        )
+        ordinals = (mask.cumsum(1) - 1).masked_fill(~mask, -1)
+        return cls(0, columns, ordinals, torch.zeros_like(ordinals[:, 0]), whole=False)
 
     def positions(self, device: torch.device) -> Tensor:
         """Rotary positions: real tokens count from 0 in each row; padding gets 0. [batch or 1, length]."""
@@ -81,6 +81,10 @@ class LayerState(ABC):
     def nbytes(self) -> int:
         """Bytes of memory that it occupies."""
 
+    def nbytes_at(self, length: int) -> int:
+        """Bytes that it would occupy after `length` tokens. As now, unless a kind of layer grows."""
+        return self.nbytes
+
     @property
     @abstractmethod
     def signature(self) -> tuple[object, ...]:
@@ -94,7 +98,7 @@ def take(tensors: Mapping[str, Tensor], kind: str, **dimensions: int) -> list[Te
     """The named tensors of a saved layer, each of the given number of dimensions; anything else is an InputError."""
     if set(tensors) != set(dimensions) or any(tensors[name].dim() != n for name, n in dimensions.items()):
         raise InputError(
-            f"saved state: a {kind} layer holds {sorted(tensors)}", "The file is not a state of this model."
+            f"saved state: a {kind} layer holds {sorted(tensors)!r:.80}", "The file is not a state of this model."
         )
     return [tensors[name] for name in dimensions]
 
@@ -119,24 +123,24 @@ class State(Generic[L]):
             return Span(self.length, columns)
         device = self.lengths.device if self.lengths is not None else mask.device if mask is not None else None
         held = self.lengths if self.lengths is not None else torch.full((self.batch_size,), self.length, device=device)
+        whole = mask is None
         if mask is None:
             mask = torch.ones(self.batch_size, columns, dtype=torch.bool, device=device)
         ordinals = (held[:, None] + mask.cumsum(1) - 1).masked_fill(~mask, -1)  # [batch, columns]
-        return Span(self.length, columns, ordinals, held)
+        return Span(self.length, columns, ordinals, held, whole)
 
     def advance(self, span: Span) -> None:
         """Count the tokens of a call whose layers have all been written."""
-        if span.ordinals is None or span.held is None:
-            self.length += span.length
-            return
-        self.lengths = span.held + (span.ordinals >= 0).sum(1)
-        self.length = int(self.lengths.max())
+        if span.ordinals is not None and span.held is not None:
+            self.lengths = span.held + (span.ordinals >= 0).sum(1)
+        # Without padding the host knows the longest row; else it must wait for the device to tell.
+        self.length = self.length + span.length if span.whole or self.lengths is None else int(self.lengths.max())
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` real tokens of every row.
 
-        Raises StateError if a layer has folded later tokens in (a ring that went round, a recurrence): continue from a
-        `clone()` taken at that point instead.
+        Raises StateError if a layer has folded later tokens in (a ring that went round, a recurrence), and leaves the
+        state as it was: continue from a `clone()` taken at that point instead.
         """
         if not 0 <= length <= self.length:
             raise StateError(
@@ -169,19 +173,20 @@ class State(Generic[L]):
         """Bytes of memory that the state occupies."""
         return sum(layer.nbytes for layer in self.layers)
 
+    def nbytes_at(self, length: int) -> int:
+        """Bytes that the state would occupy after `length` tokens, spare room not counted."""
+        return sum(layer.nbytes_at(length) for layer in self.layers)
+
     def save(self, path: Path) -> None:
         """Write the state as one safetensors file, beside its final name first and renamed when complete."""
         from lmx.core.state_file import save_state
 
         save_state(cast(State[LayerState], self), path)
 
-    def check_fits(self, other: "State[LayerState]") -> None:
-        """Raise StateError unless this state could take the place of the other: same family, layers, widths, batch."""
-        if (self.family, self.batch_size) != (other.family, other.batch_size) or [
-            layer.signature for layer in self.layers
-        ] != [layer.signature for layer in other.layers]:
+    def check_fits(self, family: str, layers: Sequence[LayerState]) -> None:
+        """Raise StateError unless the layers of a model's own state are of the same kinds, widths and dtypes."""
+        if self.family != family or [layer.signature for layer in self.layers] != [layer.signature for layer in layers]:
             raise StateError(
-                f"a state of {self.family} (batch {self.batch_size}) does not fit this {other.family} model "
-                f"(batch {other.batch_size})",
-                "Continue it with the model, the dtype and the batch that it was made with.",
+                f"a state of {self.family} does not fit this {family} model",
+                "Continue it with the model and the dtype that it was made with.",
             )

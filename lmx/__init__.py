@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lmx.api import load as load
     from lmx.core.errors import LmxError as LmxError
+    from lmx.language_model import LanguageModel as LanguageModel
+    from lmx.quantization import quantize as quantize
 
 # Started from the root of a checkout, Python finds this folder before any installed lmx; its siblings
 # (core, cli, ...) are then looked up beside it. An installed package has no pyproject.toml beside it.
@@ -20,11 +22,13 @@ if (_root / "pyproject.toml").is_file() and str(_root) not in __path__:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "LanguageModel": "lmx.language_model",
     "LmxError": "lmx.core.errors",
     "load": "lmx.api",
+    "quantize": "lmx.quantization",
 }
 
-__all__ = ["LmxError", "__version__", "load"]
+__all__ = ["LanguageModel", "LmxError", "__version__", "load", "quantize"]
 
 
 def __getattr__(name: str) -> object:

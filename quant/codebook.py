@@ -64,6 +64,14 @@ def dynamic_map() -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
+@cache
+def dynamic_codes() -> Tensor:
+    """The code of `dynamic_map` nearest to each of 65536 even steps from -1 to 1: uint8 [65536]."""
+    steps = (2.0 * torch.arange(65536, dtype=torch.float32, device="cpu")) / 65535 - 1.0
+    values = dynamic_map()
+    return torch.bucketize(steps, (values[1:] + values[:-1]) * 0.5).to(torch.uint8)
+
+
 @dataclass(frozen=True)
 class RankTable:
     """Finds the rank of float32 values among up to 2^15 sorted thresholds, of which no two share their upper 16 bits.

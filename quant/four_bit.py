@@ -12,13 +12,22 @@ import torch
 from torch import Tensor
 
 from lmx.core.errors import InputError
-from lmx.quant.codebook import FourBitType, dynamic_map, four_bit_map, packed_codes, pair_values, rank_table
+from lmx.quant.chunks import for_chunks
+from lmx.quant.codebook import (
+    FourBitType,
+    dynamic_codes,
+    dynamic_map,
+    four_bit_map,
+    packed_codes,
+    pair_values,
+    rank_table,
+)
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 SOURCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Elements worked on at a time: a multiple of every block size, small enough that the temporaries stay in the cache.
+# Elements that a thread works on at a time: whole blocks of every size, so few that the temporaries stay in the cache.
 _CHUNK = 1 << 18
 _SMALLEST_ABSMAX = 1e-38
 
@@ -86,11 +95,13 @@ def quantize_4bit(
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
     absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32)
     whole = flat.numel() // block_size * block_size
-    for start in range(0, whole, _CHUNK):
-        stop = min(start + _CHUNK, whole)
+
+    def quantize_chunk(start: int, stop: int) -> None:
         blocks = flat[start:stop].to(torch.float32).view(-1, block_size)
         scaled = _scale_blocks(blocks, absmax[start // block_size : stop // block_size])
         packed[start // 2 : stop // 2] = _pack(scaled.view(-1), quant_type)
+
+    for_chunks(whole, _CHUNK, quantize_chunk)
     if whole < flat.numel():
         packed[whole // 2 :] = _pack(_scale_tail(flat[whole:].to(torch.float32), absmax), quant_type)
     check_finite(absmax, name)
@@ -102,9 +113,11 @@ def dequantize_4bit(q: FourBit, dtype: torch.dtype | None = None) -> Tensor:
     """The values as a tensor of `q.shape`, in `dtype` or in the dtype that the source had."""
     elements = prod(q.shape)
     out = torch.empty(elements, dtype=dtype or q.dtype, device=q.packed.device)
-    for start in range(0, elements, _CHUNK):
-        stop = min(start + _CHUNK, elements)
+
+    def dequantize_chunk(start: int, stop: int) -> None:
         out[start:stop] = dequantize_range(q, start, stop)
+
+    for_chunks(elements, _CHUNK, dequantize_chunk)
     return out.view(q.shape)
 
 
@@ -178,11 +191,17 @@ def _quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
     that; a block of zeros gets code 0.
     """
     blocks = torch.nn.functional.pad(x, (0, -len(x) % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
-    absmax = blocks.abs().amax(1)
-    inverse = torch.where(absmax > 0, 1.0 / absmax, 0.0)
-    scaled = (blocks * inverse[:, None]).clamp_(-1, 1)
-    steps = ((scaled + 1.0) * 0.5 * 65535 + 0.5).to(torch.int32)
-    values = dynamic_map()
-    nearest = torch.bucketize((2.0 * steps) / 65535 - 1.0, (values[1:] + values[:-1]) * 0.5).to(torch.uint8)
-    codes = nearest * (absmax > 0)[:, None]
+    codes = torch.empty(blocks.shape, dtype=torch.uint8)
+    absmax = torch.empty(len(blocks), dtype=torch.float32)
+
+    def quantize_chunk(start: int, stop: int) -> None:
+        largest = torch.amax(blocks[start:stop].abs(), 1, out=absmax[start:stop])
+        inverse = torch.where(largest > 0, 1.0 / largest, 0.0)
+        scaled = (blocks[start:stop] * inverse[:, None]).clamp_(-1, 1)
+        # Where the reciprocal of a denormal overflows, zero times infinity is no number: step 0, there as here.
+        steps = ((scaled + 1.0) * 0.5 * 65535 + 0.5).nan_to_num_(0.0).to(torch.int32)
+        nearest = torch.index_select(dynamic_codes(), 0, steps.view(-1)).view(steps.shape)
+        codes[start:stop] = nearest * (largest > 0)[:, None]
+
+    for_chunks(len(blocks), _CHUNK // NESTED_BLOCK_SIZE, quantize_chunk)
     return codes.view(-1)[: len(x)], absmax

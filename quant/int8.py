@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lmx.core.errors import InputError
+from lmx.quant.chunks import for_chunks
 from lmx.quant.four_bit import check_finite, check_source
 
-# Elements worked on at a time, so that the temporaries stay in the cache.
+# Elements that a thread works on at a time, so that the temporaries stay in the cache.
 _CHUNK = 1 << 18
 # 1 / 127 in float32, as bitsandbytes writes it.
 _INVERSE_127 = 7.874015718698502e-3
@@ -52,12 +53,15 @@ def quantize_int8(x: Tensor, name: str = "the tensor") -> Int8:
         raise InputError(f"{name} has {x.ndim} dimensions", "int8 quantization takes matrices only")
     weight = torch.empty(x.shape, dtype=torch.int8)
     absmax = torch.empty(len(x), dtype=torch.float32)
-    step = max(1, _CHUNK // x.shape[1])
-    for start in range(0, len(x), step):
-        rows, largest = _round_to_half(x.detach()[start : start + step])
+    source = x.detach()
+
+    def quantize_chunk(start: int, stop: int) -> None:
+        rows, largest = _round_to_half(source[start:stop])
         scale = torch.where(largest > 0, 127.0 / largest, 0.0)
-        weight[start : start + step] = rows.mul_(scale[:, None]).round_()
-        absmax[start : start + step] = largest
+        weight[start:stop] = rows.mul_(scale[:, None]).round_()
+        absmax[start:stop] = largest
+
+    for_chunks(len(x), max(1, _CHUNK // x.shape[1]), quantize_chunk)
     check_finite(absmax, name)
     return Int8(weight, absmax, x.dtype)
 
@@ -65,9 +69,11 @@ def quantize_int8(x: Tensor, name: str = "the tensor") -> Int8:
 def dequantize_int8(q: Int8, dtype: torch.dtype | None = None) -> Tensor:
     """The values as a matrix of `q.shape`, in `dtype` or in the dtype that the source had."""
     out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.weight.device)
-    step = max(1, _CHUNK // q.shape[1])
-    for start in range(0, len(out), step):
-        out[start : start + step] = dequantize_rows(q, start, start + step)
+
+    def dequantize_chunk(start: int, stop: int) -> None:
+        out[start:stop] = dequantize_rows(q, start, stop)
+
+    for_chunks(len(out), max(1, _CHUNK // q.shape[1]), dequantize_chunk)
     return out
 
 

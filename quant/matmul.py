@@ -1,6 +1,6 @@
 """Products with quantized matrices: which code runs them, and the plain torch path that runs anywhere."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from math import gcd
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lmx.quant import four_bit, int8
+from lmx.quant.chunks import for_chunks
 from lmx.quant.four_bit import NESTED_BLOCK_SIZE, FourBit
 from lmx.quant.int8 import Int8
 
@@ -17,19 +18,23 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
 QuantMatrix = FourBit | Int8
+Matrix = QuantMatrix | Tensor
 Product = Callable[[Tensor], Tensor]
 
 # Elements of a matrix that are dequantized at a time.
-_TILE = 1 << 20
+_TILE = 1 << 18
 # Activations beyond it are multiplied in 16 bits by LLM.int8() (arXiv 2208.07339, section 3.2).
 _OUTLIER_THRESHOLD = 6.0
 
 
-def choose_product(q: QuantMatrix) -> Product:
+def choose_product(q: Matrix) -> Product:
     """The function that multiplies by a matrix [rows, columns]: x [..., columns] -> [..., rows], in the dtype of x.
 
-    This is the one place that picks a kernel: bitsandbytes for matrices on a CUDA device, else torch.
+    This is the one place that picks a kernel: bitsandbytes for matrices on a CUDA device, else torch. A tensor is a
+    matrix that was kept from quantization.
     """
+    if isinstance(q, Tensor):
+        return partial(plain_product, q)
     if q.absmax.device.type == "cuda":
         return bitsandbytes_product(q)
     return partial(tiled_product, q)
@@ -38,6 +43,11 @@ def choose_product(q: QuantMatrix) -> Product:
 def dequantize(q: QuantMatrix, dtype: torch.dtype | None = None) -> Tensor:
     """The values of a quantized matrix, in `dtype` or in the dtype that its source had."""
     return four_bit.dequantize_4bit(q, dtype) if isinstance(q, FourBit) else int8.dequantize_int8(q, dtype)
+
+
+def plain_product(weight: Tensor, x: Tensor) -> Tensor:
+    """Multiply by a matrix that is not quantized: x [..., columns] -> [..., rows]."""
+    return linear(x, weight.to(x.dtype))
 
 
 def tiled_product(q: QuantMatrix, x: Tensor) -> Tensor:
@@ -59,8 +69,12 @@ def bitsandbytes_product(q: QuantMatrix) -> Product:
 def _multiply(x: Tensor, q: QuantMatrix) -> Tensor:
     """Multiply x [vectors, columns] -> [vectors, rows]."""
     out = x.new_empty(len(x), q.shape[0])
-    for start, tile in _tiles(q, x.dtype):
-        out[:, start : start + len(tile)] = linear(x, tile)
+    x = x.detach()
+
+    def multiply_tile(start: int, stop: int) -> None:
+        out[:, start:stop] = linear(x, _tile(q, start, stop).to(x.dtype))
+
+    for_chunks(q.shape[0], _tile_rows(q), multiply_tile)
     return out
 
 
@@ -78,25 +92,27 @@ class _TiledProduct(torch.autograd.Function):
         """The gradient [vectors, rows] -> that of x [vectors, columns]."""
         grad, q = grads[0], ctx.q  # type: ignore[attr-defined]
         out = grad.new_zeros(len(grad), q.shape[1])
-        for start, tile in _tiles(q, grad.dtype):
-            out += grad[:, start : start + len(tile)] @ tile
+        step = _tile_rows(q)
+        for start in range(0, q.shape[0], step):
+            stop = min(start + step, q.shape[0])
+            out += grad[:, start:stop] @ _tile(q, start, stop).to(grad.dtype)
         return out, None
 
 
-def _tiles(q: QuantMatrix, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """The matrix in `dtype` in pieces [rows of the tile, columns], each with the number of its first row."""
-    rows, columns = q.shape
-    step = max(1, _TILE // columns)
-    if isinstance(q, FourBit):
-        unit = q.block_size // gcd(columns, q.block_size)  # so many rows are whole blocks
-        step = -(-step // unit) * unit
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        if isinstance(q, FourBit):
-            tile = four_bit.dequantize_range(q, start * columns, stop * columns).view(-1, columns)
-        else:
-            tile = int8.dequantize_rows(q, start, stop)
-        yield start, tile.to(dtype)
+def _tile_rows(q: QuantMatrix) -> int:
+    """How many rows to dequantize at a time: about `_TILE` elements, and whole blocks."""
+    columns = q.shape[1]
+    rows = max(1, _TILE // columns)
+    unit = q.block_size // gcd(columns, q.block_size) if isinstance(q, FourBit) else 1
+    return -(-rows // unit) * unit
+
+
+def _tile(q: QuantMatrix, start: int, stop: int) -> Tensor:
+    """The rows from `start` up to `stop` in float32 [stop - start, columns]."""
+    if isinstance(q, Int8):
+        return int8.dequantize_rows(q, start, stop)
+    columns = q.shape[1]
+    return four_bit.dequantize_range(q, start * columns, stop * columns).view(-1, columns)
 
 
 def _bitsandbytes_4bit(q: FourBit) -> Product:
@@ -105,7 +121,7 @@ def _bitsandbytes_4bit(q: FourBit) -> Product:
     state = _quant_state(q)
 
     def product(x: Tensor) -> Tensor:
-        return matmul_4bit(x, q.packed, quant_state=state).to(x.dtype)  # type: ignore[no-any-return]
+        return matmul_4bit(x, q.packed, quant_state=state).to(x.dtype)
 
     return product
 
@@ -140,6 +156,6 @@ def _bitsandbytes_int8(q: Int8) -> Product:
     state.has_fp16_weights, state.is_training, state.threshold = False, False, _OUTLIER_THRESHOLD
 
     def product(x: Tensor) -> Tensor:
-        return matmul(x.half(), q.weight, state=state).to(x.dtype)  # type: ignore[no-any-return]
+        return matmul(x.half(), q.weight, state=state).to(x.dtype)
 
     return product

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from lmx.core.config import ModelConfig
 from lmx.core.errors import InputError
+from lmx.core.heads import CausalHead
 from lmx.core.layers.activation import ACTIVATIONS
 from lmx.quant.four_bit import FourBit
-from lmx.quant.matmul import Product, QuantMatrix, choose_product, dequantize
+from lmx.quant.matmul import Matrix, Product, QuantMatrix, choose_product, dequantize
 from lmx.quant.serialize import four_bit_tensors, int8_tensors
 
 TensorFunction = Callable[[Tensor], Tensor]
@@ -57,19 +59,32 @@ class QuantLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
+class QuantHead(CausalHead):
+    """`lmx.core.heads.CausalHead` on a quantized matrix [vocab, hidden]; the embedding takes no part in it."""
+
+    def __init__(self, config: ModelConfig, weight: QuantMatrix) -> None:
+        super().__init__(config, tied=True)
+        self.output = QuantLinear(weight)
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """hidden: [batch, length, hidden] -> [batch, length, vocab], in the dtype of the embedding."""
+        return self.capped(self.output(hidden.to(embedding.dtype)))
+
+
 class QuantExpertBank(nn.Module):
     """`lmx.core.layers.moe.ExpertBank` on quantized matrices: gated MLPs, `down(act(gate(x)) * up(x))`.
 
-    gate, up: one matrix [inner, hidden] an expert; down: one [hidden, inner] an expert.
+    gate, up: one matrix [inner, hidden] an expert; down: one [hidden, inner] an expert. A matrix that was kept from
+    quantization stands among them as a plain tensor.
     forward: x [tokens, hidden], ids and weights [tokens, top_k] -> [tokens, hidden]. An expert that no token chose is
     not touched, so that its pages stay on disk.
     """
 
     def __init__(
         self,
-        gate: Sequence[QuantMatrix],
-        up: Sequence[QuantMatrix],
-        down: Sequence[QuantMatrix],
+        gate: Sequence[Matrix],
+        up: Sequence[Matrix],
+        down: Sequence[Matrix],
         activation: str,
     ) -> None:
         super().__init__()
@@ -120,13 +135,13 @@ class QuantExpertBank(nn.Module):
 
     def _apply(self, fn: TensorFunction, recurse: bool = True) -> "QuantExpertBank":
         for matrices in (self.gate, self.up, self.down):
-            matrices[:] = [_move(matrix, fn) for matrix in matrices]
+            matrices[:] = [fn(m) if isinstance(m, Tensor) else _move(m, fn) for m in matrices]
         self._choose_products()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
-def _check_matrix(q: QuantMatrix) -> None:
+def _check_matrix(q: Matrix) -> None:
     if len(q.shape) != 2:
         raise InputError(f"a quantized tensor of shape {list(q.shape)} is no matrix", "only matrices can be multiplied")
 

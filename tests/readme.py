@@ -10,7 +10,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 def commands() -> list[str]:
     """Every command of the README's `sh` blocks, one a line, comments left out."""
     blocks = re.findall(r"^```sh\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [re.split(r"\s{2,}#", line)[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 

@@ -24,6 +24,11 @@ class Visibility:
     causal: bool = False
 
 
+def clip(states: Tensor, limit: float | None) -> Tensor:
+    """Queries, keys or values kept within [-limit, limit], where a config sets one (`clip_qkv`)."""
+    return states if limit is None else states.clamp(-limit, limit)
+
+
 def attend(
     query: Tensor,
     key: Tensor,

@@ -23,8 +23,22 @@ def causal_conv(
     """
     if x.shape[1] == 0:
         return x, state
+    if x.shape[1] == 1 and lengths is None:
+        return _step(x, weight, bias, state)
     recent = _last_inputs(x, state) if lengths is None else _last_real_inputs(x, state, lengths)
     return _convolve(x, weight, bias, state), recent
+
+
+def _step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The convolution of one token, in the few calls that a step of generation has time for."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    window = torch.cat((state, x.transpose(1, 2)), 2)  # [batch, channels, kernel]
+    oldest, *columns = window.to(dtype).unbind(2)
+    tap, *taps = weight.to(dtype).unbind(1)
+    y = oldest * tap if bias is None else torch.addcmul(bias.to(dtype), oldest, tap)
+    for column, tap in zip(columns, taps, strict=True):
+        y = y.addcmul_(column, tap)
+    return y.to(x.dtype)[:, None], window[:, :, 1:].to(state.dtype).contiguous()
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:

@@ -1,16 +1,13 @@
-"""Root-mean-square normalisation (arXiv 1910.07467)."""
+"""Root-mean-square normalisation (arXiv 1910.07467): `x / sqrt(mean(x^2) + eps)` over the last dimension."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps)` over the last dimension, in float32 whatever the input.
-
-    x: [..., width] -> [..., width] float32.
-    """
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    """Normalise [..., width]; computed in float32 at least, returned in x's dtype."""
+    return F.rms_norm(x, x.shape[-1:], None, eps)
 
 
 class RMSNorm(nn.Module):
@@ -26,7 +23,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last dimension."""
-        return self.weight * rms_normalise(x, self.eps).to(x.dtype)
+        return self.weight * rms_normalise(x, self.eps)
 
 
 class OffsetRMSNorm(nn.Module):
@@ -39,4 +36,4 @@ class OffsetRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last dimension."""
-        return (rms_normalise(x, self.eps) * (1.0 + self.weight.float())).to(x.dtype)
+        return (rms_normalise(x.float(), self.eps) * (1.0 + self.weight.float())).to(x.dtype)

@@ -8,10 +8,12 @@ from torch import Tensor
 Rotary = tuple[Tensor, Tensor]
 
 
-@lru_cache(maxsize=64)
 def _frequencies(width: int, theta: float, device: torch.device) -> Tensor:
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
     return 1.0 / theta**exponents  # [width / 2]
+
+
+_kept_frequencies = lru_cache(maxsize=64)(_frequencies)
 
 
 def rotary_tables(positions: Tensor, width: int, theta: float) -> Rotary:
@@ -19,7 +21,8 @@ def rotary_tables(positions: Tensor, width: int, theta: float) -> Rotary:
 
     positions: [batch, length] -> two tensors [batch, 1, length, width / 2] in float32 (the 1 is the heads').
     """
-    angles = positions[:, None, :, None].float() * _frequencies(width, theta, positions.device)
+    frequencies = _frequencies if torch.compiler.is_compiling() else _kept_frequencies
+    angles = positions[:, None, :, None].float() * frequencies(width, theta, positions.device)
     return angles.cos(), angles.sin()
 
 

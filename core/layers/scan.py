@@ -1,4 +1,3 @@
-# ruff: noqa: N803, N806 (A, B and C are the names of the paper and of every checkpoint)
 """The selective scan of Mamba: a linear recurrence whose decay and input depend on the token.
 
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t        y_t = sum_n C_t[n] h_t[n]

@@ -55,7 +55,7 @@ class FalconMambaConfig(ModelConfig):
     def parse(cls, raw: Mapping[str, object]) -> "FalconMambaConfig":
         """Read a `config.json` in the spelling of transformers 4 or 5. Raises InputError naming the key."""
         read = ConfigReader(raw)
-        hidden = read.integer("hidden_size")
+        vocab, hidden = read.integer("vocab_size"), read.integer("hidden_size")
         # The published file says expand 16 beside the true width; the width wins.
         expanded = read.integer("expand", 2) * hidden
         rank = math.ceil(hidden / 16)
@@ -63,15 +63,17 @@ class FalconMambaConfig(ModelConfig):
             rank = read.integer("time_step_rank", rank)
         read.ignore("time_step_rank", "use_mambapy", "use_falcon_mambapy", "use_associative_scan", "layer_types")
         config = cls(
-            vocab_size=read.integer("vocab_size"),
+            vocab_size=vocab,
             hidden_size=hidden,
             layers=read.integer("num_hidden_layers", most=4096),
             initializer_range=read.number("initializer_range", 0.1),
             tie_word_embeddings=read.flag("tie_word_embeddings", True),
             bos_ids=read.token_ids("bos_token_id"),
             eos_ids=read.token_ids("eos_token_id"),
-            pad_id=read.optional_integer("pad_token_id", least=0),
+            pad_id=read.pad_id(vocab),
             labels=count_labels(raw),
+            problem_type=read.problem_type(),
+            classifier_dropout=read.number("classifier_dropout", 0.1, most=1.0),
             intermediate_size=read.integer("intermediate_size", expanded),
             state_size=read.integer("state_size", 16),
             conv_kernel=read.integer("conv_kernel", 4, most=1024),
@@ -95,6 +97,20 @@ class FalconMambaConfig(ModelConfig):
         return config
 
 
+@dataclass(frozen=True)
+class _Rates:
+    """A, and which A_log it was made of: `source` shares its memory, which nothing else can then take."""
+
+    source: Tensor
+    version: int
+    A: Tensor
+
+    def are_of(self, A_log: Tensor) -> bool:
+        """Whether the weight is still where it was, and has not been written to."""
+        place = (self.source.data_ptr(), self.source.dtype, self.version)
+        return place == (A_log.data_ptr(), A_log.dtype, A_log._version)
+
+
 class Mixer(nn.Module):
     """The Mamba layer: a convolution, a selective scan, a gate (arXiv 2312.00752, figure 3)."""
 
@@ -112,6 +128,7 @@ class Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(inner, states))
         self.D = nn.Parameter(torch.empty(inner))
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
+        self._kept_rates: _Rates | None = None
 
     def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> MambaState:
         """Zeros: no inputs seen, nothing remembered."""
@@ -129,18 +146,28 @@ class Mixer(nn.Module):
         lengths = None if compaction is None else compaction.lengths
         x, conv = causal_conv(x, self.conv_weight.squeeze(1), self.conv_bias, before.conv, lengths)
         x = self.act(x)
-        delta, B, C = self._select(x, compaction)
-        y, ssm = selective_scan(x, delta, -torch.exp(self.A_log.float()), B, C, before.hidden)
+        y, ssm = self._scan(x, compaction, before.hidden)
         if state is not None:
             state.keep(conv, ssm)
-        y = (torch.addcmul(y, x, self.D.float()) * self.act(gate)).to(x.dtype)
+        # The gate is silu whatever `hidden_act` says, as in Mamba's kernels and transformers 5.
+        y = (y.addcmul_(x, self.D) * F.silu(gate)).to(x.dtype)
         return self.out_proj(y if compaction is None else compaction.unpack(y))
 
-    def _select(self, x: Tensor, compaction: Compaction | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Step sizes [batch, length, inner] in float32 and the input and output maps [batch, length, state]."""
-        dt, B, C = (rms_normalise(part, self.eps).to(x.dtype) for part in self.x_proj(x).split(self.sizes, dim=-1))
-        delta = F.softplus(F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias.float())
-        return delta if compaction is None else compaction.fill_tail(delta, 0.0), B, C
+    def _scan(self, x: Tensor, compaction: Compaction | None, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The scan's answer [batch, length, inner] in float32 and its new state."""
+        dt, B, C = (rms_normalise(part, self.eps) for part in self.x_proj(x).split(self.sizes, dim=-1))
+        delta = F.softplus(F.linear(dt, self.dt_proj.weight).float().add_(self.dt_proj.bias))
+        if compaction is not None:
+            delta = compaction.fill_tail(delta, 0.0)
+        return selective_scan(x, delta, self._rates(), B, C, hidden)
+
+    def _rates(self) -> Tensor:
+        """A = -exp(A_log) [inner, state] in float32: a fifth of a decode step beside the products, so it is kept."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.A_log.is_inference():
+            return -torch.exp(self.A_log.float())
+        if self._kept_rates is None or not self._kept_rates.are_of(self.A_log):
+            self._kept_rates = _Rates(self.A_log.detach(), self.A_log._version, -torch.exp(self.A_log.float()))
+        return self._kept_rates.A
 
 
 class Block(nn.Module):

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lmx.core.config import ConfigReader, ModelConfig, RopeConfig, count_labels
-from lmx.core.decoder import AttentionCall, Decoder, Inputs
-from lmx.core.kv_cache import AttentionCache, KVCache, WindowKVCache, causal_visibility
+from lmx.core.decoder import AttentionCall, Decoder, Inputs, plan_attention
+from lmx.core.kv_cache import AttentionCache, KVCache, WindowKVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES
-from lmx.core.layers.attention import attend
 from lmx.core.layers.initialise import initialise_normal
 from lmx.core.layers.moe import ExpertBank, jitter, route
 from lmx.core.layers.norm import RMSNorm
-from lmx.core.layers.rope import rotary_tables, rotate
 from lmx.core.names import ExpertStack, NameTable, Rename
 from lmx.core.registry import Family
 from lmx.core.state import Span, State
@@ -44,19 +42,22 @@ class MixtralConfig(ModelConfig):
     def parse(cls, raw: Mapping[str, object]) -> "MixtralConfig":
         """Read a `config.json` in the spelling of transformers 4 or 5. Raises InputError naming the key."""
         read = ConfigReader(raw)
-        hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
+        vocab, hidden, heads = (read.integer(key) for key in ("vocab_size", "hidden_size", "num_attention_heads"))
         experts = read.integer("num_experts" if read.has("num_experts") else "num_local_experts", 8, most=4096)
         read.ignore("num_experts", "num_local_experts")
         config = cls(
-            vocab_size=read.integer("vocab_size"),
+            vocab_size=vocab,
             hidden_size=hidden,
             layers=read.integer("num_hidden_layers", most=4096),
             initializer_range=read.number("initializer_range", 0.02),
             tie_word_embeddings=read.flag("tie_word_embeddings", False),
             bos_ids=read.token_ids("bos_token_id"),
             eos_ids=read.token_ids("eos_token_id"),
-            pad_id=read.optional_integer("pad_token_id", least=0),
+            pad_id=read.pad_id(vocab),
             labels=count_labels(raw),
+            problem_type=read.problem_type(),
+            classifier_dropout=read.number("classifier_dropout", 0.1, most=1.0),
+            output_router_logits=read.flag("output_router_logits", False),
             heads=heads,
             kv_heads=read.integer("num_key_value_heads", heads),
             head_dim=read.integer("head_dim", hidden // heads),
@@ -72,8 +73,7 @@ class MixtralConfig(ModelConfig):
             router_jitter_noise=read.number("router_jitter_noise", 0.0, most=1.0),
             router_aux_loss=read.number("router_aux_loss_coef", 0.001),
         )
-        if config.heads % config.kv_heads:
-            raise read.error("num_key_value_heads", f"({config.kv_heads}) does not divide {config.heads} heads")
+        read.check_heads(config.heads, config.kv_heads, config.head_dim)
         read.finish()
         return config
 
@@ -108,14 +108,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        query, key, value = (p(x).view(heads).transpose(1, 2) for p in (self.q, self.k, self.v))
-        query, key = rotate(query, call.rotary), rotate(key, call.rotary)
-        if cache is not None:
-            key, value = cache.update(key, value, call.span)
-        dropout = self.dropout if self.training else 0.0
-        answer, weights = attend(query, key, value, call.visibility, call.implementation, dropout)
-        call.record.attention(weights)
-        return self.o(answer)
+        query, key, value = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
+        return self.o(call.attend(query, key, value, cache, self.dropout if self.training else 0.0))
 
 
 class SparseMLP(nn.Module):
@@ -171,21 +165,8 @@ class MixtralDecoder(Decoder[AttentionCache]):
 
     def plan(self, inputs: Inputs, span: Span, state: State[AttentionCache] | None) -> AttentionCall:
         """Rotary tables and one mask for all layers."""
-        device, config = inputs.embeds.device, self._config
-        positions = inputs.positions if inputs.positions is not None else span.positions(device)
-        rotary = rotary_tables(positions, config.head_dim, config.rope.theta)
-        if state is not None:
-            visibility = state.layers[0].visibility(span)
-        else:
-            visibility = causal_visibility(span, config.sliding_window, device)
-        return AttentionCall(
-            span,
-            positions,
-            inputs.record,
-            implementation=inputs.implementation,
-            rotary=rotary,
-            visibility=visibility,
-        )
+        config, cache = self._config, state.layers[0] if state is not None else None
+        return plan_attention(inputs, span, cache, config.head_dim, config.rope.theta, config.sliding_window)
 
     def empty_layers(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> list[AttentionCache]:
         """A ring as wide as the sliding window where the config has one, else a cache that grows."""

@@ -4,7 +4,7 @@ recurrence, the RG-LRU, to one of local attention, and a gated MLP after each.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,16 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmx.core.config import ConfigReader, ModelConfig, RopeConfig, count_labels
-from lmx.core.decoder import AttentionCall, Decoder, Inputs
-from lmx.core.kv_cache import WindowKVCache, causal_visibility
+from lmx.core.decoder import AttentionCall, Decoder, Inputs, plan_attention
+from lmx.core.kv_cache import WindowKVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS
-from lmx.core.layers.attention import attend
 from lmx.core.layers.conv import causal_conv
 from lmx.core.layers.initialise import initialise_normal
 from lmx.core.layers.linear_recurrence import rg_lru
 from lmx.core.layers.norm import OffsetRMSNorm
 from lmx.core.layers.padding import Compaction
-from lmx.core.layers.rope import rotary_tables, rotate
 from lmx.core.names import NameTable, Rename
 from lmx.core.recurrent_state import GriffinState
 from lmx.core.registry import Family
@@ -52,21 +50,24 @@ class RecurrentGemmaConfig(ModelConfig):
     attention_bias: bool
     attention_dropout: float
     w_init_variance_scale: float
+    final_w_init_variance_scale: float
 
     @classmethod
     def parse(cls, raw: Mapping[str, object]) -> "RecurrentGemmaConfig":
         """Read a `config.json` in the spelling of transformers 4 or 5. Raises InputError naming the key."""
         read = ConfigReader(raw)
+        vocab = read.integer("vocab_size")
         hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads", most=65536)
+        vocab = read.integer("vocab_size")
         layers, conv_width = read.integer("num_hidden_layers", most=4096), read.integer("conv1d_width", 4, most=1024)
         variance = read.number("w_init_variance_scale", 0.01)
         cycle = read.names("_block_types") or read.names("block_types") or ("recurrent", "recurrent", "attention")
         if not set(cycle) <= {"recurrent", "attention"}:
             raise read.error("block_types", f"has {sorted(set(cycle))}; supported: recurrent, attention")
         read.ignore("_block_types", "block_types", "layers_block_type", "layer_types")
-        read.ignore("initializer_range", "final_w_init_variance_scale")
+        read.ignore("initializer_range")
         config = cls(
-            vocab_size=read.integer("vocab_size"),
+            vocab_size=vocab,
             hidden_size=hidden,
             layers=layers,
             # What transformers gives every matrix that has no rule of its own.
@@ -74,8 +75,10 @@ class RecurrentGemmaConfig(ModelConfig):
             tie_word_embeddings=read.flag("tie_word_embeddings", True),
             bos_ids=read.token_ids("bos_token_id"),
             eos_ids=read.token_ids("eos_token_id"),
-            pad_id=read.optional_integer("pad_token_id", least=0),
+            pad_id=read.pad_id(vocab),
             labels=count_labels(raw),
+            problem_type=read.problem_type(),
+            classifier_dropout=read.number("classifier_dropout", 0.1, most=1.0),
             heads=heads,
             kv_heads=read.integer("num_key_value_heads", heads),
             head_dim=read.integer("head_dim", hidden // heads),
@@ -92,14 +95,22 @@ class RecurrentGemmaConfig(ModelConfig):
             attention_bias=read.flag("attention_bias", False),
             attention_dropout=read.number("attention_dropout", 0.0, most=1.0),
             w_init_variance_scale=variance,
+            final_w_init_variance_scale=read.number("final_w_init_variance_scale", 2.0 / layers),
         )
         read.ignore("logits_soft_cap")
         if config.heads % config.kv_heads:
             raise read.error("num_key_value_heads", f"({config.kv_heads}) does not divide {heads} heads")
+        if config.rotary_width + config.rotary_width % 2 > config.head_dim:
+            raise read.error("head_dim", f"({config.head_dim}) must be even: rotary embedding turns channels in pairs")
         if config.lru_width % config.heads:
             raise read.error("lru_width", f"({config.lru_width}) is not divisible by {heads} heads")
         read.finish()
         return config
+
+    @property
+    def rotary_width(self) -> int:
+        """How many channels of each head turn with the position."""
+        return int(self.head_dim * self.rope.fraction)
 
     @property
     def logits_soft_cap(self) -> float | None:
@@ -122,14 +133,8 @@ class LocalAttention(nn.Module):
     def forward(self, x: Tensor, call: AttentionCall, cache: WindowKVCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        query, key, value = (p(x).view(heads).transpose(1, 2) for p in (self.q, self.k, self.v))
-        query, key = rotate(query, call.rotary), rotate(key, call.rotary)
-        if cache is not None:
-            key, value = cache.update(key, value, call.span)
-        dropout = self.dropout if self.training else 0.0
-        answer, weights = attend(query, key, value, call.visibility, call.implementation, dropout)
-        call.record.attention(weights)
-        return self.o(answer)
+        query, key, value = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
+        return self.o(call.attend(query, key, value, cache, self.dropout if self.training else 0.0))
 
 
 class _BoundedSqrt(torch.autograd.Function):
@@ -169,8 +174,9 @@ class RGLRU(nn.Module):
         x: [batch, length, width]; reset: [batch or 1, length] bool, True where a text begins; state: [batch, width].
         Returns the outputs in x's dtype and the state after the last token.
         """
-        input_gate = self._gate(x, self.input_gate_weight, self.input_gate_bias)
-        recurrent_gate = self._gate(x, self.recurrent_gate_weight, self.recurrent_gate_bias)
+        heads = x.unflatten(-1, self.input_gate_weight.shape[:2]).flatten(0, 1).transpose(0, 1)
+        input_gate = _gate(heads, self.input_gate_weight, self.input_gate_bias, x.shape)
+        recurrent_gate = _gate(heads, self.recurrent_gate_weight, self.recurrent_gate_bias, x.shape)
         log_a = -8.0 * recurrent_gate * F.softplus(self.recurrent_param.float())
         kept = 1.0 - torch.exp(2.0 * log_a)
         # With gradients off the plain root is the same, and opens the way to a compiled graph.
@@ -183,11 +189,10 @@ class RGLRU(nn.Module):
         h, last = rg_lru(a, drive, state)
         return h.to(x.dtype), last
 
-    @staticmethod
-    def _gate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        heads = x.unflatten(-1, weight.shape[:2]).flatten(0, 1).transpose(0, 1)  # [heads, batch * length, width of one]
-        gates = torch.baddbmm(bias[:, None], heads, weight)
-        return gates.transpose(0, 1).reshape(x.shape).float().sigmoid()
+
+def _gate(heads: Tensor, weight: Tensor, bias: Tensor, shape: torch.Size) -> Tensor:
+    """heads: [heads, batch * length, width of one] -> a gate in float32 of the shape [batch, length, width]."""
+    return torch.baddbmm(bias[:, None], heads, weight).transpose(0, 1).reshape(shape).float().sigmoid()
 
 
 class RecurrentBlock(nn.Module):
@@ -270,7 +275,9 @@ class RecurrentGemmaDecoder(Decoder[LayerMemory]):
         self.blocks = [Block(config, block_type) for block_type in config.block_types]
         self.layers = nn.ModuleList(self.blocks)
         self.norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.embed_scale = math.sqrt(config.hidden_size) if config.scale_embeddings else None
+        # Rounded to bfloat16 in models of any dtype, as it was in training.
+        scale = torch.tensor(math.sqrt(config.hidden_size), dtype=torch.bfloat16, device="cpu")
+        self.embed_scale = float(scale) if config.scale_embeddings else None
 
     @property
     def config(self) -> RecurrentGemmaConfig:
@@ -279,21 +286,10 @@ class RecurrentGemmaDecoder(Decoder[LayerMemory]):
 
     def plan(self, inputs: Inputs, span: Span, state: State[LayerMemory] | None) -> AttentionCall:
         """Rotary tables and one mask for the attention layers, and padding out of the recurrences' way."""
-        device, config = inputs.embeds.device, self._config
-        positions = inputs.positions if inputs.positions is not None else span.positions(device)
-        rotary = rotary_tables(positions, int(config.head_dim * config.rope.fraction), config.rope.theta)
-        caches = [] if state is None else [layer for layer in state.layers if isinstance(layer, WindowKVCache)]
-        visibility = caches[0].visibility(span) if caches else causal_visibility(span, config.window, device)
-        compaction = None if inputs.mask is None else Compaction.of(inputs.mask)
-        return AttentionCall(
-            span,
-            positions,
-            inputs.record,
-            compaction,
-            implementation=inputs.implementation,
-            rotary=rotary,
-            visibility=visibility,
-        )
+        config, layers = self._config, [] if state is None else state.layers
+        cache = next((layer for layer in layers if isinstance(layer, WindowKVCache)), None)
+        call = plan_attention(inputs, span, cache, config.rotary_width, config.rope.theta, config.window)
+        return call if inputs.mask is None else replace(call, compaction=Compaction.of(inputs.mask))
 
     def empty_layers(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> list[LayerMemory]:
         """A ring for each attention layer, zeros for each recurrence: none of them grows."""
@@ -312,7 +308,7 @@ class RecurrentGemmaDecoder(Decoder[LayerMemory]):
         config = self._config
         initialise_normal(self, config.initializer_range)
         into = math.sqrt(1.0 / config.hidden_size)
-        final = 2.0 / config.layers
+        final = config.final_w_init_variance_scale
         for layer in self.blocks:
             temporal = layer.temporal
             if isinstance(temporal, LocalAttention):

@@ -1,7 +1,6 @@
-# ruff: noqa: N806
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmx.core.layers.conv import causal_conv

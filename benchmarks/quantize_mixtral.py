@@ -1,0 +1,153 @@
+"""Quantize a model of Mixtral-8x7B's size from end to end: bytes written, peak memory, parameters a second.
+
+    python benchmarks/quantize_mixtral.py --dir /somewhere/with/30GB [--layers 32] [--double-quant] [--cold]
+
+The 93 GB of the source need not exist: it is one file of random bfloat16 numbers, mapped as a checkpoint is, and every
+tensor of the same shape is the same part of it. So pages are touched, counted and let go as with the real files. With
+--cold the file's pages are also dropped from the cache after each use, and each matrix is read from the disk anew.
+The output is a real one, synced; it is removed at the end unless --keep is given.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+
+from lmx.core.jsonfile import JSON
+from lmx.core.loader import build, hub_shapes
+from lmx.core.mapped import Advice, FileMap
+from lmx.core.registry import family_of
+from lmx.core.safetensors_file import TensorInfo
+from lmx.quant.quantize import Options, predict, quantize
+from lmx.quant.report import Finished, Progress
+from lmx.quant.spec import QuantSpec
+
+# As published, mistralai/Mixtral-8x7B-v0.1.
+CONFIG: dict[str, JSON] = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": False,
+}
+
+
+class RepeatedSource:
+    """A `Source` in which all tensors of one shape are the same bytes of one mapped file."""
+
+    label = "mixtral-8x7b of random weights"
+    generation_config = None
+
+    def __init__(self, file: Path, layers: int, cold: bool) -> None:
+        self.config = {**CONFIG, "num_hidden_layers": layers}
+        with torch.device("meta"):
+            model = build(self.config)
+        shapes = hub_shapes(model, family_of(self.config))
+        places = _write_file(file, set(shapes.values()))
+        self.infos: Mapping[str, TensorInfo] = {
+            name: TensorInfo(name, "BF16", shape, file, places[shape], 2 * prod(shape))
+            for name, shape in shapes.items()
+        }
+        self.files = (file,)
+        self._fd = os.open(file, os.O_RDONLY)
+        self._map = FileMap(self._fd, file.stat().st_size, file)
+        self._cold = cold
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A view of the mapped file."""
+        info = self.infos[name]
+        return self._map.view(info.dtype, info.shape, info.offset, info.nbytes)
+
+    def advise(self, name: str, advice: Advice) -> None:
+        """As a checkpoint does; `cold`: what is let go also leaves the system's cache."""
+        info = self.infos[name]
+        self._map.advise(advice, info.offset, info.nbytes)
+        if self._cold and advice is Advice.DONT_NEED:
+            os.posix_fadvise(self._fd, info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def _write_file(file: Path, shapes: set[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
+    """Random numbers for each shape; returns where each begins."""
+    places: dict[tuple[int, ...], int] = {}
+    with file.open("wb") as out:
+        for shape in sorted(shapes):
+            places[shape] = out.tell()
+            for start in range(0, prod(shape), 1 << 22):
+                count = min(1 << 22, prod(shape) - start)
+                out.write((torch.randn(count) * 0.02).bfloat16().view(torch.uint8).numpy().data)
+        out.flush()
+        os.fsync(out.fileno())
+    return places
+
+
+def run(source: RepeatedSource, target: Path, spec: QuantSpec, options: Options) -> dict[str, object]:
+    """Predict, quantize and measure."""
+    predicted = predict(source, target, spec, options)
+    start = shown = time.perf_counter()
+    cpu = time.process_time()
+    for event in quantize(source, target, spec, options):
+        if isinstance(event, Progress) and time.perf_counter() - shown > 10:
+            shown = time.perf_counter()
+            print(f"{event.parameters / 1e9:6.2f} of {event.total / 1e9:.2f} billion parameters", flush=True)
+        elif isinstance(event, Finished):
+            report = event.report
+    seconds = time.perf_counter() - start
+    return {
+        "scheme": spec.scheme,
+        "double_quant": spec.double_quant,
+        "layers": source.config["num_hidden_layers"],
+        "parameters": report.parameters,
+        "quantized_share": round(report.quantized_share, 4),
+        "source_bytes": report.source_bytes,
+        "output_bytes": report.output_bytes,
+        "disk_bytes": sum(path.stat().st_blocks * 512 for path in target.iterdir()),
+        "predicted_output_bytes": predicted.output_bytes,
+        "peak_memory_bytes": report.peak_memory_bytes,
+        "predicted_peak_memory_bytes": predicted.peak_memory_bytes,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "million_parameters_per_second": round(report.parameters / seconds / 1e6, 1),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main() -> None:
+    """Print the figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--scheme", choices=("nf4", "fp4", "int8"), default="nf4")
+    parser.add_argument("--double-quant", action="store_true")
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--keep", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.dir.mkdir(parents=True, exist_ok=True)
+    file, target = arguments.dir / "random.bin", arguments.dir / "mixtral-quantized"
+    try:
+        source = RepeatedSource(file, arguments.layers, arguments.cold)
+        spec = QuantSpec(arguments.scheme, double_quant=arguments.double_quant)
+        print(json.dumps(run(source, target, spec, Options(force=True)), indent=2))
+    finally:
+        file.unlink(missing_ok=True)
+        if not arguments.keep:
+            shutil.rmtree(target, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

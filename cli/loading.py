@@ -1,0 +1,73 @@
+"""From the options to a model that runs, in the order that answers, or fails, soonest."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lmx.api import OpenedModel, import_runtime, limit_gpu_memory, limit_threads
+from lmx.cli.console import may_animate
+from lmx.cli.options import CommonOptions, RuntimeOptions
+from lmx.core.text.types import Message
+
+if TYPE_CHECKING:
+    from lmx.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with what is known of its files."""
+
+    opened: OpenedModel
+    model: "LanguageModel"
+
+    @property
+    def name(self) -> str:
+        """What to call the model."""
+        return self.opened.name
+
+
+@contextmanager
+def loaded(
+    model: str | None, runtime: RuntimeOptions, common: CommonOptions, talk: Sequence[Message] | None = None
+) -> Iterator[Loaded]:
+    """Load a model for the block, and end its text process after it.
+
+    talk: what will be said first. The text process renders it while torch is being imported, so that a template that
+    is broken, hostile or refuses the conversation is found before any weight is touched.
+    """
+    nbytes = runtime.gpu_memory_bytes
+    opened = OpenedModel.open(
+        model,
+        revision=runtime.revision,
+        offline=runtime.offline,
+        show_progress=may_animate() and not common.quiet,
+        chat=talk is not None,
+    )
+    with opened:
+        _import_while_rendering(opened, talk)
+        limit_threads(runtime.threads)
+        limit_gpu_memory(nbytes, runtime.device)
+        yield Loaded(opened, load_as(opened, runtime))
+
+
+def load_as(opened: OpenedModel, runtime: RuntimeOptions) -> "LanguageModel":
+    """Load a model as the options say. Raises UsageError, InputError."""
+    return opened.load(
+        device=runtime.device,
+        dtype=runtime.dtype,
+        quantize=runtime.quantize,
+        head_scheme=runtime.head_scheme,
+        attention=runtime.attention,
+    )
+
+
+def _import_while_rendering(opened: OpenedModel, talk: Sequence[Message] | None) -> None:
+    if talk is None:
+        import_runtime()
+        return
+    with ThreadPoolExecutor(1) as pool:
+        rendered = pool.submit(opened.text.encode_chat, talk)
+        import_runtime()
+        rendered.result()

@@ -1,0 +1,22 @@
+"""What a conversion reports while it runs. Needs no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """So many of all parameters are written, lately those of `name`."""
+
+    name: str
+    parameters: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The output has its name."""
+
+    output: Path
+    parameters: int
+    output_bytes: int

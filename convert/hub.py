@@ -1,0 +1,203 @@
+"""From what a user calls a model to a folder on this machine: a path, or a hub id in the Hugging Face cache, or pulled.
+
+The folder of a hub id is a snapshot of the cache that all Hugging Face tools share
+(https://huggingface.co/docs/huggingface_hub/guides/manage-cache). Imports huggingface_hub only for a hub id.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmx.core.checkpoint import INDEX, SINGLE
+from lmx.core.errors import InputError, LmxError, NetworkError, NotFoundError, ResourceError, UsageError
+from lmx.core.files import quoted
+from lmx.core.jsonfile import read_json
+
+# What a run needs: no second copy of the weights (consolidated, .bin, .pt, original/).
+WANTED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "*.safetensors",
+    INDEX,
+    "README.md",
+    "LICENSE*",
+)
+UNWANTED = ("consolidated*", "*/*")
+
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
+_HUB_ID = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,199}}))?", re.ASCII)
+_TRUE = {"1", "ON", "YES", "TRUE"}
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A model on the hub: `org/name` and a branch, tag or commit, None for the default branch."""
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+    @classmethod
+    def parse(cls, text: str, revision: str | None = None) -> "HubId | None":
+        """`org/name[@revision]`, or None if `text` is no such thing. Raises UsageError for two different revisions."""
+        match = _HUB_ID.fullmatch(text)
+        if match is None or ".." in text or "--" in match[1]:
+            return None
+        if revision is not None and _HUB_ID.fullmatch(f"a/b@{revision}") is None:
+            raise UsageError(f"--revision: {quoted(revision)} is no branch, tag or commit", "check its spelling")
+        if revision is not None and match[2] is not None and revision != match[2]:
+            raise UsageError(f"{text} and --revision {revision} disagree", "give the revision once")
+        return cls(match[1], revision or match[2])
+
+
+def is_offline() -> bool:
+    """Whether the environment forbids the network, by the variable that all Hugging Face tools obey."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+
+
+def find_model(
+    model: str | Path, *, revision: str | None = None, offline: bool = False, show_progress: bool = False
+) -> Path:
+    """The folder of a model: an existing path wins; else a hub id from the cache, else pulled into it.
+
+    Raises:
+        UsageError: a revision for a path, or two different ones.
+        InputError: the path is a file.
+        NotFoundError: neither a path nor a hub id; or the hub does not have it, or does not let us.
+        NetworkError, ResourceError: the download failed; the disk is full.
+
+    """
+    path = Path(model)
+    if _exists(path):
+        if revision is not None:
+            raise UsageError(f"--revision {revision} is for models of the hub", f"leave it out: {path} is a path")
+        return _folder(path)
+    hub_id = HubId.parse(str(model), revision) if isinstance(model, str) else None
+    if hub_id is None:
+        raise NotFoundError(f"{quoted(str(model))} does not exist", "give a checkpoint's folder or a hub id, ORG/NAME")
+    cached = _cached(hub_id)
+    if cached is not None and is_complete(cached):
+        return cached
+    if offline or is_offline():
+        state = "not in the Hugging Face cache" if cached is None else "only partly in the Hugging Face cache"
+        raise NotFoundError(f"{hub_id} is {state}, and the network is off", "run it once without --offline")
+    return _pulled(hub_id, show_progress)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a cached snapshot has all that a run needs; the cache keeps what other tools fetched of a model, too."""
+    if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
+        return False
+    if (folder / SINGLE).is_file():
+        return True
+    if not (folder / INDEX).is_file():
+        return False
+    try:
+        weight_map = read_json(folder / INDEX).get("weight_map")
+    except LmxError:
+        return True  # it is there, and broken: the reader will say how
+    shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    return all((folder / shard).is_file() for shard in shards)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, a folder we may not enter, a NUL
+        return False
+
+
+def _folder(path: Path) -> Path:
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        raise InputError(f"{quoted(str(path))}: this version of lmx reads no GGUF", "give a folder in the hub's format")
+    raise InputError(f"{quoted(str(path))} is a file", "give the folder that holds config.json and the weights")
+
+
+def _cached(hub_id: HubId) -> Path | None:
+    """The snapshot's folder in the cache, which may lack files; None if not even the config is there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(hub_id.repo, "config.json", revision=hub_id.revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _pulled(hub_id: HubId, show_progress: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hidden = not show_progress and not are_progress_bars_disabled()
+    if hidden:
+        disable_progress_bars()
+    try:
+        with _hub_errors(hub_id):
+            folder = snapshot_download(
+                hub_id.repo, revision=hub_id.revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+            )
+    finally:
+        if hidden:
+            enable_progress_bars()
+    return Path(folder)
+
+
+@contextmanager
+def _hub_errors(hub_id: HubId) -> Iterator[None]:
+    """Every way that a pull can fail, as ours. No message of the hub is passed on: they hold URLs with signatures."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise NotFoundError(
+            f"{hub_id} is gated", f"accept its terms at https://huggingface.co/{hub_id.repo}, then set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise NotFoundError(f"{hub_id.repo} has no revision {hub_id.revision}", "check the revision") from error
+    except RepositoryNotFoundError as error:
+        raise NotFoundError(
+            f"the hub has no {hub_id.repo}, or it is private", "check its spelling; for a private model set HF_TOKEN"
+        ) from error
+    except HfHubHTTPError as error:
+        raise _status_error(hub_id, error.response.status_code) from error
+    except (LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+        # Where the hub's answer was an error, huggingface_hub looks into the cache, and finds nothing there either
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _status_error(hub_id, error.__cause__.response.status_code) from error
+        raise NetworkError(f"{hub_id} could not be pulled: no answer from the hub", _TRY_AGAIN) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"{hub_id} does not fit on the disk", "free some space, or set HF_HOME") from error
+        raise
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _HTTP_CLIENTS:
+            raise
+        raise NetworkError(f"{hub_id} could not be pulled: {type(error).__name__}", _TRY_AGAIN) from error
+
+
+_HTTP_CLIENTS = ("httpx", "httpx2")  # which of them huggingface_hub uses depends on its version
+_TRY_AGAIN = "check the connection and try again: what has arrived is kept"
+
+
+def _status_error(hub_id: HubId, status: int) -> LmxError:
+    if status in (401, 403):
+        return NotFoundError(f"the hub refused {hub_id} (HTTP {status})", "set HF_TOKEN to a token that may read it")
+    if status == 404:
+        return NotFoundError(f"the hub has no such file of {hub_id} (HTTP 404)", "check the name and the revision")
+    return NetworkError(f"{hub_id} could not be pulled (HTTP {status})", _TRY_AGAIN)

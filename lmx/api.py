@@ -1,0 +1,291 @@
+"""The front door: from what a user calls a model to one that runs. Importing this imports no torch."""
+
+import importlib.resources
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self, cast
+
+from lmx.convert.hub import HubId, find_model
+from lmx.core.checkpoint import Checkpoint
+from lmx.core.errors import InputError, NotFoundError, UsageError
+from lmx.core.files import quoted
+from lmx.core.text.engine import TextEngine
+
+if TYPE_CHECKING:
+    import torch
+
+    from lmx.core import model as core
+    from lmx.core.config import ModelConfig
+    from lmx.core.heads import HeadKind
+    from lmx.core.layers.attention import Implementation
+    from lmx.language_model import LanguageModel
+    from lmx.quant.apply import HeadScheme
+    from lmx.quant.spec import QuantSpec, Scheme
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+_DTYPES = {
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "float16",
+    "float16": "float16",
+    "fp32": "float32",
+    "float32": "float32",
+}
+_STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    device: Device | None = None,
+    dtype: "torch.dtype | str | None" = None,
+    quantize: "str | QuantSpec | None" = None,
+    head: "HeadKind" = "causal",
+    head_scheme: "HeadScheme | None" = None,
+) -> "LanguageModel":
+    """Load a model, ready to be called or to generate.
+
+    model: a checkpoint's folder, or a hub id `org/name[@revision]` that is taken from the Hugging Face cache or pulled
+    into it; None is the embedded demo. device: None is "auto", the best that this machine has. dtype: a torch dtype or
+    its name; None keeps the weights as they are stored. quantize: "nf4", "fp4", "int8" or a `QuantSpec`: quantize a
+    plain checkpoint while it is loaded; one that is quantized already runs as it is, without. head: "causal", "none",
+    "sequence" or "token". head_scheme: "int8" or "nf4" quantizes the output head too.
+
+    Raises:
+        UsageError: an argument that this version or this machine cannot honour.
+        InputError: a broken or unsupported checkpoint.
+        NotFoundError, NetworkError, ResourceError: there is no such model, or it could not be pulled.
+
+    """
+    opened = OpenedModel.open(model)
+    try:
+        return opened.load(device=device, dtype=dtype, quantize=quantize, head=head, head_scheme=head_scheme)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def demo_path() -> Path:
+    """The folder of the embedded demo model. Raises NotFoundError where this installation lacks it."""
+    folder = importlib.resources.files("lmx") / "demo"
+    if isinstance(folder, Path) and (folder / "config.json").is_file():
+        return folder
+    raise NotFoundError("this installation has no embedded demo model", "name a model: lmx chat FOLDER or ORG/NAME")
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint whose files are found, whose headers are checked and whose text process is starting; no weights yet.
+
+    Opening takes no torch, so a command can fail early and the text process loads while torch does.
+    """
+
+    name: str
+    is_demo: bool
+    checkpoint: Checkpoint
+    text: TextEngine
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path | None,
+        *,
+        revision: str | None = None,
+        offline: bool = False,
+        show_progress: bool = False,
+        chat: bool = False,
+    ) -> "OpenedModel":
+        """Find a model and open its files. chat: it will be talked to, so prepare its template. Raises as `load`."""
+        checkpoint = open_checkpoint(model, revision=revision, offline=offline, show_progress=show_progress)
+        return cls(
+            model_name(model, revision), model is None, checkpoint, TextEngine.open(checkpoint.folder, chat=chat)
+        )
+
+    def load(
+        self,
+        *,
+        device: Device | None = None,
+        dtype: "torch.dtype | str | None" = None,
+        quantize: "str | QuantSpec | None" = None,
+        head: "HeadKind" = "causal",
+        head_scheme: "HeadScheme | None" = None,
+        attention: "Implementation" = "sdpa",
+    ) -> "LanguageModel":
+        """The model with its weights. Raises UsageError, InputError."""
+        from lmx.language_model import LanguageModel
+
+        spec = choose_spec(quantize)
+        where, wanted = choose_device(device), choose_dtype(dtype, self.checkpoint)
+        loaded = load_core(self.checkpoint, spec, head, head_scheme, wanted, where)
+        loaded.attention = attention
+        return LanguageModel(loaded, self.text, stop_ids=self.stop_ids(loaded.config), defaults=self.generation_config)
+
+    def stop_ids(self, config: "ModelConfig") -> frozenset[int]:
+        """The tokens that end an answer, by config, generation config and template together. Raises InputError."""
+        return frozenset((*config.eos_ids, *self._generation_eos, *self.text.info.end_of_turn_ids))
+
+    @cached_property
+    def generation_config(self) -> Mapping[str, object]:
+        """generation_config.json, empty where there is none. Raises InputError."""
+        return self.checkpoint.generation_config or {}
+
+    @property
+    def _generation_eos(self) -> tuple[int, ...]:
+        from lmx.core.config import ConfigReader
+
+        return ConfigReader(self.generation_config, "generation_config.json").token_ids("eos_token_id")
+
+    def close(self) -> None:
+        """End the text process."""
+        self.text.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_checkpoint(
+    model: str | Path | None, *, revision: str | None = None, offline: bool = False, show_progress: bool = False
+) -> Checkpoint:
+    """Find a model and check its headers. None is the demo. Raises as `load`."""
+    if model is None:
+        folder = demo_path()
+    else:
+        folder = find_model(model, revision=revision, offline=offline, show_progress=show_progress)
+    checkpoint = Checkpoint.open(folder)
+    check_runnable(checkpoint)
+    return checkpoint
+
+
+def model_name(model: str | Path | None, revision: str | None = None) -> str:
+    """What reports call a model: "demo", a hub id with its revision, or a path as given."""
+    if model is None:
+        return "demo"
+    hub_id = HubId.parse(model, revision) if isinstance(model, str) and not Path(model).exists() else None
+    return str(hub_id or model)
+
+
+def load_core(
+    checkpoint: Checkpoint,
+    spec: "QuantSpec | None",
+    head: "HeadKind",
+    head_scheme: "HeadScheme | None",
+    dtype: "torch.dtype",
+    device: "torch.device",
+) -> "core.LanguageModel":
+    """The bare model, with whatever is to be quantized, or is already. Raises UsageError, InputError."""
+    if spec is None and head_scheme is None and checkpoint.quantization_config is None:
+        from lmx.core.loader import load_model
+
+        return load_model(checkpoint, head=head, dtype=dtype, device=device)
+    from lmx.quant.apply import load_quantized
+
+    return load_quantized(checkpoint, spec=spec, head=head, head_scheme=head_scheme, dtype=dtype, device=device)
+
+
+def choose_spec(quantize: "str | QuantSpec | None") -> "QuantSpec | None":
+    """How to quantize while loading. Raises UsageError for a scheme that there is not."""
+    from lmx.quant.spec import SCHEMES, QuantSpec
+
+    if quantize is None or isinstance(quantize, QuantSpec):
+        return quantize
+    if quantize not in SCHEMES:
+        raise UsageError(f"quantize={quantize!r:.40} is unknown", f"give {', '.join(SCHEMES)} or a QuantSpec")
+    return QuantSpec(cast("Scheme", quantize))
+
+
+def check_runnable(checkpoint: Checkpoint) -> None:
+    """Raise InputError for weights in a form that the models here do not compute with."""
+    if checkpoint.quantization_config is not None:
+        method = checkpoint.quantization_config.get("quant_method", "bitsandbytes")
+        if method != "bitsandbytes":
+            raise InputError(
+                f"{quoted(checkpoint.label)} is quantized by {method!s:.40}",
+                "take the model it was made from, or one quantized with bitsandbytes",
+            )
+        return  # what is in it, the loader checks
+    if any(name.endswith(".weight._data") or name.endswith(".weight._data._data") for name in checkpoint.infos):
+        raise InputError(
+            f"{quoted(checkpoint.label)} is quantized by optimum-quanto, which lmx does not read",
+            "take the model it was made from, or one quantized with bitsandbytes",
+        )
+    for info in checkpoint.infos.values():
+        if info.dtype not in _STORED:
+            raise InputError(
+                f"{quoted(checkpoint.label)}: tensor {quoted(info.name)} is stored as {info.dtype}",
+                f"lmx runs weights in {', '.join(_STORED)}",
+            )
+
+
+def choose_device(device: Device | None) -> "torch.device":
+    """The device by name; None and "auto" take CUDA, else MPS, else the CPU. Raises UsageError for an absent one."""
+    import torch
+
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device is None or device == "auto":
+        return torch.device(next(name for name, is_here in here.items() if is_here))
+    if device not in here:
+        raise UsageError(f"device {quoted(str(device))} is unknown", "give auto, cpu, cuda or mps")
+    if not here[device]:
+        raise UsageError(f"this machine, or this build of torch, has no {device} device", "use --device auto or cpu")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: "torch.dtype | str | None", checkpoint: Checkpoint) -> "torch.dtype":
+    """The dtype of all weights once loaded. Raises UsageError for an unknown name.
+
+    None is the one that they are stored in; of several, that of most bytes: a product of two dtypes is not defined.
+    """
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"dtype {quoted(dtype)} is unknown", "give bf16, fp16 or fp32")
+    if dtype is None and checkpoint.quantization_config is not None:
+        from lmx.quant.stored import common_dtype, find_matrices, plain_infos
+
+        return common_dtype(plain_infos(checkpoint, find_matrices(checkpoint)))
+    stored = stored_bytes(checkpoint)
+    name = _STORED[max(stored, key=lambda name: stored[name])] if dtype is None else _DTYPES[dtype]
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+
+
+def stored_bytes(checkpoint: Checkpoint) -> dict[str, int]:
+    """How many bytes of a checkpoint are of which dtype, in safetensors' spelling."""
+    counted: dict[str, int] = {}
+    for info in checkpoint.infos.values():
+        counted[info.dtype] = counted.get(info.dtype, 0) + info.nbytes
+    return counted
+
+
+def import_runtime() -> None:
+    """Import torch and what builds on it now, seconds before it is needed."""
+    import_module("lmx.core.loader")
+    import_module("lmx.language_model")
+
+
+def limit_threads(threads: int | None) -> None:
+    """Let torch use so many CPU threads; None leaves its own choice."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def limit_gpu_memory(nbytes: int | None, device: Device | None) -> None:
+    """Let this process take no more than so much of a GPU's memory. Raises UsageError where there is no CUDA device."""
+    if nbytes is None:
+        return
+    import torch
+
+    if choose_device(device).type != "cuda":
+        raise UsageError("--gpu-memory is for CUDA, and this runs elsewhere", "leave it out, or use --device cuda")
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total))

@@ -1,0 +1,61 @@
+"""`lmx.convert`: from what a user calls a model to a plain checkpoint in the hub's layout."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lmx.api import open_checkpoint
+from lmx.convert.events import Finished, Progress
+from lmx.core.checkpoint import Checkpoint, Source
+from lmx.core.errors import UsageError
+from lmx.core.files import quoted
+from lmx.quantization import companion_files
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Finished", "Progress", "convert"]
+
+
+def convert(
+    model: str | Path,
+    target: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    force: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
+    show_progress: bool = False,
+) -> Iterator[Progress | Finished]:
+    """Write a model as a plain checkpoint under the hub's names; a quantized one is dequantized matrix by matrix.
+
+    dtype: "bf16", "fp16" or "fp32"; None keeps plain weights as they are and gives quantized ones the dtype that they
+    had before. Yields Progress and at last Finished. Raises as `lmx.load`, and ConflictError for a target that exists.
+    """
+    from lmx.convert.plain import Options, write_plain
+    from lmx.core.shards import DEFAULT_SHARD_BYTES
+
+    if dtype is not None and dtype not in ("bf16", "fp16", "fp32"):
+        raise UsageError(f"dtype {quoted(dtype)} is unknown", "give bf16, fp16 or fp32")
+    checkpoint = open_checkpoint(model, revision=revision, offline=offline, show_progress=show_progress)
+    options = Options(
+        _torch_dtype(dtype), max_shard_bytes or DEFAULT_SHARD_BYTES, force, tuple(companion_files(checkpoint.folder))
+    )
+    yield from write_plain(_plain_source(checkpoint, options.dtype), Path(target), options)
+
+
+def _plain_source(checkpoint: Checkpoint, dtype: "torch.dtype | None") -> Source:
+    if checkpoint.quantization_config is None:
+        return checkpoint
+    from lmx.quant.stored import DequantizedSource
+
+    return DequantizedSource(checkpoint, dtype)
+
+
+def _torch_dtype(name: str | None) -> "torch.dtype | None":
+    if name is None:
+        return None
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]

@@ -1,0 +1,152 @@
+"""Models on quantized matrices: from a checkpoint that holds them, or quantized while a plain one is loaded.
+
+A checkpoint may have quantized more than our modules can compute with (a router, FalconMamba's step sizes, which
+transformers quantizes too): such a weight is dequantized as it is loaded, which gives the same numbers.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lmx.core.checkpoint import Source
+from lmx.core.errors import InputError, UsageError
+from lmx.core.files import quoted
+from lmx.core.heads import CausalHead, HeadKind
+from lmx.core.layers.moe import ExpertBank
+from lmx.core.loader import assign, build_bound, start_missing_head
+from lmx.core.mapped import Advice
+from lmx.core.model import LanguageModel
+from lmx.core.names import Piece
+from lmx.quant.four_bit import quantize_4bit
+from lmx.quant.int8 import quantize_int8
+from lmx.quant.matmul import Matrix, QuantMatrix, dequantize
+from lmx.quant.modules import QuantExpertBank, QuantHead, QuantLinear
+from lmx.quant.plan import classify, plan_source
+from lmx.quant.spec import QuantSpec
+from lmx.quant.stored import StoredMatrices
+
+HeadScheme = Literal["int8", "nf4"]
+
+_HEAD = "head.weight"
+
+
+def load_quantized(
+    source: Source,
+    *,
+    spec: QuantSpec | None = None,
+    head: HeadKind = "causal",
+    head_scheme: HeadScheme | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> LanguageModel:
+    """Load a model whose linear layers and experts are quantized, as far as the checkpoint or `spec` says.
+
+    On the CPU, matrices that the checkpoint holds stay views of its mapped files. Others are quantized one at a time:
+    what memory it takes beside the model is that of the largest matrix, and no page of the source stays.
+
+    spec: quantize a plain checkpoint; None takes it as it is. head_scheme: quantize the matrix of the output head; of a
+    model that ties it to the embedding only the head's copy is quantized. dtype: of all other weights; None keeps each
+    as stored. device: None is the CPU. progress: called with the parameters quantized so far and in all.
+
+    Raises:
+        UsageError: the checkpoint, or its head, is quantized already, or there is no head to quantize.
+        InputError: config, names, shapes or sizes do not fit, or the method of quantization is not supported.
+
+    """
+    stored = StoredMatrices.read(source, dtype)
+    if spec is not None and stored.matrices:
+        raise UsageError(f"{quoted(source.label)} is quantized already", "load it as it is, or quantize the original")
+    model, pieces = build_bound(source.config, stored.shapes, head)
+    _check_head(model, pieces, stored, head_scheme)
+    here = device or torch.device("cpu")
+    wanted = _wanted(model, pieces, stored) if spec is None else _planned(source, spec)
+    quantized: dict[str, QuantMatrix] = {}
+    total, done = sum(weight.numel() for name, weight in model.named_parameters() if name in wanted), 0
+    for name, piece in pieces.items():
+        if name not in wanted:
+            weight = _plain(source, stored, piece, dtype)
+            assign(model, name, weight.to(device=here, dtype=dtype or weight.dtype))
+            continue
+        quantized[name] = (stored.matrices.get(piece.hub) or _quantize(source, piece, spec or QuantSpec())).to(here)
+        done += model.get_parameter(name).numel()
+        progress(done, total)
+    _install(model, quantized)
+    start_missing_head(model, dtype, here)
+    if head_scheme is not None:
+        _quantize_head(model, head_scheme)
+    return model.eval()
+
+
+def quantize_matrix(x: Tensor, spec: QuantSpec, name: str = "the tensor") -> QuantMatrix:
+    """Quantize a matrix [out, in] by a spec. Raises InputError as `quantize_4bit` and `quantize_int8`."""
+    if spec.four_bit_type is None:
+        return quantize_int8(x, name)
+    return quantize_4bit(x, spec.four_bit_type, spec.block_size, spec.double_quant, name)
+
+
+def _wanted(model: LanguageModel, pieces: Mapping[str, Piece], stored: StoredMatrices) -> set[str]:
+    """The weights that stay quantized: stored so, and of a module that can compute with it."""
+    roles = classify(model)
+    return {
+        name
+        for name, piece in pieces.items()
+        if piece.hub in stored.matrices and (roles[name].kept is None or name == _HEAD) and piece.rows is None
+    }
+
+
+def _planned(source: Source, spec: QuantSpec) -> set[str]:
+    return {weight.ours for weight in plan_source(source, spec).weights if weight.kept is None}
+
+
+def _plain(source: Source, stored: StoredMatrices, piece: Piece, dtype: torch.dtype | None) -> Tensor:
+    matrix = stored.matrices.get(piece.hub)
+    return piece.of(source.tensor(piece.hub) if matrix is None else dequantize(matrix, dtype))
+
+
+def _quantize(source: Source, piece: Piece, spec: QuantSpec) -> QuantMatrix:
+    """Read one matrix, quantize it, and let its pages go."""
+    matrix = quantize_matrix(piece.of(source.tensor(piece.hub)), spec, piece.hub)
+    if piece.rows is None:  # else its neighbours in the same tensor come next
+        source.advise(piece.hub, Advice.DONT_NEED)
+    return matrix
+
+
+def _install(model: LanguageModel, quantized: Mapping[str, QuantMatrix]) -> None:
+    """Put modules on quantized matrices in the places of those on plain ones; every other weight is there already."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and f"{path}.weight" in quantized:
+            model.set_submodule(path, QuantLinear(quantized[f"{path}.weight"], module.bias))
+        elif isinstance(module, ExpertBank) and any(name.startswith(f"{path}.") for name in quantized):
+            model.set_submodule(path, _bank(path, module, quantized))
+    if _HEAD in quantized:
+        model.head = QuantHead(model.config, quantized[_HEAD])
+
+
+def _bank(path: str, bank: ExpertBank, quantized: Mapping[str, QuantMatrix]) -> QuantExpertBank:
+    def part(name: str, kept: nn.ParameterList) -> list[Matrix]:
+        return [quantized.get(f"{path}.{name}.{i}", weight.detach()) for i, weight in enumerate(kept)]
+
+    return QuantExpertBank(part("gate", bank.gate), part("up", bank.up), part("down", bank.down), bank.activation)
+
+
+def _check_head(
+    model: LanguageModel, pieces: Mapping[str, Piece], stored: StoredMatrices, scheme: HeadScheme | None
+) -> None:
+    if scheme is None:
+        return
+    if model.kind != "causal":
+        raise UsageError(f"head={model.kind!r} has no output matrix to quantize", "leave the head's scheme out")
+    if _HEAD in pieces and pieces[_HEAD].hub in stored.matrices:
+        raise UsageError("the checkpoint's output head is quantized already", "leave the head's scheme out")
+
+
+def _quantize_head(model: LanguageModel, scheme: HeadScheme) -> None:
+    head = model.head
+    if not isinstance(head, CausalHead):
+        raise InputError("the model has no output head", "load it with head='causal'")
+    weight = model.decoder.embed.weight if head.weight is None else head.weight
+    matrix = quantize_matrix(weight.detach().cpu(), QuantSpec(scheme), "the output head")
+    model.head = QuantHead(model.config, matrix.to(weight.device))

@@ -1,0 +1,305 @@
+"""The streaming quantizer: one matrix at a time from a source to the shards of the output.
+
+Memory is a few matrices, whatever the model's size. Several matrices are in work at once, each on one thread: threads
+inside a matrix would wait for each other at every step of it. They are finished in their order, so that an output's
+bytes depend on the source and the options alone.
+"""
+
+import hashlib
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from math import sqrt
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lmx.core.checkpoint import INDEX, Source
+from lmx.core.errors import InputError, ResourceError, UsageError
+from lmx.core.files import quoted, read_bounded
+from lmx.core.jsonfile import JSON
+from lmx.core.mapped import Advice
+from lmx.core.output import OutputFolder, check_target, open_output
+from lmx.core.shards import DEFAULT_SHARD_BYTES, Shard, ShardWriter, Slot, Unit, index_json, plan_shards
+from lmx.quant.four_bit import dequantize_range, quantize_4bit
+from lmx.quant.int8 import Int8, dequantize_rows, quantize_int8
+from lmx.quant.matmul import QuantMatrix
+from lmx.quant.memory import PIECE_BYTES, choose_workers, peak_memory_bytes, predict_peak, results_in_flight
+from lmx.quant.plan import Plan, PlannedWeight, plan_source
+from lmx.quant.report import Checked, Event, Finished, Progress, Report, make_report
+from lmx.quant.serialize import four_bit_tensors, int8_tensors, layout
+from lmx.quant.spec import QuantSpec
+
+# Changes whenever the same source and options would give other bytes: a half-made output of before is not continued.
+_FORMAT = 1
+_COMPANION_LIMIT_BYTES = 256 << 20
+_ERROR_ELEMENTS = 1 << 18
+_COMPUTE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPE_NAMES = {torch.float32: "F32", torch.uint8: "U8", torch.int8: "I8"}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to write. workers: matrices in work at a time, None for torch's number of threads; companions: files that
+    are copied as they are (tokenizer, template, licence); check: compares the complete output, before it has its name,
+    with the source, and returns the KL divergence, or raises: then the output does not get its name.
+    """
+
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    max_memory_bytes: int | None = None
+    workers: int | None = None
+    force: bool = False
+    companions: tuple[Path, ...] = ()
+    check: Callable[[Path], float] | None = None
+
+
+def predict(source: Source, target: Path, spec: QuantSpec, options: Options = Options()) -> Report:
+    """What `quantize` would do, from headers alone: nothing is written and no tensor is read.
+
+    Raises InputError for a source that does not fit its config; ResourceError where `max_memory_bytes` is too little.
+    """
+    plan = plan_source(source, spec)
+    workers = choose_workers(plan, options.workers or torch.get_num_threads(), options.max_memory_bytes)
+    shards = plan_output(plan, options.max_shard_bytes)
+    return make_report(plan, shards, source.label, target, predict_peak(plan, workers))
+
+
+def quantize(source: Source, target: Path, spec: QuantSpec, options: Options = Options()) -> Iterator[Event]:
+    """Quantize a checkpoint into the new folder `target`, in the bitsandbytes serialization.
+
+    Yields a Progress for each weight, Checked if there is a check, and at last Finished. A run that was stopped goes on
+    at the first shard that was not complete, and ends with the same bytes. Until the end there is nothing under the
+    target's name but what was.
+
+    Raises:
+        InputError: the source is damaged (NaN and infinity included), unsupported or quantized already.
+        ConflictError: the target exists and `force` is not set, or another process works on it.
+        ResourceError: disk or memory would not suffice, or did not.
+
+    """
+    _check_apart(source, target)
+    check_target(target, force=options.force)
+    plan = plan_source(source, spec)
+    workers = choose_workers(plan, options.workers or torch.get_num_threads(), options.max_memory_bytes)
+    shards = plan_output(plan, options.max_shard_bytes)
+    with open_output(target, _job(source, plan, shards), force=options.force) as output:
+        _check_room(output, shards)
+        try:
+            with _one_thread_each(workers) as pool:
+                yield from _write_shards(source, plan, shards, output, pool, results_in_flight(workers) - 1)
+        except InputError:
+            output.discard()
+            raise
+        errors = _errors(output, shards)
+        _add_small_files(output, source, plan, shards, options.companions)
+        peak = peak_memory_bytes()
+        if options.check is not None:
+            yield Checked(options.check(output.folder))
+        output.commit()
+    yield Finished(make_report(plan, shards, source.label, target, peak, errors))
+
+
+def plan_output(plan: Plan, max_shard_bytes: int) -> tuple[Shard, ...]:
+    """The files of the output; the experts of a layer stay together where they fit in one."""
+    places = enumerate(plan.weights)
+    groups = groupby(places, key=lambda item: item[1].bank or item[0])
+    return plan_shards(([_unit(weight, plan.spec) for _, weight in group] for _, group in groups), max_shard_bytes)
+
+
+def _unit(weight: PlannedWeight, spec: QuantSpec) -> Unit:
+    if weight.kept:
+        return (Slot(weight.name, weight.dtype, weight.shape),)
+    tensors = layout(weight.name, weight.shape, spec)
+    return tuple(Slot(name, _DTYPE_NAMES[dtype], shape) for name, (dtype, shape) in tensors.items())
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A weight on its way: its source as a view, and what it became if it is quantized."""
+
+    weight: PlannedWeight
+    tensor: Tensor
+    result: Future["_Quantized"] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Quantized:
+    tensors: dict[str, Tensor]
+    error: float
+
+
+def _write_shards(
+    source: Source, plan: Plan, shards: Sequence[Shard], output: OutputFolder, pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[Progress]:
+    by_name = {weight.name: weight for weight in plan.weights}
+    held = {shard.name: [by_name[unit[0].name] for unit in shard.units] for shard in shards}
+    open_shards = [shard for shard in shards if shard.name not in output.finished]
+    resumed = plan.parameters - sum(weight.parameters for shard in open_shards for weight in held[shard.name])
+    done = resumed
+    if resumed:
+        yield Progress("", done, plan.parameters, resumed)
+    work = _pipeline(source, (w for shard in open_shards for w in held[shard.name]), plan.spec, pool, ahead)
+    for shard in open_shards:
+        errors: dict[str, JSON] = {}
+        with output.shard(shard, errors) as file:
+            for weight in held[shard.name]:
+                error = _write(source, next(work), file)
+                if error is not None:
+                    errors[weight.name] = error
+                done += weight.parameters
+                yield Progress(weight.name, done, plan.parameters, resumed)
+
+
+def _pipeline(
+    source: Source, weights: Iterable[PlannedWeight], spec: QuantSpec, pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[_Work]:
+    """Weights in their order, while the next `ahead` of them are already in work."""
+    waiting: deque[_Work] = deque()
+    try:
+        for weight in weights:
+            waiting.append(_start(source, weight, spec, pool))
+            if len(waiting) >= ahead:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        for work in waiting:
+            if work.result is not None:
+                work.result.cancel()
+
+
+def _start(source: Source, weight: PlannedWeight, spec: QuantSpec, pool: ThreadPoolExecutor) -> _Work:
+    tensor = weight.piece.of(source.tensor(weight.piece.hub))
+    if weight.kept:
+        return _Work(weight, tensor, None)
+    if weight.piece.rows is None:
+        source.advise(weight.piece.hub, Advice.WILL_NEED)
+
+    def work() -> _Quantized:
+        try:
+            return _quantize(tensor, weight, spec)
+        finally:
+            source.advise(weight.piece.hub, Advice.DONT_NEED)
+
+    return _Work(weight, tensor, pool.submit(work))
+
+
+def _quantize(tensor: Tensor, weight: PlannedWeight, spec: QuantSpec) -> _Quantized:
+    tensor = tensor.contiguous()
+    q: QuantMatrix
+    if spec.four_bit_type is None:
+        q = quantize_int8(tensor, quoted(weight.piece.hub))
+        return _Quantized(int8_tensors(weight.name, q), rmse(q, tensor))
+    q = quantize_4bit(tensor, spec.four_bit_type, spec.block_size, spec.double_quant, quoted(weight.piece.hub))
+    return _Quantized(four_bit_tensors(weight.name, q), rmse(q, tensor))
+
+
+def rmse(q: QuantMatrix, source: Tensor) -> float:
+    """The root mean square of `dequantized - source`; a few MB of temporaries, whatever the size."""
+    total = 0.0
+    if isinstance(q, Int8):
+        step = max(1, _ERROR_ELEMENTS // q.shape[1])
+        for start in range(0, len(source), step):
+            total += _squares(dequantize_rows(q, start, start + step), source[start : start + step])
+    else:
+        flat = source.reshape(-1)
+        for start in range(0, flat.numel(), _ERROR_ELEMENTS):
+            stop = min(start + _ERROR_ELEMENTS, flat.numel())
+            total += _squares(dequantize_range(q, start, stop), flat[start:stop])
+    return sqrt(total / source.numel())
+
+
+def _squares(values: Tensor, source: Tensor) -> float:
+    difference = values.sub_(source).view(-1)
+    return torch.dot(difference, difference).item()
+
+
+def _write(source: Source, work: _Work, file: ShardWriter) -> float | None:
+    """Write what became of one weight; returns the error of a matrix that was quantized."""
+    if work.result is None:
+        _copy(source, work, file)
+        return None
+    made = work.result.result()
+    for name, tensor in made.tensors.items():
+        file.write(name, tensor)
+    return made.error
+
+
+def _copy(source: Source, work: _Work, file: ShardWriter) -> None:
+    """Write a kept weight, a few rows at a time, its pages let go behind it."""
+    tensor = work.tensor if work.tensor.ndim else work.tensor.view(1)
+    step = max(1, PIECE_BYTES * len(tensor) // max(1, tensor.nbytes))
+    first_byte = 0
+    for rows in tensor.split(step):
+        if rows.is_floating_point() and not rows.isfinite().all():
+            name = quoted(work.weight.piece.hub)
+            raise InputError(f"{name} holds NaN or infinity", "the source is damaged: verify or download it again")
+        file.write(work.weight.name, rows, first_byte)
+        first_byte += rows.nbytes
+        source.advise(work.weight.piece.hub, Advice.DONT_NEED)
+
+
+@contextmanager
+def _one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool whose threads, and the caller for the time, run torch on one thread each."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, "quantize", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        torch.set_num_threads(1)
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def _errors(output: OutputFolder, shards: Sequence[Shard]) -> dict[str, float]:
+    notes = (item for shard in shards for item in output.finished[shard.name].items())
+    return {name: float(error) for name, error in notes if isinstance(error, float)}
+
+
+def _add_small_files(
+    output: OutputFolder, source: Source, plan: Plan, shards: Sequence[Shard], companions: Sequence[Path]
+) -> None:
+    if len(shards) > 1:
+        output.add(INDEX, index_json(shards))
+    output.add("config.json", (json.dumps(quantized_config(source, plan), indent=2) + "\n").encode())
+    for path in companions:
+        output.add(path.name, read_bounded(path, _COMPANION_LIMIT_BYTES))
+
+
+def quantized_config(source: Source, plan: Plan) -> dict[str, object]:
+    """The source's config.json with the `quantization_config` that transformers reads."""
+    stored = Counter(weight.dtype for weight in plan.weights if weight.kept is None)
+    compute = _COMPUTE_DTYPES[stored.most_common(1)[0][0] if stored else "BF16"]
+    return {**source.config, "quantization_config": plan.spec.to_config(plan.kept_modules, compute)}
+
+
+def _job(source: Source, plan: Plan, shards: Sequence[Shard]) -> str:
+    """What must be the same for a half-made output to be continued: source, options, and every header."""
+    stats = [(str(path), path.stat()) for path in source.files]
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    headers = [hashlib.sha256(shard.header).hexdigest() for shard in shards]
+    identity = [_FORMAT, asdict(plan.spec), source.label, files, source.config, headers]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _check_apart(source: Source, target: Path) -> None:
+    """Replacing the source, or a folder around it, by its own quantization would leave nothing to go back to."""
+    folders = {folder for path in source.files for folder in (path.parent.resolve(), path.resolve().parent)}
+    if any(folder.is_relative_to(target.resolve()) for folder in folders):
+        raise UsageError(f"{quoted(str(target))} holds the source itself", "choose another output folder")
+
+
+def _check_room(output: OutputFolder, shards: Sequence[Shard]) -> None:
+    needed = sum(shard.size for shard in shards if shard.name not in output.finished)
+    free = output.free_bytes()
+    if needed > free:
+        raise ResourceError(
+            f"{quoted(str(output.target))} needs {needed / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB left",
+            "free space on that disk, or choose another folder",
+        )

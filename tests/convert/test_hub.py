@@ -1,0 +1,215 @@
+"""Finding models. The hub is a server of our own that speaks the few calls that a pull needs."""
+
+import errno
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from lmx.convert.hub import HubId, find_model, is_complete
+from lmx.core.errors import LmxError, NetworkError, NotFoundError, ResourceError, UsageError
+
+COMMIT = "a" * 40
+FILES = {
+    "config.json": b"{}",
+    "tokenizer.json": b"{}",
+    "model-00001-of-00001.safetensors": b"weights",
+    "model.safetensors.index.json": b'{"weight_map": {"a": "model-00001-of-00001.safetensors"}}',
+    "chat_template.jinja": b"",
+    "README.md": b"---\nlicense: mit\n---\n",
+    "consolidated.safetensors": b"the same weights again",
+    "pytorch_model.bin": b"and again",
+    "original/model.safetensors": b"and again",
+}
+WANTED = set(FILES) - {"consolidated.safetensors", "pytorch_model.bin", "original/model.safetensors"}
+
+
+class Hub(ThreadingHTTPServer):
+    """`status` other than 200, with the hub's `X-Error-Code`, is the answer to every call."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.status, self.code = 200, ""
+        self.calls: list[str] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_HEAD(self) -> None:
+        self._answer(send_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(send_body=True)
+
+    def _answer(self, send_body: bool) -> None:
+        self.server.calls.append(self.path)
+        if self.server.status != 200:
+            self._send(b"", False, {"X-Error-Code": self.server.code})
+        elif self.path.startswith("/api/models/org/tiny/tree/"):
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in FILES.items()
+            ]
+            self._send(json.dumps(tree).encode(), send_body, {"Content-Type": "application/json"})
+        elif self.path.startswith("/api/models/org/tiny"):
+            siblings = [{"rfilename": name} for name in FILES]
+            body = json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": siblings}).encode()
+            self._send(body, send_body, {"Content-Type": "application/json"})
+        else:
+            data = FILES[self.path.partition(f"/resolve/{COMMIT}/")[2]]
+            tag = f'"{hashlib.sha1(data).hexdigest()}"'
+            self._send(data, send_body, {"ETag": tag, "X-Repo-Commit": COMMIT})
+
+    def _send(self, body: bytes, send_body: bool, headers: dict[str, str]) -> None:
+        self.send_response(self.server.status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if send_body:
+            self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_pull_takes_what_a_run_needs_and_the_next_run_asks_nobody(hub: Hub) -> None:
+    folder = find_model("org/tiny")
+    assert {path.name for path in folder.iterdir()} == WANTED
+    assert all((folder / name).read_bytes() == FILES[name] for name in WANTED)
+    hub.calls.clear()
+    assert find_model("org/tiny") == find_model("org/tiny", offline=True) == folder
+    assert hub.calls == []
+
+
+def test_a_partial_snapshot_is_completed_or_named(hub: Hub) -> None:
+    folder = find_model("org/tiny")
+    (folder / "model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(NotFoundError, match="only partly in the Hugging Face cache"):
+        find_model("org/tiny", offline=True)
+    assert is_complete(find_model("org/tiny"))
+
+
+def test_a_revision_is_asked_for(hub: Hub) -> None:
+    find_model("org/tiny@v1.0")
+    assert any(path.startswith("/api/models/org/tiny/revision/v1.0") for path in hub.calls)
+
+
+def test_offline_by_the_environment(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(NotFoundError, match="the network is off"):
+        find_model("org/tiny")
+    assert hub.calls == []
+
+
+ANSWERS = [
+    (404, "RepoNotFound", NotFoundError, "has no org/tiny"),
+    (404, "RevisionNotFound", NotFoundError, "has no revision"),
+    (403, "GatedRepo", NotFoundError, "is gated"),
+    (401, "", NotFoundError, "private|refused"),
+    (403, "", NotFoundError, "refused"),
+    (503, "", NetworkError, "HTTP 503"),
+    (429, "", NetworkError, "HTTP 429"),
+]
+
+
+@pytest.mark.parametrize(("status", "code", "kind", "words"), ANSWERS)
+def test_the_hubs_refusals(hub: Hub, status: int, code: str, kind: type[LmxError], words: str) -> None:
+    hub.status, hub.code = status, code
+    with pytest.raises(kind, match=words):
+        find_model("org/tiny@v1")
+
+
+def test_nobody_answers(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(NetworkError, match="no answer"):
+        find_model("org/tiny")
+
+
+def test_a_full_disk(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(ResourceError, match="does not fit"):
+        find_model("org/tiny")
+
+
+GOOD = ["a/b", "mistralai/Mixtral-8x7B-v0.1", "org/name@refs/pr/1", "org/name@v1.0", "o.r-g/n_a.me"]
+BAD = [
+    "a",
+    "a/b/c",
+    "/a/b",
+    "a/",
+    "a/b@",
+    "a/..",
+    "a/b@../x",
+    "-a/b",
+    "a/b-",
+    "a/b c",
+    "a/b\n",
+    "ä/b",
+    "a--b/c",
+    "a/" + "b" * 97,
+]
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_hub_ids(text: str) -> None:
+    assert str(HubId.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_what_is_no_hub_id(text: str) -> None:
+    assert HubId.parse(text) is None
+
+
+def test_our_rule_for_ids_is_the_hubs() -> None:
+    for text in GOOD + BAD:
+        repo = text.partition("@")[0]
+        if HubId.parse(text) is not None:
+            huggingface_hub.utils.validate_repo_id(repo)
+
+
+REVISIONS: list[Callable[[], object]] = [
+    lambda: HubId.parse("a/b@x", "y"),
+    lambda: HubId.parse("a/b", "../y"),
+    lambda: HubId.parse("a/b", ""),
+    lambda: find_model(Path(__file__).parent, revision="main"),
+]
+
+
+@pytest.mark.parametrize("parse", REVISIONS)
+def test_revisions_that_cannot_be(parse: Callable[[], object]) -> None:
+    with pytest.raises(UsageError):
+        parse()
+    assert HubId.parse("a/b@x", "x") == HubId("a/b", "x")
+
+
+def test_an_existing_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert find_model("org/name") == Path("org/name")

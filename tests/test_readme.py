@@ -1,0 +1,31 @@
+"""Every lmx command of the README runs as written; `MODEL` and hub ids stand for a checkpoint that is here."""
+
+import re
+import shlex
+
+import pytest
+from readme import README, command, commands
+from support import run_lmx
+
+HUB_ID = re.compile(r"\b(?:mistralai|allenai|tiiuae|google|databricks)/[\w.-]+")
+LMX = [line for line in commands() if line.startswith("lmx ")]
+
+
+def test_there_are_the_two_commands() -> None:
+    assert command("install").startswith("pip install . && lmx chat")
+    assert command("test") == "pip install -e '.[dev]' && pytest"
+
+
+def test_there_are_commands_to_run() -> None:
+    assert len(LMX) >= 4
+
+
+@pytest.mark.parametrize("line", LMX)
+def test_commands_run(line: str) -> None:
+    demo = str(README.parent / "lmx" / "demo")
+    line = HUB_ID.sub(demo, line)
+    words = shlex.split(line.split("|")[-1])[1:]
+    done = run_lmx(*words, "-n", "8", stdin="What is NF4?") if words[0] in ("chat", "generate") else run_lmx(*words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "Traceback" not in done.stderr
