@@ -139,8 +139,8 @@ class _Quantized:
 def _write_shards(
     source: Source, plan: Plan, shards: Sequence[Shard], output: OutputFolder, pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[Progress]:
-    by_name = {weight.name: weight for weight in plan.weights}
-    held = {shard.name: [by_name[unit[0].name] for unit in shard.units] for shard in shards}
+    by_first = {_unit(weight, plan.spec)[0].name: weight for weight in plan.weights}
+    held = {shard.name: [by_first[unit[0].name] for unit in shard.units] for shard in shards}
     open_shards = [shard for shard in shards if shard.name not in output.finished]
     resumed = plan.parameters - sum(weight.parameters for shard in open_shards for weight in held[shard.name])
     done = resumed

@@ -1,12 +1,14 @@
 """optimum-quanto's types, bit for bit, and its checkpoints, there and back."""
 
 import json
+from functools import cache
+from importlib.util import find_spec, module_from_spec
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 from optimum import quanto
-from optimum.quanto.library import unpack as quanto_unpack
 from optimum.quanto.library.extensions.cpp import ext
 from optimum.quanto.nn import QLinear
 from optimum.quanto.tensor.packed import pack_weights
@@ -63,7 +65,17 @@ IDS = torch.randint(3, 70, (2, 21), generator=torch.Generator().manual_seed(1))
 @pytest.fixture(autouse=True)
 def unpack_in_python(monkeypatch):
     """optimum-quanto's own Python code instead of its extension, which it would compile for a minute or two."""
-    monkeypatch.setattr(ext, "_lib", SimpleNamespace(unpack=quanto_unpack.unpack))
+    monkeypatch.setattr(ext, "_lib", SimpleNamespace(unpack=python_unpack()))
+
+
+@cache
+def python_unpack():
+    """`unpack` of optimum.quanto.library.unpack, which its registration with torch takes out of the module's reach."""
+    spec = find_spec("optimum.quanto.library.unpack")
+    module = module_from_spec(spec)
+    with patch("torch.library.define"), patch("torch.library.impl", lambda *_: lambda function: function):
+        spec.loader.exec_module(module)
+    return module.unpack
 
 
 @pytest.fixture(scope="module")
