@@ -112,10 +112,13 @@ def dequantize_quanto(q: Quanto, dtype: torch.dtype | None = None) -> Tensor:
 def dequantize_rows(q: Quanto, start: int, stop: int) -> Tensor:
     """The rows from `start` up to `stop`, [stop - start, columns] in the dtype of the source, as optimum-quanto rounds.
 
-    Not in float32: the values of a matrix are the same wherever they are computed, there and here.
+    Not in float32: the values of a matrix are the same wherever they are computed, there and here. But a row of zeros
+    in qfloat8, as of a padding token, which optimum-quanto stores as NaN times 0, is a row of zeros.
     """
     if q.shift is None:
-        return q.data[start:stop].to(q.dtype).mul_(q.scale[start:stop])
+        scale = q.scale[start:stop]
+        values = q.data[start:stop].to(q.dtype).mul_(scale)
+        return values.masked_fill_(scale == 0, 0) if q.quant_type == "qfloat8" else values
     groups_a_row = q.shape[1] // q.data.shape[1]
     first, last = start * groups_a_row, min(stop, q.shape[0]) * groups_a_row
     values = unpack_groups(q.data, PACKED_BITS[q.quant_type], first, last).to(q.dtype)

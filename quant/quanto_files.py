@@ -104,8 +104,8 @@ def _read_packed(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...
     if shape is None or len(shape) != 2 or is_too_small(shape, "qint4"):
         raise InputError(f"{name}: config.json gives {shape} for its shape, which cannot be quantized so", _HINT)
     groups = prod(shape) // group_size(shape[1])
-    expected = {(_height(groups, each), group_size(shape[1])): each for each in PACKED_BITS}
-    quant_type = expected.get(tuple(data.shape))
+    sizes = {each: (_height(groups, each), group_size(shape[1])) for each in PACKED_BITS}
+    quant_type = next((each for each in sizes if sizes[each] == data.shape), None)
     if quant_type is None or data.dtype != torch.uint8:
         raise InputError(f"{name} has {data.dtype} {list(data.shape)} for a matrix of {list(shape)}", _HINT)
     scale, shift = (_scales(tensors, f"{name}.{part}", groups) for part in ("_scale", "_shift"))

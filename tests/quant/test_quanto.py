@@ -271,9 +271,14 @@ def test_files_of_optimum_quanto_run(family, quant_type, plain, tmp_path):
     (tmp_path / "config.json").write_text((plain[family] / "config.json").read_text())
     ours = load_quantized(Checkpoint.open(tmp_path))
     assert isinstance(ours.head, QuantHead)
-    torch.testing.assert_close(logits_of(ours), expected, rtol=0, atol=1e-4)
     worth = load_model(DequantizedSource(Checkpoint.open(tmp_path)))
-    torch.testing.assert_close(logits_of(worth), expected, rtol=0, atol=1e-4)
+    for model in (ours, worth):
+        logits = logits_of(model)
+        assert logits.isfinite().all()
+        # The embedding of RecurrentGemma's padding token is zero: as a row of a qfloat8 head it is NaN there.
+        good = expected.isfinite()
+        assert good[..., 1:].all()
+        torch.testing.assert_close(logits[good], expected[good], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("quant_type", QUANTO_TYPES)
