@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from math import sqrt
 from pathlib import Path
 
 import torch
@@ -26,14 +25,10 @@ from lmx.core.jsonfile import JSON
 from lmx.core.mapped import Advice
 from lmx.core.output import OutputFolder, check_target, open_output
 from lmx.core.shards import DEFAULT_SHARD_BYTES, Shard, ShardWriter, Slot, Unit, index_json, plan_shards
-from lmx.quant import int8, quanto
 from lmx.quant.apply import quantize_matrix
-from lmx.quant.four_bit import FourBit, dequantize_range
-from lmx.quant.int8 import Int8
-from lmx.quant.matmul import QuantMatrix
+from lmx.quant.error import rmse
 from lmx.quant.memory import PIECE_BYTES, choose_workers, peak_memory_bytes, predict_peak, results_in_flight
 from lmx.quant.plan import Plan, PlannedWeight, plan_source
-from lmx.quant.quanto import Quanto
 from lmx.quant.quanto_files import QMAP, quantization_map
 from lmx.quant.report import Checked, Event, Finished, Progress, Report, make_report
 from lmx.quant.serialize import FLOATS, matrix_tensors
@@ -42,7 +37,6 @@ from lmx.quant.spec import QuantSpec
 # Changes whenever the same source and options would give other bytes: a half-made output of before is not continued.
 _FORMAT = 1
 _COMPANION_LIMIT_BYTES = 256 << 20
-_ERROR_ELEMENTS = 1 << 18
 _COMPUTE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"} | {v: k for k, v in FLOATS.items()}
 
@@ -196,33 +190,6 @@ def _quantize(tensor: Tensor, weight: PlannedWeight, spec: QuantSpec) -> _Quanti
     tensor = tensor.contiguous()
     q = quantize_matrix(tensor, spec, quoted(weight.piece.hub))
     return _Quantized(matrix_tensors(weight.name, q), rmse(q, tensor))
-
-
-def rmse(q: QuantMatrix, source: Tensor) -> float:
-    """The root mean square of `dequantized - source`; a few MB of temporaries, whatever the size."""
-    total = 0.0
-    if isinstance(q, FourBit):
-        flat = source.reshape(-1)
-        for start in range(0, flat.numel(), _ERROR_ELEMENTS):
-            stop = min(start + _ERROR_ELEMENTS, flat.numel())
-            total += _squares(dequantize_range(q, start, stop), flat[start:stop])
-    else:
-        step = max(1, _ERROR_ELEMENTS // q.shape[1])
-        for start in range(0, len(source), step):
-            stop = min(start + step, len(source))
-            total += _squares(_rows(q, start, stop), source[start:stop])
-    return sqrt(total / source.numel())
-
-
-def _rows(q: Int8 | Quanto, start: int, stop: int) -> Tensor:
-    """The rows from `start` up to `stop`, float32 [stop - start, columns]."""
-    rows = int8.dequantize_rows(q, start, stop) if isinstance(q, Int8) else quanto.dequantize_rows(q, start, stop)
-    return rows.float()
-
-
-def _squares(values: Tensor, source: Tensor) -> float:
-    difference = values.sub_(source).view(-1)
-    return torch.dot(difference, difference).item()
 
 
 def _write(source: Source, work: _Work, file: ShardWriter) -> float | None:

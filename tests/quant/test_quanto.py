@@ -256,6 +256,7 @@ def test_requantize_loads_our_files(family, quant_type, plain, tmp_path):
     torch.testing.assert_close(logits_of(ours), expected, rtol=0, atol=1e-4)
     worth = load_model(DequantizedSource(Checkpoint.open(tmp_path / "out")))
     torch.testing.assert_close(logits_of(worth), expected, rtol=0, atol=1e-4)
+    assert torch.equal(logits_of(quanto.QuantizedModelForCausalLM.from_pretrained(tmp_path / "out")), expected)
     assert (logits_of(load_model(Checkpoint.open(plain[family]))) - expected).abs().max() > 1e-3
 
 
