@@ -308,6 +308,20 @@ def test_experts_are_quantized_one_by_one(quant_type, plain, tmp_path):
     torch.testing.assert_close(logits_of(worth), logits_of(loaded), rtol=0, atol=1e-4)
 
 
+def test_a_stopped_run_goes_on_to_the_same_bytes(plain, tmp_path):
+    folder, options = plain["falcon_mamba"], Options(max_shard_bytes=50_000)
+    run(folder, tmp_path / "whole", "qint4", max_shard_bytes=50_000)
+    events = quantize(Checkpoint.open(folder), tmp_path / "out", QuantSpec("qint4"), options)
+    next(event for event in events if event.parameters > event.total / 2)
+    events.close()
+    assert not (tmp_path / "out").exists()
+    first, *_, last = quantize(Checkpoint.open(folder), tmp_path / "out", QuantSpec("qint4"), options)
+    assert first.resumed > 0
+    assert isinstance(last, Finished)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+
+
 def test_the_map_is_the_one_that_optimum_quanto_writes(plain, tmp_path):
     run(plain["falcon_mamba"], tmp_path / "out", "qfloat8")
     model = AutoModelForCausalLM.from_pretrained(plain["falcon_mamba"])
