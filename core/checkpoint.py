@@ -146,6 +146,11 @@ class Checkpoint:
             raise InputError(f"{quoted(self.label)}: quantization_config in config.json is no object", _PULL_AGAIN)
         return value
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether config.json says so or, as optimum-quanto leaves it unsaid, the names of the tensors."""
+        return self.quantization_config is not None or any(name.endswith("._data") for name in self.infos)
+
     def tensor(self, name: str) -> "torch.Tensor":
         """A tensor by name: a view of the mapped file where it is aligned, else a copy.
 

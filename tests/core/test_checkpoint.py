@@ -130,6 +130,13 @@ def test_configs_are_read_when_asked_for(tmp_path: Path) -> None:
         _ = Checkpoint.open(tmp_path).generation_config
 
 
+def test_optimum_quantos_tensors_say_that_they_are_quantized(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for name, is_quantized in [("a.weight", False), ("a.weight._data", True), ("a.weight._data._data", True)]:
+        save_file({name: torch.ones(2)}, tmp_path / "model.safetensors")
+        assert Checkpoint.open(tmp_path).is_quantized == is_quantized
+
+
 def test_an_unknown_tensor_is_named(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"has no tensor 'lm_head\.weight'"):

@@ -12,6 +12,7 @@ from lmx.api import demo_path, model_name, open_checkpoint
 from lmx.core.answer import Finished, PromptProcessed, Token
 from lmx.core.errors import InputError, NotFoundError, UsageError
 from lmx.language_model import LanguageModel
+from lmx.quant.modules import QuantLinear
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,14 @@ def test_other_heads_generate_no_text(folder: Path, head: str) -> None:
     with pytest.raises(UsageError, match=head):
         model.chat()
     model.close()
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8", "qint8", "qint4"])
+def test_a_plain_model_is_quantized_while_it_is_loaded(folder: Path, scheme: str) -> None:
+    with lmx.load(folder, quantize=scheme) as model:
+        linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+        assert linears
+        assert f"scheme={scheme}" in repr(linears[0])
 
 
 def test_what_cannot_be_honoured(folder: Path) -> None:
