@@ -4,9 +4,9 @@
     python benchmarks/quantize_published.py --dir DIR --config config.json --layers 2
 
 Mixtral-8x7B unless a `config.json` says otherwise. The 93 GB of its source need not exist: it is one file of random
-bfloat16 numbers, mapped as a checkpoint is, and every tensor of the same shape is the same part of it. So pages are
-touched, counted and let go as with the real files. With --cold the file's pages are also dropped from the cache after
-each use, and each matrix is read from the disk anew.
+bfloat16 numbers, mapped as a checkpoint is, and every fifth tensor of the same shape is the same part of it. So
+pages are touched, counted and let go as with the real files. With --cold the file's pages are also dropped from the
+cache after each use, and each matrix is read from the disk anew.
 The output is a real one, synced; it is removed at the end unless --keep is given.
 """
 
@@ -15,9 +15,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import cycle
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -29,6 +32,8 @@ from lmx.core.safetensors_file import TensorInfo
 from lmx.quant.quantize import Options, predict, quantize
 from lmx.quant.report import Finished, Progress
 from lmx.quant.spec import QuantSpec
+
+COPIES = 5
 
 # As published, mistralai/Mixtral-8x7B-v0.1.
 CONFIG: dict[str, JSON] = {
@@ -49,7 +54,10 @@ CONFIG: dict[str, JSON] = {
 
 
 class RepeatedSource:
-    """A `Source` in which all tensors of one shape are the same bytes of one mapped file."""
+    """A `Source` in which every fifth tensor of one shape is the same bytes of one mapped file.
+
+    No more than that many are in work at a time, so pages are counted as if each tensor had its own.
+    """
 
     label = "a model of random weights"
     generation_config = None
@@ -59,9 +67,10 @@ class RepeatedSource:
         with torch.device("meta"):
             model = build(self.config)
         shapes = hub_shapes(model, family_of(self.config))
-        places = _write_file(file, set(shapes.values()))
+        places = _write_file(file, shapes.values())
+        turns = {shape: cycle(copies) for shape, copies in places.items()}
         self.infos: Mapping[str, TensorInfo] = {
-            name: TensorInfo(name, "BF16", shape, file, places[shape], 2 * prod(shape))
+            name: TensorInfo(name, "BF16", shape, file, next(turns[shape]), 2 * prod(shape))
             for name, shape in shapes.items()
         }
         self.files = (file,)
@@ -87,18 +96,24 @@ def layers_key(config: Mapping[str, JSON]) -> str:
     return "n_layers" if "n_layers" in config else "num_hidden_layers"
 
 
-def _write_file(file: Path, shapes: set[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
-    """Random numbers for each shape; returns where each begins."""
-    places: dict[tuple[int, ...], int] = {}
+def _write_file(file: Path, shapes: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
+    """Random numbers for each shape, up to five times; returns where each begins."""
+    places: dict[tuple[int, ...], list[int]] = {}
     with file.open("wb") as out:
-        for shape in sorted(shapes):
-            places[shape] = out.tell()
-            for start in range(0, prod(shape), 1 << 22):
-                count = min(1 << 22, prod(shape) - start)
-                out.write((torch.randn(count) * 0.02).bfloat16().view(torch.uint8).numpy().data)
+        for shape, count in sorted(Counter(shapes).items()):
+            places[shape] = []
+            for _ in range(min(count, COPIES)):
+                places[shape].append(out.tell())
+                _write_random(out, prod(shape))
         out.flush()
         os.fsync(out.fileno())
     return places
+
+
+def _write_random(out: BinaryIO, elements: int) -> None:
+    for start in range(0, elements, 1 << 22):
+        piece = torch.randn(min(1 << 22, elements - start)) * 0.02
+        out.write(piece.bfloat16().view(torch.uint8).numpy().data)
 
 
 def run(source: RepeatedSource, target: Path, spec: QuantSpec, options: Options) -> dict[str, object]:
