@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -72,13 +73,18 @@ class StridedTensor:
         return True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Archive:
     """An open archive: its path, a descriptor for the child, and the checked directory (`read_entries`)."""
 
     path: Path
     descriptor: int
     entries: Mapping[str, Entry]
+
+    @cached_property
+    def storages(self) -> dict[int, Entry]:
+        """The entries that hold storages, by their offset in the file."""
+        return {entry.offset: entry for entry in self.entries.values() if entry.name.startswith("data/")}
 
 
 def read_tables(archives: Sequence[Archive]) -> Iterator[list[StridedTensor]]:
@@ -175,7 +181,7 @@ class _Child:
 
 
 def _said(error: str) -> str:
-    """torch's reason, without its advice to trust the file."""
+    """Torch's reason, without its advice to trust the file."""
     reason = error.partition("WeightsUnpickler error:")[2] or error
     return quoted(" ".join(reason.partition("Please use")[0].partition("was not an allowed")[0].split()))
 
@@ -205,7 +211,7 @@ def _tensor(row: JSON, archive: Archive) -> StridedTensor:
 
 def _check_place(tensor: StridedTensor, end: int, storage: int, storage_bytes: int, archive: Archive) -> None:
     what = f"tensor {quoted(tensor.name)}"
-    entry = next((e for e in archive.entries.values() if e.offset == storage and e.name.startswith("data/")), None)
+    entry = archive.storages.get(storage)
     if entry is None or entry.nbytes != storage_bytes:
         raise damaged(archive.path, f"the storage of {what} is not in the archive, or of another size there")
     if end > storage_bytes or tensor.nbytes > storage_bytes:

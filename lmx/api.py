@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, cast
 
 from lmx.convert.hub import HubId, find_model
+from lmx.convert.pickle_source import PickleCheckpoint, holds_pickles_only
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, NotFoundError, UsageError
 from lmx.core.files import quoted
@@ -158,9 +159,14 @@ def open_checkpoint(
         folder = demo_path()
     else:
         folder = find_model(model, revision=revision, offline=offline, show_progress=show_progress)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_folder(folder)
     check_runnable(checkpoint)
     return checkpoint
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """The weights of a folder: safetensors, or pickles where there are none. Raises InputError, NotFoundError."""
+    return PickleCheckpoint.open(folder) if holds_pickles_only(folder) else Checkpoint.open(folder)
 
 
 def model_name(model: str | Path | None, revision: str | None = None) -> str:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lmx.api import open_folder
 from lmx.convert.hub import HubId, find_model
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, UsageError
@@ -113,7 +114,7 @@ class Quantization:
         if max_kl is not None and check is None:
             raise UsageError("--max-kl needs a text to measure on", "add --check TEXTFILE")
         target = Path(output) if output is not None else Path(f"{_stem(model, folder, revision)}-{scheme}")
-        source = Checkpoint.open(folder)
+        source = open_folder(folder)
         options = Options(
             max_shard_bytes,
             max_memory_bytes,
