@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _HEADROOM = 1 << 30  # beyond what Python and torch take themselves; the table of 20,000 tensors needs 0.1 GB
 _NESTED = ("state_dict", "model_state_dict", "model", "module")
-_ERROR_LENGTH = 400
+_ERROR_LENGTH = 4000
 
 
 def main() -> None:
@@ -112,8 +112,10 @@ def _tensors(value: object) -> "Iterator[tuple[str, torch.Tensor]]":
     if not any(isinstance(item, torch.Tensor) for item in value.values()):
         value = next((value[name] for name in _NESTED if isinstance(value.get(name), Mapping)), value)
     for name, item in value.items():
-        if not isinstance(name, str) or not isinstance(item, torch.Tensor):
-            raise TypeError(f"under {str(name)[:200]!r} it holds a {type(item).__name__}, not a tensor")
+        if not isinstance(name, str):
+            raise TypeError(f"it names a tensor by a {type(name).__name__}, not by text")
+        if not isinstance(item, torch.Tensor):
+            raise TypeError(f"under {name[:200]!r} it holds a value of the type {type(item).__name__}, not a tensor")
         yield name, item
 
 

@@ -42,7 +42,7 @@ def read_entries(fd: int, size: int, path: Path) -> dict[str, Entry]:
     """
     try:
         with os.fdopen(os.dup(fd), "rb") as file, zipfile.ZipFile(_Bounded(file, path)) as archive:
-            infos, end = [info for info in archive.infolist() if not info.is_dir()], archive.start_dir
+            infos, end = archive.infolist(), archive.start_dir
     except _MALFORMED as error:
         raise damaged(path, f"its zip directory is broken ({error})") from error
     entries = [(info.header_offset, _entry(info, fd, size, path)) for info in infos]
