@@ -1,9 +1,9 @@
 """The child process that meets pickles: reads tables of tensors, never a tensor, and says them in lines of JSON.
 
-Run as a script, isolated, with one argument of JSON: `{"files": [[descriptor, seconds]...], "roots": [folder...]}`.
-It writes `{"ready": true}`, then for each file in turn `{"tensor": ...}` lines and `{"end": number of them}`, or
-`{"error": text}`. It imports the standard library and torch alone. Memory, time and files that can be written are
-limited before the first pickle is opened.
+Run as a script, isolated, with one argument of JSON: `{"files": [descriptor...], "seconds": for each,
+"roots": [folder...]}`. It writes `{"ready": true}`, then for each file in turn `{"tensor": ...}` lines and
+`{"end": number of them}`, or `{"error": text}`. It imports the standard library and torch alone. Memory, time and
+files that can be written are limited before the first pickle is opened.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 if TYPE_CHECKING:
     import torch
@@ -35,10 +35,10 @@ def main() -> None:
         os.dup2(2, 1)  # what a library prints must not get between our lines
         read = _loader()
         torch.set_num_threads(1)
-        _limit_itself(sum(seconds for _, seconds in task["files"]))
+        _limit_itself(len(task["files"]) * task["seconds"])
         _say(out, {"ready": True})
-        for descriptor, seconds in task["files"]:
-            signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # for when the parent is gone
+        for descriptor in task["files"]:
+            signal.setitimer(signal.ITIMER_REAL, task["seconds"] + 1)  # for when the parent is gone
             _report(out, read, descriptor)
 
 
@@ -64,7 +64,7 @@ class Loader:
     def __init__(self, guard: "contextlib.AbstractContextManager[object]", location: str | None) -> None:
         self._guard, self._location = guard, location
 
-    def __call__(self, file: io.BufferedIOBase) -> object:
+    def __call__(self, file: BinaryIO) -> object:
         """The object in `file`; its tensors have no data."""
         import torch
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from lmx.convert.pickle_table import Archive, StridedTensor, read_tables
 from lmx.convert.zip_entries import damaged, read_entries
@@ -61,7 +61,7 @@ class PickleCheckpoint(Checkpoint):
         self._strided = {name: (file.data, tensor) for file in files for name, tensor in file.strided.items()}
 
     @classmethod
-    def open(cls, folder: Path) -> "PickleCheckpoint":
+    def open(cls, folder: Path) -> Self:
         """Open a folder of pickles: `pytorch_model.bin`, else the shards of its index, else the only other one.
 
         Raises:

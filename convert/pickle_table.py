@@ -28,11 +28,10 @@ from lmx.core.safetensors_file import MAX_DIMENSIONS, MAX_ELEMENTS, MAX_TENSORS
 from lmx.core.text.child import SAFE_ENVIRONMENT, import_root
 
 PICKLE = "data.pkl"
-# 250 bytes a tensor: 30,000 of them in a file. An empty list takes one byte of a pickle and 60 of memory
-PICKLE_LIMIT_BYTES = 8 << 20
+# 135 bytes a tensor: 30,000 of them in a file. An empty list takes one byte of a pickle and 60 of memory
+PICKLE_LIMIT_BYTES = 4 << 20
 _START_SECONDS = 60.0  # torch is imported; on a slow disk that takes long
-_SECONDS = 4.0
-_SECONDS_PER_BYTE = 1e-6  # 250 bytes and 0.1 ms a tensor, on a machine that is busy
+_SECONDS = 5.0  # a file; 12,000 tensors take 1 s on a busy machine
 _ANSWER_LIMIT_BYTES = 128 << 20
 _SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "CUDA_VISIBLE_DEVICES": ""}
 _DTYPES = {
@@ -93,15 +92,15 @@ def read_tables(archives: Sequence[Archive]) -> Iterator[list[StridedTensor]]:
     Raises InputError for a pickle that holds anything but tensors, asks for code, takes too much memory or time, or
     describes what does not lie in the archive.
     """
-    seconds = [_check_pickle(archive) for archive in archives]
-    with _Child([archive.descriptor for archive in archives], seconds) as child:
+    for archive in archives:
+        _check_pickle(archive)
+    with _Child([archive.descriptor for archive in archives]) as child:
         child.start(archives[0].path)
-        for archive, limit in zip(archives, seconds, strict=True):
-            yield [_tensor(row, archive) for row in child.rows(archive.path, limit)]
+        for archive in archives:
+            yield [_tensor(row, archive) for row in child.rows(archive.path)]
 
 
-def _check_pickle(archive: Archive) -> float:
-    """The seconds that reading the archive's pickle may take."""
+def _check_pickle(archive: Archive) -> None:
     pickle, order = archive.entries.get(PICKLE), archive.entries.get("byteorder")
     if pickle is None or "constants.pkl" in archive.entries:
         raise InputError(f"{quoted(str(archive.path))} is no archive of weights", "give a file that torch.save wrote")
@@ -109,19 +108,18 @@ def _check_pickle(archive: Archive) -> float:
         raise damaged(archive.path, f"its pickle has {pickle.nbytes:,} bytes, more than any table of tensors needs")
     if order is not None and os.pread(archive.descriptor, 6, order.offset)[: order.nbytes] != b"little":
         raise InputError(f"{quoted(str(archive.path))} is not little-endian", "save it again on a usual machine")
-    return _SECONDS + _SECONDS_PER_BYTE * pickle.nbytes
 
 
 class _Child:
     """The process, and the line from it."""
 
-    def __init__(self, descriptors: Sequence[int], seconds: Sequence[float]) -> None:
+    def __init__(self, descriptors: Sequence[int]) -> None:
         spec = find_spec("lmx.convert.pickle_child")
         if spec is None or spec.origin is None:
             raise InputError("this installation of lmx is incomplete", "install it again: pip install lmx")
-        files = list(zip(descriptors, seconds, strict=True))
+        task = {"files": list(descriptors), "seconds": _SECONDS, "roots": [import_root("torch")]}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", spec.origin, json.dumps({"files": files, "roots": [import_root("torch")]})],
+            [sys.executable, "-I", spec.origin, json.dumps(task)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -152,10 +150,10 @@ class _Child:
         if "ready" not in self._line(path, time.monotonic() + _START_SECONDS):
             raise InputError(f"{quoted(str(path))} could not be read: its process did not start", "install torch again")
 
-    def rows(self, path: Path, seconds: float) -> list[JSON]:
+    def rows(self, path: Path) -> list[JSON]:
         """The rows of the next file."""
         found: list[JSON] = []
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + _SECONDS
         while True:
             line = self._line(path, deadline)
             if "error" in line:

@@ -20,6 +20,7 @@ from lmx.core.files import quoted, read_range
 # The stdlib's reader takes the directory in one piece; that of 20,000 tensors has 2 MB.
 DIRECTORY_LIMIT_BYTES = 16 << 20
 _LOCAL = struct.Struct("<4s5H3I2H")  # APPNOTE.TXT 4.3.7
+_LOCAL_MARK = b"PK\x03\x04"
 _ENCRYPTED = 0x1
 _MALFORMED = (zipfile.BadZipFile, struct.error, ValueError, OSError, EOFError, NotImplementedError, OverflowError)
 _DAMAGED = "the file is damaged or hostile: get it again from its publisher, as safetensors if there are any"
@@ -97,7 +98,7 @@ def _data_start(info: zipfile.ZipInfo, fd: int, size: int, path: Path) -> int:
         raise damaged(path, f"its entry {quoted(info.orig_filename)} begins outside of the file")
     mark, *_, name_length, extra_length = _LOCAL.unpack(read_range(fd, _LOCAL.size, info.header_offset, path))
     start = info.header_offset + _LOCAL.size
-    if mark != zipfile.stringFileHeader or start + name_length > size or name_length != len(name):
+    if mark != _LOCAL_MARK or start + name_length > size or name_length != len(name):
         raise damaged(path, f"there is no entry {quoted(info.orig_filename)} where its directory says")
     if read_range(fd, name_length, start, path) != name:
         raise damaged(path, f"its entry {quoted(info.orig_filename)} has another name in its own header")

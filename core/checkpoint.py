@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from lmx.core.errors import InputError, NotFoundError
 from lmx.core.files import is_plain_name, quoted
@@ -103,7 +103,7 @@ class Checkpoint:
         self.infos: Mapping[str, TensorInfo] = _merge(files)
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, folder: Path) -> Self:
         """Open a checkpoint folder; reads headers only, no config and no tensor, and imports no torch.
 
         The weights are `model.safetensors`, else the shards that `model.safetensors.index.json` names, else the only

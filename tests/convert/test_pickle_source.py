@@ -190,7 +190,7 @@ def test_what_is_missing_or_old_is_said(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         open_folder(tmp_path / "absent")
     (tmp_path / INDEX_BIN).write_text(json.dumps({"weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}))
-    with pytest.raises(InputError, match="pytorch_model-00001-of-00001.bin"):
+    with pytest.raises(InputError, match="pytorch_model-00001-of-00001"):
         open_folder(tmp_path)
     torch.save({"a": torch.ones(1)}, tmp_path / SINGLE_BIN, _use_new_zipfile_serialization=False)
     with pytest.raises(InputError, match=r"torch before 1\.6"):

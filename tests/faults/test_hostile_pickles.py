@@ -1,9 +1,9 @@
-"""Pickles and archives made to hurt: each is one clear InputError, soon, in little memory, and no code of theirs runs."""
+"""Pickles and archives made to hurt: each is one clear InputError, soon, in little memory; none runs code."""
 
 import io
+import json
 import os
 import pickle
-import resource
 import struct
 import subprocess
 import sys
@@ -190,7 +190,7 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a compressed storage": (lambda: archive(pickled(GOOD), compression=zipfile.ZIP_DEFLATED), "compressed"),
     "sizes that differ": (lambda: patched(PLAIN, struct.pack("<II", 16, 16), struct.pack("<II", 9, 16), True), "compr"),
-    "a large pickle": (lambda: archive(b"N" * (9 << 20)), "more than any table"),
+    "a large pickle": (lambda: archive(b"N" * (5 << 20)), "more than any table"),
     "no pickle": (lambda: renamed(b"data.pkl", b"archive/data.pkx"), "no archive of weights"),
     "big-endian": (lambda: PLAIN.replace(b"little", b"big   "), "little-endian"),
     "a script": (lambda: renamed(b"version", b"archive/constants.pkl"), "broken|no archive|no entry"),
@@ -242,8 +242,6 @@ def test_a_directory_larger_than_any_models(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shard", ["../pytorch_model.bin", "/etc/passwd.bin", "a.safetensors", "a\0.bin", ".bin/x"])
 def test_an_index_stays_in_its_folder(tmp_path: Path, shard: str) -> None:
-    import json
-
     (tmp_path / INDEX_BIN).write_text(json.dumps({"weight_map": {"a": shard}}))
     with pytest.raises(InputError, match="plain"):
         PickleCheckpoint.open(tmp_path)
@@ -268,10 +266,8 @@ except InputError:
 
 
 def test_memory_stays_bounded(tmp_path: Path) -> None:
-    """Eight million lists in eight million bytes would take half a gigabyte, their stack included; a string more."""
-    (tmp_path / SINGLE_BIN).write_bytes(archive(b"\x80\x02(" + b"]" * (8_000_000) + b"t."))
+    """Four million lists in as many bytes, and what the process takes while it holds them."""
+    (tmp_path / SINGLE_BIN).write_bytes(archive(b"\x80\x02(" + b"]" * 4_000_000 + b"t."))
     run = subprocess.run([sys.executable, "-c", OPEN, str(tmp_path)], capture_output=True, text=True, timeout=60)
     kilobytes = int(run.stdout) if sys.platform == "linux" else int(run.stdout) >> 10
     assert kilobytes < 2 << 20
-    assert resource.RLIM_INFINITY  # the limits are the child's: this process has none
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
