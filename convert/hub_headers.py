@@ -141,7 +141,7 @@ def _fetch(hub_id: HubId, name: str, head: int | None = None) -> _Part:
     url = hf_hub_url(hub_id.repo, name, revision=hub_id.revision)
     wanted = {"Accept-Encoding": "identity"} | ({} if head is None else {"Range": f"bytes=0-{head - 1}"})
     limit = _SMALL_LIMIT_BYTES if head is None else head
-    data = b""
+    data = bytearray()
     with get_session().stream(
         "GET", url, headers={**build_hf_headers(), **wanted}, timeout=_TIMEOUT_SECONDS
     ) as response:
@@ -155,7 +155,7 @@ def _fetch(hub_id: HubId, name: str, head: int | None = None) -> _Part:
         raise InputError(f"{hub_id.repo}: {name} has more than {limit:,} bytes", "no published model has one as large")
     if len(data) < min(limit, total):
         raise NetworkError(f"{hub_id.repo}: {name} came only in part", _TRY_AGAIN)
-    return _Part(data[:limit], total)
+    return _Part(bytes(data[:limit]), total)
 
 
 def _total(headers: Mapping[str, str], received: int) -> int:
