@@ -72,7 +72,8 @@ def test_every_tensor_is_the_twins(folder: Path, twin: Path) -> None:
 def test_the_models_logits_are_the_twins(folder: Path, twin: Path) -> None:
     ids = torch.tensor([[1, 5, 9, 200, 3, 44]])
     with load(folder) as model, load(twin) as reference, torch.inference_mode():
-        assert torch.equal(model(input_ids=ids).logits, reference(input_ids=ids).logits)
+        # The weights are equal bit by bit; products of tensors that are aligned differently may round differently
+        torch.testing.assert_close(model(input_ids=ids).logits, reference(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_quantizing_it_gives_the_twins_bytes(folder: Path, twin: Path, tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_a_state_dict_within_a_training_checkpoint(tmp_path: Path, name: str) ->
     assert list(PickleCheckpoint.open(tmp_path).infos) == ["a"]
 
 
-def tied_folder(folder: Path, model_type: str, tied: bool) -> Path:
+def tied_folder(folder: Path, tied: bool) -> Path:
     folder.mkdir()
     embedding = torch.randn(8, 4)
     torch.save({"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}, folder / SINGLE_BIN)
@@ -160,7 +161,7 @@ def tied_folder(folder: Path, model_type: str, tied: bool) -> Path:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_tied_head_is_left_out_as_in_safetensors(tmp_path: Path, tied: bool) -> None:
-    infos = PickleCheckpoint.open(tied_folder(tmp_path / "m", "mixtral", tied)).infos
+    infos = PickleCheckpoint.open(tied_folder(tmp_path / "m", tied)).infos
     assert ("lm_head.weight" in infos) == (not tied)
     assert "model.embed_tokens.weight" in infos
 

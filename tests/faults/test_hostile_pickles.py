@@ -1,9 +1,11 @@
 """Pickles and archives made to hurt: each is one clear InputError, soon, in little memory; none runs code."""
 
 import io
+import itertools
 import json
 import os
 import pickle
+import random
 import struct
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 from lmx.convert.pickle_source import INDEX_BIN, SINGLE_BIN, PickleCheckpoint
-from lmx.convert.zip_entries import DIRECTORY_LIMIT_BYTES
+from lmx.convert.zip_entries import DIRECTORY_LIMIT_BYTES, read_entries
 from lmx.core.errors import InputError, LmxError
 
 SECONDS = 5.0
@@ -238,6 +240,26 @@ def test_a_directory_larger_than_any_models(tmp_path: Path) -> None:
     start = PLAIN.index(b"PK\x01\x02")
     end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, count * len(entry), start, 0)
     assert "more than any model needs" in refused(tmp_path, PLAIN[:start] + entry * count + end).message
+
+
+def test_no_changed_byte_of_the_archive_gets_past_the_checks(tmp_path: Path) -> None:
+    """Whatever a byte is changed to, the entries are refused, or lie apart from each other within the file."""
+    chance, path = random.Random(0), tmp_path / "x.bin"
+    refusals = 0
+    for _ in range(3000):
+        content = bytearray(PLAIN)
+        content[chance.randrange(len(content))] = chance.randrange(256)
+        path.write_bytes(content)
+        with path.open("rb") as file:
+            try:
+                entries = read_entries(file.fileno(), len(content), path)
+            except InputError:
+                refusals += 1
+                continue
+        ends = sorted((entry.offset, entry.offset + entry.nbytes) for entry in entries.values())
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
+        assert 0 < ends[0][0] <= ends[-1][1] <= len(content)
+    assert 500 < refusals < 3000
 
 
 @pytest.mark.parametrize("shard", ["../pytorch_model.bin", "/etc/passwd.bin", "a.safetensors", "a\0.bin", ".bin/x"])
