@@ -102,7 +102,9 @@ def holds_pickles_only(folder: Path) -> bool:
         names = {entry.name for entry in folder.iterdir()}
     except (OSError, ValueError):
         return False
-    if any(name.endswith(".safetensors") or name.endswith(".safetensors.index.json") for name in names):
+    if any(
+        name.endswith((".safetensors", ".safetensors.index.json")) and not _NO_WEIGHTS.match(name) for name in names
+    ):
         return False
     return bool({SINGLE_BIN, INDEX_BIN} & names or _candidates(names))
 

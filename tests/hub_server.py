@@ -18,7 +18,8 @@ class Hub(ThreadingHTTPServer):
     """Serves `files` as the repository org/tiny.
 
     `status` other than 200, with the hub's `X-Error-Code`, is the answer to every call. `ranges`: whether it honours
-    ranged requests; `sent` counts the bytes of files that went out.
+    ranged requests; `sent` counts the bytes of files that went out. `elsewhere`: files are answered by a redirect to
+    another host, as the hub does for large ones; `tokens` is what each host was shown.
     """
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
@@ -27,6 +28,8 @@ class Hub(ThreadingHTTPServer):
         self.status, self.code, self.ranges = 200, "", True
         self.calls: list[str] = []
         self.sent = 0
+        self.elsewhere = False
+        self.tokens: dict[str, set[str | None]] = {}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -41,6 +44,9 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, send_body: bool) -> None:
         self.server.calls.append(self.path)
         files = self.server.files
+        host = self.headers["Host"].partition(":")[0]
+        self.server.tokens.setdefault(host, set()).add(self.headers.get("Authorization"))
+        path, _, query = self.path.partition("?")
         if self.server.status != 200:
             self._send(b"", False, {"X-Error-Code": self.server.code})
         elif self.path.startswith("/api/models/org/tiny/tree/"):
@@ -53,8 +59,10 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in files]
             body = json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": siblings}).encode()
             self._send(body, send_body, {"Content-Type": "application/json"})
+        elif self.server.elsewhere and query != "signed":
+            self._send(b"", False, {"Location": f"http://localhost:{self.server.server_port}{path}?signed"}, 302)
         else:
-            data = files[self.path.partition(f"/resolve/{COMMIT}/")[2]]
+            data = files[path.partition(f"/resolve/{COMMIT}/")[2]]
             self._send_file(data, send_body, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT})
 
     def _send_file(self, data: bytes, send_body: bool, headers: dict[str, str]) -> None:

@@ -118,6 +118,13 @@ def test_a_server_that_knows_no_ranges_is_stopped_early(hub: Hub, folder: Path) 
     assert found.total_bytes == Checkpoint.open(folder).total_bytes
 
 
+def test_a_redirect_is_followed_and_takes_no_token_along(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.elsewhere = True
+    HeaderCheckpoint.fetch(HubId("org/tiny"))
+    assert hub.tokens == {"127.0.0.1": {"Bearer hf_secret"}, "localhost": {None}}
+
+
 def broken(hub: Hub) -> str:
     return next(name for name in hub.files if name.startswith("model-00001"))
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import zipfile
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from small_checkpoint import write_checkpoint
 from torch import Tensor, nn
 
 from lmx.api import load, open_folder
+from lmx.convert import pickle_child
 from lmx.convert.pickle_source import INDEX_BIN, SINGLE_BIN, PickleCheckpoint, holds_pickles_only
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, NotFoundError
@@ -141,6 +143,40 @@ def test_an_archive_of_an_older_torch_or_packed_by_hand(tmp_path: Path) -> None:
     same(PickleCheckpoint.open(tmp_path), torch.load(tmp_path / "old.bin", weights_only=True))
 
 
+def test_an_archive_past_four_gigabytes(tmp_path: Path) -> None:
+    with torch.serialization.skip_data():  # leaves a hole in a sparse file
+        large = torch.empty(2_300_000_000, dtype=torch.bfloat16)
+        torch.save({"large": large, "after": torch.ones(3), "last": torch.ones(5)}, tmp_path / SINGLE_BIN)
+    found = PickleCheckpoint.open(tmp_path)
+    last = found.infos["last"]
+    with (tmp_path / SINGLE_BIN).open("r+b") as file:
+        file.seek(last.offset)
+        file.write(torch.arange(5.0).numpy().tobytes())
+    assert found.tensor("last").tolist() == [0, 1, 2, 3, 4]
+    assert found.infos["large"].nbytes == 4_600_000_000
+    assert torch.load(tmp_path / SINGLE_BIN, mmap=True)["last"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_both_ways_to_learn_the_offsets_agree(tmp_path: Path) -> None:
+    """Of newer torch by meta storages, of older by fake tensors: the child takes the first that there is."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    torch.save(table(), tmp_path / "x.pt")
+    rows = []
+    for loader in (pickle_child.Loader(nullcontext(), "meta"), pickle_child.Loader(FakeTensorMode(), None)):
+        with (tmp_path / "x.pt").open("rb") as file:
+            rows.append([pickle_child._row(*item) for item in pickle_child._tensors(loader(file))])
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == len(table())
+
+
+def test_a_modules_own_state_dict(tmp_path: Path) -> None:
+    """It is an OrderedDict with attributes, its values detached parameters and buffers."""
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    torch.save(module.state_dict(), tmp_path / SINGLE_BIN)
+    same(PickleCheckpoint.open(tmp_path), module.state_dict())
+
+
 @pytest.mark.parametrize("name", ["state_dict", "model"])
 def test_a_state_dict_within_a_training_checkpoint(tmp_path: Path, name: str) -> None:
     torch.save({name: {"a": torch.ones(2)}, "epoch": 3}, tmp_path / "x.pt")
@@ -173,6 +209,9 @@ def test_safetensors_win_over_a_pickled_twin(twin: Path, tmp_path: Path) -> None
     save_file(weights(twin), folder / "model.safetensors")
     assert not holds_pickles_only(folder)
     assert not isinstance(open_folder(folder), PickleCheckpoint)
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    assert holds_pickles_only(folder)  # that one is Mistral's own format
+    (folder / "consolidated.safetensors").rename(folder / "model.safetensors")
     assert load_file(folder / "model.safetensors").keys() == open_folder(folder).infos.keys()
 
 
