@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 CONFIG_LIMIT_BYTES = 4 << 20  # the longest published ones, with a list of modules kept from quantization, take 0.1 MB
 INDEX_LIMIT_BYTES = 16 << 20  # 20,000 tensors of long names take 3 MB
 
-_PULL_AGAIN = "the download is incomplete or damaged: pull it again with lmx pull REPO"
+_PULL_AGAIN = "the download is incomplete or damaged: download it again"
 _OTHER_FORMATS = re.compile(r"\.(bin|pt|pth|gguf)$|^consolidated.*\.safetensors$")
 
 
@@ -170,6 +170,11 @@ class Checkpoint:
             raise InputError(f"{quoted(self.label)}: quantization_config in config.json is no object", _PULL_AGAIN)
         return value
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether config.json says so or, as optimum-quanto leaves it unsaid, the names of the tensors."""
+        return self.quantization_config is not None or any(name.endswith("._data") for name in self.infos)
+
     def tensor(self, name: str) -> "torch.Tensor":
         """A tensor by name: a view of the mapped file where it is aligned, else a copy.
 
@@ -195,7 +200,7 @@ def _list(folder: Path) -> set[str]:
     try:
         return {entry.name for entry in folder.iterdir()}
     except FileNotFoundError as error:
-        raise NotFoundError(f"{where} does not exist", "check the path, or pull a model: lmx pull REPO") from error
+        raise NotFoundError(f"{where} does not exist", "check the path") from error
     except PermissionError as error:
         raise NotFoundError(f"{where} may not be read", "check the folder's permissions") from error
     except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from lmx.convert.pickle_source import PickleCheckpoint, holds_pickles_only
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, NotFoundError, UsageError
 from lmx.core.files import quoted
+from lmx.core.registry import model_type_of
 from lmx.core.text.engine import TextEngine
 
 if TYPE_CHECKING:
@@ -53,8 +54,9 @@ def load(
 
     model: a checkpoint's folder, or a hub id `org/name[@revision]` that is taken from the Hugging Face cache or pulled
     into it; None is the embedded demo. device: None is "auto", the best that this machine has. dtype: a torch dtype or
-    its name; None keeps the weights as they are stored. quantize: "nf4", "fp4", "int8" or a `QuantSpec`: quantize a
-    plain checkpoint while it is loaded; one that is quantized already runs as it is, without. head: "causal", "none",
+    its name; None keeps the weights as they are stored, and of several dtypes gives all that of most bytes. quantize:
+    "nf4", "fp4", "int8", optimum-quanto's "qint8", "qint4", "qint2" or "qfloat8", or a `QuantSpec`: quantize a plain
+    checkpoint while it is loaded; one that is quantized already runs as it is, without. head: "causal", "none",
     "sequence" or "token". head_scheme: "int8" or "nf4" quantizes the output head too.
 
     Raises:
@@ -199,7 +201,7 @@ def load_core(
     device: "torch.device",
 ) -> "core.LanguageModel":
     """The bare model, with whatever is to be quantized, or is already. Raises UsageError, InputError."""
-    if spec is None and head_scheme is None and checkpoint.quantization_config is None:
+    if spec is None and head_scheme is None and not checkpoint.is_quantized:
         from lmx.core.loader import load_model
 
         return load_model(checkpoint, head=head, dtype=dtype, device=device)
@@ -220,7 +222,8 @@ def choose_spec(quantize: "str | QuantSpec | None") -> "QuantSpec | None":
 
 
 def check_runnable(checkpoint: Checkpoint) -> None:
-    """Raise InputError for weights in a form that the models here do not compute with."""
+    """Raise InputError for an architecture, or weights in a form, that the models here do not compute with."""
+    model_type_of(checkpoint.config)
     if checkpoint.quantization_config is not None:
         method = checkpoint.quantization_config.get("quant_method", "bitsandbytes")
         if method != "bitsandbytes":
@@ -228,12 +231,8 @@ def check_runnable(checkpoint: Checkpoint) -> None:
                 f"{quoted(checkpoint.label)} is quantized by {method!s:.40}",
                 "take the model it was made from, or one quantized with bitsandbytes",
             )
+    if checkpoint.is_quantized:
         return  # what is in it, the loader checks
-    if any(name.endswith(".weight._data") or name.endswith(".weight._data._data") for name in checkpoint.infos):
-        raise InputError(
-            f"{quoted(checkpoint.label)} is quantized by optimum-quanto, which lmx does not read",
-            "take the model it was made from, or one quantized with bitsandbytes",
-        )
     for info in checkpoint.infos.values():
         if info.dtype not in _STORED:
             raise InputError(
@@ -267,7 +266,7 @@ def choose_dtype(dtype: "torch.dtype | str | None", checkpoint: Checkpoint) -> "
         return dtype
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"dtype {quoted(dtype)} is unknown", "give bf16, fp16 or fp32")
-    if dtype is None and checkpoint.quantization_config is not None:
+    if dtype is None and checkpoint.is_quantized:
         from lmx.quant.stored import common_dtype, find_matrices, plain_infos
 
         return common_dtype(plain_infos(checkpoint, find_matrices(checkpoint)))

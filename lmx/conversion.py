@@ -77,7 +77,7 @@ def _options(
 
 
 def _plain_source(checkpoint: Checkpoint, dtype: "torch.dtype | None") -> Source:
-    if checkpoint.quantization_config is None:
+    if not checkpoint.is_quantized:
         return checkpoint
     from lmx.quant.stored import DequantizedSource
 

@@ -43,12 +43,12 @@ def quantize(
     max_kl: float | None = None,
     force: bool = False,
 ) -> Report:
-    """Quantize a model into a new checkpoint folder, in the bitsandbytes serialization, and say what was done.
+    """Quantize a model into a new checkpoint folder, and say what was done.
 
-    model: as for `load`. output: without it, NAME-SCHEME in the working folder. scheme: "nf4", "fp4" or "int8".
-    skip: module names or globs that stay as they are. check: a text on which the complete output is compared with the
-    source, before it gets its name; past a KL divergence of `max_kl` nats a token it does not get it. A run that was
-    stopped goes on where it was.
+    model: as for `load`. output: without it, NAME-SCHEME in the working folder. scheme: "nf4", "fp4" or "int8" in the
+    bitsandbytes serialization; "qint8", "qint4", "qint2" or "qfloat8" in optimum-quanto's. skip: module names or globs
+    that stay as they are. check: a text on which the complete output is compared with the source, before it gets its
+    name; past a KL divergence of `max_kl` nats a token it does not get it. A run that was stopped goes on where it was.
 
     Raises:
         UsageError: the scheme does not exist, or not with these settings.

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from lmx.core.errors import ResourceError
 from lmx.quant.plan import Plan, PlannedWeight, layout_bytes
-from lmx.quant.serialize import layout
 
 # Kept weights pass through in pieces of this size.
 PIECE_BYTES = 32 << 20
@@ -32,7 +31,7 @@ def working_bytes(plan: Plan, workers: int) -> int:
     """What the job itself holds at most: a source matrix and scratch for each worker, and results on their way out."""
     quantized = [weight for weight in plan.weights if weight.kept is None]
     source = max((_source_pages(weight) for weight in quantized), default=0)
-    result = max((layout_bytes(layout(w.name, w.shape, plan.spec)) for w in quantized), default=0)
+    result = max((layout_bytes(w.layout(plan.spec)) for w in quantized), default=0)
     kept = max((min(w.source_bytes, 3 * PIECE_BYTES) for w in plan.weights if w.kept), default=0)
     busy = min(workers, len(quantized))
     return busy * (source + _SCRATCH_BYTES) + min(results_in_flight(workers), len(quantized)) * result + kept

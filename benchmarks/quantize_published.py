@@ -1,10 +1,12 @@
-"""Quantize a model of Mixtral-8x7B's size from end to end: bytes written, peak memory, parameters a second.
+"""Quantize a model of a published size from end to end: bytes written, peak memory, parameters a second.
 
-    python benchmarks/quantize_mixtral.py --dir /somewhere/with/30GB [--layers 32] [--double-quant] [--cold]
+    python benchmarks/quantize_published.py --dir /somewhere/with/30GB [--double-quant] [--cold]
+    python benchmarks/quantize_published.py --dir DIR --config config.json --layers 2
 
-The 93 GB of the source need not exist: it is one file of random bfloat16 numbers, mapped as a checkpoint is, and every
-tensor of the same shape is the same part of it. So pages are touched, counted and let go as with the real files. With
---cold the file's pages are also dropped from the cache after each use, and each matrix is read from the disk anew.
+Mixtral-8x7B unless a `config.json` says otherwise. The 93 GB of its source need not exist: it is one file of random
+bfloat16 numbers, mapped as a checkpoint is, and every tensor of the same shape is the same part of it. So pages are
+touched, counted and let go as with the real files. With --cold the file's pages are also dropped from the cache after
+each use, and each matrix is read from the disk anew.
 The output is a real one, synced; it is removed at the end unless --keep is given.
 """
 
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from lmx.core.jsonfile import JSON
+from lmx.core.jsonfile import JSON, read_json
 from lmx.core.loader import build, hub_shapes
 from lmx.core.mapped import Advice, FileMap
 from lmx.core.registry import family_of
@@ -49,11 +51,11 @@ CONFIG: dict[str, JSON] = {
 class RepeatedSource:
     """A `Source` in which all tensors of one shape are the same bytes of one mapped file."""
 
-    label = "mixtral-8x7b of random weights"
+    label = "a model of random weights"
     generation_config = None
 
-    def __init__(self, file: Path, layers: int, cold: bool) -> None:
-        self.config = {**CONFIG, "num_hidden_layers": layers}
+    def __init__(self, file: Path, config: Mapping[str, JSON], layers: int | None, cold: bool) -> None:
+        self.config = {**config, layers_key(config): layers or config[layers_key(config)]}
         with torch.device("meta"):
             model = build(self.config)
         shapes = hub_shapes(model, family_of(self.config))
@@ -78,6 +80,11 @@ class RepeatedSource:
         self._map.advise(advice, info.offset, info.nbytes)
         if self._cold and advice is Advice.DONT_NEED:
             os.posix_fadvise(self._fd, info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def layers_key(config: Mapping[str, JSON]) -> str:
+    """What a family's config.json calls its number of layers."""
+    return "n_layers" if "n_layers" in config else "num_hidden_layers"
 
 
 def _write_file(file: Path, shapes: set[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
@@ -107,9 +114,10 @@ def run(source: RepeatedSource, target: Path, spec: QuantSpec, options: Options)
             report = event.report
     seconds = time.perf_counter() - start
     return {
+        "model_type": source.config["model_type"],
         "scheme": spec.scheme,
         "double_quant": spec.double_quant,
-        "layers": source.config["num_hidden_layers"],
+        "layers": source.config[layers_key(source.config)],
         "parameters": report.parameters,
         "quantized_share": round(report.quantized_share, 4),
         "source_bytes": report.source_bytes,
@@ -129,7 +137,8 @@ def main() -> None:
     """Print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--config", type=Path, help="a config.json; Mixtral-8x7B without it")
+    parser.add_argument("--layers", type=int, help="so many layers instead of all: memory does not depend on it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--scheme", choices=("nf4", "fp4", "int8"), default="nf4")
     parser.add_argument("--double-quant", action="store_true")
@@ -138,9 +147,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.dir.mkdir(parents=True, exist_ok=True)
-    file, target = arguments.dir / "random.bin", arguments.dir / "mixtral-quantized"
+    file, target = arguments.dir / "random.bin", arguments.dir / "quantized"
     try:
-        source = RepeatedSource(file, arguments.layers, arguments.cold)
+        config = CONFIG if arguments.config is None else read_json(arguments.config)
+        source = RepeatedSource(file, config, arguments.layers, arguments.cold)
         spec = QuantSpec(arguments.scheme, double_quant=arguments.double_quant)
         print(json.dumps(run(source, target, spec, Options(force=True)), indent=2))
     finally:
