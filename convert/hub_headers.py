@@ -79,7 +79,7 @@ class HeaderCheckpoint(Checkpoint):
 
     def tensor(self, name: str) -> "torch.Tensor":
         """Raise InputError: the weights are not here."""
-        raise InputError(f"{self.label}: of its weights only the headers were fetched", _pull_first(self.label))
+        raise InputError(f"{self.label}: of its weights only the headers were fetched", _download_first(self.label))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +116,12 @@ def _shards(hub_id: HubId, names: set[str], folder: Path) -> list[str]:
         return sorted(set(read_index(folder / INDEX).values()) & names)
     found = sorted(name for name in names if fnmatchcase(name, "*.safetensors") and not name.startswith("consolidated"))
     if not found:
-        raise InputError(f"{hub_id} has no safetensors, whose headers say what is in it", _pull_first(str(hub_id)))
+        raise InputError(f"{hub_id} has no safetensors, whose headers say what is in it", _download_first(str(hub_id)))
     return found
 
 
-def _pull_first(model: str) -> str:
-    return f"pull it first: lmx pull {model}"
+def _download_first(model: str) -> str:
+    return f"download it first: any command that runs {model} does"
 
 
 def _fetch_head(fetch: "partial[_Part]", name: str) -> _Part:

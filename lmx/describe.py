@@ -69,7 +69,7 @@ def open_described(
 ) -> Checkpoint:
     """Find a model to describe; of one on the hub that is not here only headers are fetched. Raises as `lmx.load`."""
     checkpoint = open_headers(model, revision=revision, offline=offline)
-    if isinstance(checkpoint, HeaderCheckpoint) and checkpoint.quantization_config is not None:
+    if isinstance(checkpoint, HeaderCheckpoint) and checkpoint.is_quantized:
         # What shapes a packed matrix had stands among the weights
         return open_checkpoint(model, revision=revision, offline=offline, show_progress=show_progress)
     check_runnable(checkpoint)
