@@ -95,6 +95,7 @@ def quantize_command(
         revision=revision,
         offline=offline,
         show_progress=may_animate() and not common.quiet,
+        headers_only=dry_run,
     )
     started = time.perf_counter()
     report = job.predict() if dry_run else _run(job, common.quiet)

@@ -8,7 +8,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, cast
 
-from lmx.convert.hub import HubId, find_model
+from lmx.convert.hub import HubId, check_online, find_local, find_model
+from lmx.convert.hub_headers import HeaderCheckpoint
+from lmx.convert.pickle_source import PickleCheckpoint, holds_pickles_only
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, NotFoundError, UsageError
 from lmx.core.files import quoted
@@ -160,9 +162,26 @@ def open_checkpoint(
         folder = demo_path()
     else:
         folder = find_model(model, revision=revision, offline=offline, show_progress=show_progress)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_folder(folder)
     check_runnable(checkpoint)
     return checkpoint
+
+
+def open_headers(model: str | Path | None, *, revision: str | None = None, offline: bool = False) -> Checkpoint:
+    """Find a model to look at, not to run: of one on the hub that is not here, only headers are fetched.
+
+    What is quantized, or not supported, is opened too. Raises as `load`.
+    """
+    found = demo_path() if model is None else find_local(model, revision=revision)
+    if isinstance(found, Path):
+        return open_folder(found)
+    check_online(found, offline)
+    return HeaderCheckpoint.fetch(found)
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """The weights of a folder: safetensors, or pickles where there are none. Raises InputError, NotFoundError."""
+    return PickleCheckpoint.open(folder) if holds_pickles_only(folder) else Checkpoint.open(folder)
 
 
 def model_name(model: str | Path | None, revision: str | None = None) -> str:

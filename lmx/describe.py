@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmx.api import choose_dtype, stored_bytes
+from lmx.api import check_runnable, choose_dtype, open_checkpoint, open_headers, stored_bytes
+from lmx.convert.hub_headers import HeaderCheckpoint
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import LmxError
 from lmx.core.files import read_bounded
@@ -61,6 +62,18 @@ class Description:
     def memory_to_run(self) -> int:
         """Weights and state together; what torch itself and the prompt's activations take comes on top."""
         return self.weight_bytes + self.state_bytes
+
+
+def open_described(
+    model: str | Path | None, *, revision: str | None = None, offline: bool = False, show_progress: bool = False
+) -> Checkpoint:
+    """Find a model to describe; of one on the hub that is not here only headers are fetched. Raises as `lmx.load`."""
+    checkpoint = open_headers(model, revision=revision, offline=offline)
+    if isinstance(checkpoint, HeaderCheckpoint) and checkpoint.is_quantized:
+        # What shapes a packed matrix had stands among the weights
+        return open_checkpoint(model, revision=revision, offline=offline, show_progress=show_progress)
+    check_runnable(checkpoint)
+    return checkpoint
 
 
 def describe(name: str, checkpoint: Checkpoint) -> Description:
