@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DATA = Path(__file__).parent / "demo"
-KINDS = {"command": 0.39, "fact": 0.24, "talk": 0.11, "sum": 0.12, "unknown": 0.14}
+KINDS = {"command": 0.37, "fact": 0.25, "talk": 0.1, "sum": 0.14, "unknown": 0.14}
 
 
 def normalise(text: str) -> str:
@@ -90,13 +90,22 @@ def made_up_word(rng: random.Random, sounds: dict) -> str:
     return "".join(syllables)
 
 
-def made_up_name(rng: random.Random, sounds: dict) -> str:
-    """A name: mostly from syllables, sometimes any letters, sometimes of two words."""
-    if rng.random() < 0.25:
+def made_up_name(rng: random.Random, sounds: dict, words: list[str]) -> str:
+    """A name: from syllables, halves of two ordinary words, or any letters; some with accents or a hyphen."""
+    kind = rng.random()
+    if kind < 0.2:
         word = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 9)))
+    elif kind < 0.55:
+        first, last = rng.choice(words), rng.choice(words)
+        word = first[: rng.randint(1, len(first))] + last[rng.randint(0, len(last) - 1) :]
     else:
         word = made_up_word(rng, sounds)
-    return word.capitalize()
+    if rng.random() < 0.08:
+        at = rng.randrange(len(word))
+        word = word[:at] + rng.choice(sounds["accents"]) + word[at + 1 :]
+    if rng.random() < 0.04:
+        word += "-" + made_up_word(rng, sounds)
+    return word[0].upper() + word[1:]
 
 
 @dataclass
@@ -117,15 +126,17 @@ class Maker:
             for intent in data["intent"]:
                 self.intents[intent["kind"]].append(intent)
         self.memory = load("memory")
+        grammars = [(DATA / f"{name}.toml").read_text(encoding="utf-8") for name in ("commands", "facts", "unknown")]
+        self.words = sorted(set(re.findall("[a-z]{4,}", " ".join(grammars))))
         heldout = load("heldout")
         self.hidden = {normalise(line) for part in ("dev", "test") for line in heldout_lines(heldout[part])}
         self.hidden_values = {value.lower() for values in heldout["values"].values() for value in values}
 
-    def dialogue(self, memories: float = 0.6, echoes: float = 0.0, most_turns: int = 6) -> Dialogue:
+    def dialogue(self, memories: float = 0.6, echoes: float = 0.0, sums: float = 0.0, most_turns: int = 6) -> Dialogue:
         """A conversation of 1 to 6 turns, or of 7 to `most_turns`, that mixes everything.
 
         memories: how likely it is that the user tells and asks facts about themselves; echoes: how many turns
-        ask to repeat made-up words, which teaches to copy.
+        ask to repeat made-up words, which teaches to copy; sums: how many turns are sums beyond the usual.
         """
         rng, known = self.rng, {}
         system = ""
@@ -139,10 +150,13 @@ class Maker:
         count = rng.choices(range(1, 7), [20, 18, 20, 18, 13, 11])[0] if most_turns == 6 else rng.randint(7, most_turns)
         turns: list[Turn] = []
         for number in range(count):
-            if echoes and rng.random() < echoes:
+            drill = rng.random()
+            if drill < echoes:
                 turns.append(self.echo_turn())
-                continue
-            turns.append(self.memory_turn(known, number) if remembers and rng.random() < 0.62 else self.turn())
+            elif drill < echoes + sums:
+                turns.append(self.sum_turn())
+            else:
+                turns.append(self.memory_turn(known, number) if remembers and rng.random() < 0.62 else self.turn())
         return Dialogue(turns, system)
 
     def turn(self) -> Turn:
@@ -161,8 +175,13 @@ class Maker:
             if action and self.rng.random() < 0.85:
                 phrase = "{how} " + phrase
             line = self.grammar.expand(phrase)
-            if normalise(line) not in self.hidden:
-                return self.typed(line, ends="!!.. ?" if intent["kind"] == "talk" else "????.!  ")
+            typed = self.typed(line, ends="!!.. ?" if intent["kind"] == "talk" else "????.!  ")
+            if self.may_be_seen(line, typed):
+                return typed
+
+    def may_be_seen(self, *lines: str) -> bool:
+        """Whether none of these is held out."""
+        return not any(normalise(line) in self.hidden for line in lines)
 
     def echo_turn(self) -> Turn:
         """Some made-up words to repeat."""
@@ -177,7 +196,7 @@ class Maker:
         while True:
             pattern = self.rng.choice(self.other["sum"])
             line = self.grammar.expand(pattern, **shown)
-            if normalise(line) not in self.hidden and not (words and "{tight}" in pattern):
+            if self.may_be_seen(line) and not (words and "{tight}" in pattern):
                 return Turn(self.typed(line, typos=False), f"{a} + {b} = {a + b}.", "sum")
 
     def memory_turn(self, known: dict[str, str], number: int) -> Turn:
@@ -196,7 +215,7 @@ class Maker:
         rng, form = self.rng, self.memory[kind]
         lower = rng.random() < 0.2
         value = self.value(kind, lower)
-        line = self.memory_line(form[tell], value, lower)
+        line = self.telling(form[tell], value, lower)
         answer = form[told].format(value=value)
         known[kind] = value
         if rng.random() < 0.05:
@@ -210,28 +229,33 @@ class Maker:
         """The user asks for something that they may have said."""
         form = self.memory[kind]
         answer = form["answer"].format(value=known[kind]) if kind in known else form["unknown"]
-        return Turn(self.typed(self.memory_line(form["ask"])), answer, "memory")
-
-    def memory_line(self, patterns: list[str], value: str = "", lower: bool = False) -> str:
-        """A line about the user that is not held out; the value is never mistyped."""
         while True:
-            pattern = self.rng.choice(patterns)
-            if normalise(self.grammar.expand(pattern, value="{value}")) in self.hidden:
-                continue
-            if not value:
-                return self.grammar.expand(pattern)
-            line = self.grammar.expand(pattern, value="\1")
-            line = line.lower() if lower else line[0].upper() + line[1:] if self.rng.random() < 0.6 else line
-            return line.replace("\1", value) + self.rng.choice(["", "", ".", ".", "!"])
+            line = self.grammar.expand(self.rng.choice(form["ask"]))
+            typed = self.typed(line)
+            if self.may_be_seen(line, typed):
+                return Turn(typed, answer, "memory")
+
+    def telling(self, patterns: list[str], value: str, lower: bool) -> str:
+        """A line that tells something about the user; the value is never mistyped."""
+        while True:
+            line = self.grammar.expand(self.rng.choice(patterns), value="{value}")
+            if self.may_be_seen(line):
+                break
+        line = line.lower() if lower else line[0].upper() + line[1:] if self.rng.random() < 0.6 else line
+        return line.replace("{value}", value) + self.rng.choice(["", "", ".", ".", "!"])
 
     def value(self, kind: str, lower: bool) -> str:
         """A name, colour, city or pet that is not held out; mostly made up, so that copying is learned, not a list."""
         rng, listed = self.rng, self.memory[kind]["values"]
         while True:
-            name = rng.choice(self.memory["name"]["values"]) if rng.random() < 0.15 else made_up_name(rng, self.other)
+            name = (
+                rng.choice(self.memory["name"]["values"])
+                if rng.random() < 0.15
+                else made_up_name(rng, self.other, self.words)
+            )
             value = name
             if kind == "name" and rng.random() < 0.06:
-                value += " " + made_up_name(rng, self.other)
+                value += " " + made_up_name(rng, self.other, self.words)
             elif kind == "pet":
                 value = rng.choice(listed)
                 value += "" if rng.random() < 0.15 else f" {rng.choice(['called', 'named'])} {name}"
@@ -245,7 +269,7 @@ class Maker:
     def typed(self, line: str, typos: bool = True, ends: str = "????.!  ") -> str:
         """As people type: with or without capitals, question marks, courtesies; now and then a slip."""
         rng = self.rng
-        if rng.random() < 0.08:
+        if rng.random() < 0.1:
             line = rng.choice(self.other["courtesy_before"]) + rng.choice([" ", ", "]) + line
         if rng.random() < 0.05:
             line += rng.choice(self.other["courtesy_after"])

@@ -113,7 +113,7 @@ def encode(dialogue: Dialogue, tokenizer: Tokenizer) -> tuple[list[int], list[in
 class Stage:
     """A part of the training: its steps, the longest dialogue and the batch in tokens, and what dialogues are made of.
 
-    memories, echoes, most_turns: as `Maker.dialogue` takes them.
+    memories, echoes, sums, most_turns: as `Maker.dialogue` takes them.
     """
 
     steps: int
@@ -121,15 +121,16 @@ class Stage:
     tokens: int
     memories: float = 0.6
     echoes: float = 0.02
+    sums: float = 0.03
     most_turns: int = 6
 
 
-# Copying first, on made-up words to repeat: everything that is remembered rests on it. Then short dialogues, then all.
+# Drills first: all that is remembered rests on copying. Then short dialogues, some very long ones, and the usual.
 STAGES = (
-    Stage(400, 96, 1200, memories=0.85, echoes=0.5),
-    Stage(1000, 128, 1600, echoes=0.04),
-    Stage(900, 256, 2400),
-    Stage(150, 768, 3000, most_turns=24),
+    Stage(500, 96, 1200, memories=0.85, echoes=0.35, sums=0.3),
+    Stage(1800, 128, 1600, echoes=0.04, sums=0.08),
+    Stage(250, 640, 3000, most_turns=20),
+    Stage(1700, 256, 2000),
 )
 
 
@@ -142,7 +143,10 @@ def lessons(maker: Maker, tokenizer: Tokenizer, stages: Iterable[Stage]) -> Iter
 def batches(maker: Maker, tokenizer: Tokenizer, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches [rows, length] of ids and labels; rows of one batch are alike in length."""
     while True:
-        pool = [encode(maker.dialogue(stage.memories, stage.echoes, stage.most_turns), tokenizer) for _ in range(1200)]
+        pool = [
+            encode(maker.dialogue(stage.memories, stage.echoes, stage.sums, stage.most_turns), tokenizer)
+            for _ in range(1200)
+        ]
         pool = sorted((pair for pair in pool if len(pair[0]) <= stage.longest), key=lambda pair: len(pair[0]))
         cuts: list[list[tuple[list[int], list[int]]]] = [[]]
         for pair in pool:
