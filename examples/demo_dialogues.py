@@ -65,7 +65,7 @@ class Grammar:
 
     def expand(self, pattern: str, **values: str) -> str:
         """One sentence of the pattern; values fill slots as they are."""
-        text = pattern
+        text = pattern.replace(",?", self.rng.choice([",", ""]))
         while found := re.search(r"\(([^()]*)\)|\{(\w+)\}", text):
             if found[1] is not None:
                 piece = self.rng.choice(found[1].split("|"))
@@ -75,7 +75,6 @@ class Grammar:
                 slot = self.slots[found[2]]
                 piece = slot() if callable(slot) else self.rng.choice(slot)
             text = text[: found.start()] + piece + text[found.end() :]
-        text = re.sub(r",\?", lambda _: self.rng.choice([",", ""]), text)
         text = re.sub(r" +", " ", text).strip()
         return re.sub("\0(\\w+)\0", lambda match: values[match[1]], text)
 
@@ -127,7 +126,6 @@ class Maker:
             for intent in data["intent"]:
                 self.intents[intent["kind"]].append(intent)
         self.memory = load("memory")
-        self.grammar.slots.update(self.memory.pop("slots"))
         grammars = [(DATA / f"{name}.toml").read_text(encoding="utf-8") for name in ("commands", "facts", "unknown")]
         self.words = sorted(set(re.findall("[a-z]{4,}", " ".join(grammars))))
         heldout = load("heldout")
