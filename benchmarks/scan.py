@@ -48,6 +48,7 @@ import torch  # noqa: E402  (after the thread count is set)
 from torch import Tensor  # noqa: E402
 
 from lmx.core.decoder import AttentionCall, Record  # noqa: E402
+from lmx.core.layers import rg_lru  # noqa: E402
 from lmx.core.layers.attention import Visibility  # noqa: E402
 from lmx.core.loader import build  # noqa: E402
 from lmx.core.models import falcon_mamba, recurrent_gemma  # noqa: E402
@@ -56,7 +57,7 @@ from lmx.core.state import Span  # noqa: E402
 
 # Functions that the layers call: the time in them is a part's time.
 PARTS: dict[str, list[tuple[Any, str]]] = {
-    "recurrence": [(falcon_mamba, "selective_scan"), (recurrent_gemma, "rg_lru")],
+    "recurrence": [(falcon_mamba, "selective_scan"), (rg_lru, "rg_lru")],
     "convolution": [(falcon_mamba, "causal_conv"), (recurrent_gemma, "causal_conv")],
     "products": [(torch.nn.functional, "linear"), (torch, "baddbmm")],
 }

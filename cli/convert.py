@@ -1,5 +1,6 @@
 """`lmx convert`: write a model in another form."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,7 +9,7 @@ import typer
 from lmx.cli.console import may_animate, note, write_json
 from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.options import CommonOptions, parse_size, spread_groups
-from lmx.conversion import Finished, convert
+from lmx.conversion import Finished, Progress, convert, predict_conversion
 
 
 def register(app: typer.Typer) -> None:
@@ -27,6 +28,7 @@ def convert_command(
         typer.Option(help="Of all weights. Without it: as stored; of quantized ones, as before."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The most bytes of a file.")] = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace DST if it exists.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
@@ -37,36 +39,48 @@ def convert_command(
 
     A run that was stopped goes on where it stopped when the same command is given again.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    show = may_animate() and not common.quiet
     shard_bytes = parse_size("--max-shard-size", max_shard_size)
-    steps = convert(
-        source,
-        target,
-        dtype=dtype,
-        max_shard_bytes=shard_bytes,
-        force=force,
-        revision=revision,
-        offline=offline,
-        show_progress=show,
-    )
-    columns = (TextColumn("convert"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn())
-    finished: Finished | None = None
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
-        task = bar.add_task("convert", total=None)
-        for step in steps:
-            if isinstance(step, Finished):
-                finished = step
-            else:
-                bar.update(task, completed=step.parameters, total=step.total)
-    if finished is None:
-        raise RuntimeError("a conversion ended without a result")
+    if dry_run:
+        finished = predict_conversion(
+            source,
+            target,
+            dtype=dtype,
+            max_shard_bytes=shard_bytes,
+            force=force,
+            revision=revision,
+            offline=offline,
+        )
+    else:
+        show = may_animate() and not common.quiet
+        steps = convert(
+            source,
+            target,
+            dtype=dtype,
+            max_shard_bytes=shard_bytes,
+            force=force,
+            revision=revision,
+            offline=offline,
+            show_progress=show,
+        )
+        finished = _watch(steps, show)
     if json:
         facts = {"source": source, "output": str(target), "parameters": finished.parameters}
         write_json(facts | {"output_bytes": finished.output_bytes})
-    note(
-        f"{target}: {human_count(finished.parameters)} parameters in {human_bytes(finished.output_bytes)}",
-        quiet=common.quiet,
-    )
+    size = f"{human_count(finished.parameters)} parameters in {human_bytes(finished.output_bytes)}"
+    note(f"{target}: {size}{' (predicted)' * dry_run}", quiet=common.quiet)
+
+
+def _watch(steps: Iterator[Progress | Finished], show: bool) -> Finished:
+    """Take all steps, with a bar where a person watches stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("convert"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
+        task = bar.add_task("convert", total=None)
+        for step in steps:
+            if isinstance(step, Finished):
+                return step
+            bar.update(task, completed=step.parameters, total=step.total)
+    raise RuntimeError("a conversion ended without a result")

@@ -75,16 +75,26 @@ def _history() -> "History":
     """What was typed in earlier runs, readable by this user alone; in memory only where it cannot be kept."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    path = state_folder() / "chat-history"
-    with suppress(OSError):
+    class KeptHistory(FileHistory):
+        """Goes on without the file once the disk is full or the file is gone."""
+
+        def store_string(self, string: str) -> None:
+            with suppress(OSError):
+                super().store_string(string)
+
+    with suppress(OSError, RuntimeError):  # the second where there is no home
+        path = state_folder() / "chat-history"
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        return FileHistory(str(path))
+        return KeptHistory(str(path))
     return InMemoryHistory()
 
 
 def state_folder() -> Path:
-    """Where a user's state lies: XDG_STATE_HOME (the XDG base directory specification), on macOS its own place."""
+    """Where a user's state lies: XDG_STATE_HOME (the XDG base directory specification), on macOS its own place.
+
+    Raises RuntimeError where no home is known: HOME is not set, and the system does not know the user.
+    """
     named = os.environ.get("XDG_STATE_HOME", "")
     if os.path.isabs(named):
         return Path(named) / "lmx"

@@ -41,7 +41,7 @@ class RuntimeOptions:
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to run.")] = "auto"
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None,
-        typer.Option(help="Convert the weights. Without it: as stored."),
+        typer.Option(help="Convert the weights. Without it: as stored; of several dtypes, that of most."),
     ] = None
     threads: Annotated[int | None, typer.Option(help="CPU threads. Without it: as many as torch chooses.")] = None
     four_bit: Annotated[bool, typer.Option("--4bit", help="Quantize to 4 bits (NF4) while loading.")] = False

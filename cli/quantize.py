@@ -42,7 +42,10 @@ def quantize_command(
     *,
     four_bit: Annotated[bool, typer.Option("--4bit", help="NF4, the default.")] = False,
     eight_bit: Annotated[bool, typer.Option("--8bit", help="int8, row by row.")] = False,
-    scheme: Annotated[Literal["nf4", "fp4", "int8"] | None, typer.Option(help="The scheme by its name.")] = None,
+    scheme: Annotated[
+        Literal["nf4", "fp4", "int8", "qint8", "qint4", "qint2", "qfloat8"] | None,
+        typer.Option(help="The scheme by its name; those with a q are optimum-quanto's."),
+    ] = None,
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="Store the scales in 8 bits too: 0.4 bits less a parameter.")
     ] = False,
@@ -92,6 +95,7 @@ def quantize_command(
         revision=revision,
         offline=offline,
         show_progress=may_animate() and not common.quiet,
+        headers_only=dry_run,
     )
     started = time.perf_counter()
     report = job.predict() if dry_run else _run(job, common.quiet)

@@ -70,6 +70,9 @@ class Repl:
         except LmxError as error:
             note(f"lmx: error: {error.message}")
             note(f"lmx: hint: {error.hint}")
+        except KeyboardInterrupt:  # a second Ctrl-C: the session is as it was before the message
+            write("\n")
+            self._say("Stopped at once. The conversation is as it was before your message.")
 
     def _command(self, line: str) -> None:
         name, _, rest = line.strip().partition(" ")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmx.api import model_name, open_checkpoint
+from lmx.api import model_name
 from lmx.cli.console import may_animate, write_json
 from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.options import CommonOptions, ModelArgument, spread_groups
@@ -33,9 +33,9 @@ def show_command(
 ) -> None:
     """Show what a model is and what it needs, reading no weights."""
     progress = may_animate() and not common.quiet
-    checkpoint = open_checkpoint(model, revision=revision, offline=offline, show_progress=progress)
-    from lmx.describe import describe
+    from lmx.describe import describe, open_described
 
+    checkpoint = open_described(model, revision=revision, offline=offline, show_progress=progress)
     description = describe(model_name(model, revision), checkpoint)
     if json:
         write_json(asdict(description) | {"memory_to_run": description.memory_to_run})

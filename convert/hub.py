@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from lmx.convert.pickle_source import INDEX_BIN, SINGLE_BIN
 from lmx.core.checkpoint import INDEX, SINGLE
 from lmx.core.errors import InputError, LmxError, NetworkError, NotFoundError, ResourceError, UsageError
 from lmx.core.files import quoted
@@ -31,6 +32,8 @@ WANTED = (
     "LICENSE*",
 )
 UNWANTED = ("consolidated*", "*/*")
+# And of a repository without safetensors
+PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
 _HUB_ID = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,199}}))?", re.ASCII)
@@ -77,6 +80,15 @@ def find_model(
         NetworkError, ResourceError: the download failed; the disk is full.
 
     """
+    found = find_local(model, revision=revision)
+    if isinstance(found, Path):
+        return found
+    check_online(found, offline)
+    return _pulled(found, show_progress)
+
+
+def find_local(model: str | Path, *, revision: str | None = None) -> Path | HubId:
+    """The folder of a model that is on this machine, whole; else its id on the hub. Raises as `find_model`."""
     path = Path(model)
     if _exists(path):
         if revision is not None:
@@ -86,24 +98,29 @@ def find_model(
     if hub_id is None:
         raise NotFoundError(f"{quoted(str(model))} does not exist", "give a checkpoint's folder or a hub id, ORG/NAME")
     cached = _cached(hub_id)
-    if cached is not None and is_complete(cached):
-        return cached
+    return cached if cached is not None and is_complete(cached) else hub_id
+
+
+def check_online(hub_id: HubId, offline: bool) -> None:
+    """Raise NotFoundError where a model that is not here may not be asked for."""
     if offline or is_offline():
-        state = "not in the Hugging Face cache" if cached is None else "only partly in the Hugging Face cache"
+        state = "not in the Hugging Face cache" if _cached(hub_id) is None else "only partly in the Hugging Face cache"
         raise NotFoundError(f"{hub_id} is {state}, and the network is off", "run it once without --offline")
-    return _pulled(hub_id, show_progress)
 
 
 def is_complete(folder: Path) -> bool:
     """Whether a cached snapshot has all that a run needs; the cache keeps what other tools fetched of a model, too."""
     if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
         return False
-    if (folder / SINGLE).is_file():
+    if any((folder / name).is_file() for name in (SINGLE, SINGLE_BIN)):
         return True
-    if not (folder / INDEX).is_file():
-        return False
+    index = next((folder / name for name in (INDEX, INDEX_BIN) if (folder / name).is_file()), None)
+    return index is not None and _has_shards(folder, index)
+
+
+def _has_shards(folder: Path, index: Path) -> bool:
     try:
-        weight_map = read_json(folder / INDEX).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
     except LmxError:
         return True  # it is there, and broken: the reader will say how
     shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
@@ -134,25 +151,32 @@ def _cached(hub_id: HubId) -> Path | None:
 
 
 def _pulled(hub_id: HubId, show_progress: bool) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     hidden = not show_progress and not are_progress_bars_disabled()
     if hidden:
         disable_progress_bars()
     try:
-        with _hub_errors(hub_id):
-            folder = snapshot_download(
-                hub_id.repo, revision=hub_id.revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
-            )
+        with hub_errors(hub_id):
+            folder = _download(hub_id, WANTED)
+            return folder if any(folder.glob("*.safetensors")) else _download(hub_id, (*WANTED, *PICKLES))
     finally:
         if hidden:
             enable_progress_bars()
-    return Path(folder)
+
+
+def _download(hub_id: HubId, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            hub_id.repo, revision=hub_id.revision, allow_patterns=list(patterns), ignore_patterns=list(UNWANTED)
+        )
+    )
 
 
 @contextmanager
-def _hub_errors(hub_id: HubId) -> Iterator[None]:
+def hub_errors(hub_id: HubId) -> Iterator[None]:
     """Every way that a pull can fail, as ours. No message of the hub is passed on: they hold URLs with signatures."""
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -50,6 +50,18 @@ class _Target:
     parts: tuple[tuple[Piece, Piece], ...]
 
 
+def predict_plain(source: Source, target: Path, options: Options = Options()) -> Finished:
+    """What `write_plain` would write, from headers alone. Raises InputError for a source that does not fit its config.
+
+    Also raises ConflictError for a target that exists, where `force` is not set.
+    """
+    check_target(target, force=options.force)
+    targets = _targets(source, options.dtype)
+    shards = plan_shards(([(item.slot,)] for item in targets.values()), options.max_shard_bytes)
+    total = sum(prod(item.slot.shape) for item in targets.values())
+    return Finished(target, total, sum(shard.size for shard in shards))
+
+
 def write_plain(source: Source, target: Path, options: Options = Options()) -> Iterator[Progress | Finished]:
     """Write the new folder `target`; yields a Progress for each tensor, and at last Finished.
 

@@ -2,16 +2,16 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from lmx.core.errors import InputError, NotFoundError
 from lmx.core.files import is_plain_name, quoted
 from lmx.core.jsonfile import JSON, read_json
-from lmx.core.mapped import Advice
-from lmx.core.safetensors_file import SafetensorsFile, TensorInfo, open_safetensors
+from lmx.core.mapped import Advice, FileMap
+from lmx.core.safetensors_file import TensorInfo, open_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 CONFIG_LIMIT_BYTES = 4 << 20  # the longest published ones, with a list of modules kept from quantization, take 0.1 MB
 INDEX_LIMIT_BYTES = 16 << 20  # 20,000 tensors of long names take 3 MB
 
-_PULL_AGAIN = "the download is incomplete or damaged: pull it again with lmx pull REPO"
+_PULL_AGAIN = "the download is incomplete or damaged: download it again"
 _OTHER_FORMATS = re.compile(r"\.(bin|pt|pth|gguf)$|^consolidated.*\.safetensors$")
 
 
@@ -65,6 +65,30 @@ class Source(Protocol):
         ...
 
 
+class WeightFile(Protocol):
+    """An open file of tensors, its table checked: a `SafetensorsFile`, or a pickle's archive."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Its tensors by name, in the order of their bytes."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What else it says."""
+        ...
+
+    @property
+    def data(self) -> FileMap:
+        """The map that views are made of."""
+        ...
+
+
 class Checkpoint:
     """A folder of safetensors with a config.json, opened by its headers alone; implements `Source`.
 
@@ -72,14 +96,14 @@ class Checkpoint:
     and the shards must agree exactly on which tensor lies where.
     """
 
-    def __init__(self, folder: Path, files: tuple[SafetensorsFile, ...]) -> None:
+    def __init__(self, folder: Path, files: Sequence[WeightFile]) -> None:
         """Use `Checkpoint.open`; here, tensors of the same name in two files are refused (InputError)."""
         self.folder = folder
         self._files = {file.path: file for file in files}
         self.infos: Mapping[str, TensorInfo] = _merge(files)
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, folder: Path) -> Self:
         """Open a checkpoint folder; reads headers only, no config and no tensor, and imports no torch.
 
         The weights are `model.safetensors`, else the shards that `model.safetensors.index.json` names, else the only
@@ -94,9 +118,9 @@ class Checkpoint:
         if SINGLE in names:
             return cls(folder, (open_safetensors(folder / SINGLE),))
         if INDEX in names:
-            weight_map = _read_index(folder / INDEX)
+            weight_map = read_index(folder / INDEX)
             checkpoint = cls(folder, tuple(_open_shard(folder, shard) for shard in sorted(set(weight_map.values()))))
-            _check_index(weight_map, checkpoint)
+            check_index(folder / INDEX, weight_map, checkpoint.infos)
             return checkpoint
         return cls(folder, (open_safetensors(folder / _only_weights(folder, names)),))
 
@@ -146,6 +170,11 @@ class Checkpoint:
             raise InputError(f"{quoted(self.label)}: quantization_config in config.json is no object", _PULL_AGAIN)
         return value
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether config.json says so or, as optimum-quanto leaves it unsaid, the names of the tensors."""
+        return self.quantization_config is not None or any(name.endswith("._data") for name in self.infos)
+
     def tensor(self, name: str) -> "torch.Tensor":
         """A tensor by name: a view of the mapped file where it is aligned, else a copy.
 
@@ -171,7 +200,7 @@ def _list(folder: Path) -> set[str]:
     try:
         return {entry.name for entry in folder.iterdir()}
     except FileNotFoundError as error:
-        raise NotFoundError(f"{where} does not exist", "check the path, or pull a model: lmx pull REPO") from error
+        raise NotFoundError(f"{where} does not exist", "check the path") from error
     except PermissionError as error:
         raise NotFoundError(f"{where} may not be read", "check the folder's permissions") from error
     except (OSError, ValueError) as error:
@@ -193,8 +222,11 @@ def _only_weights(folder: Path, names: set[str]) -> str:
     raise InputError(f"{where} holds no weights (no *.safetensors)", _PULL_AGAIN)
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """The `weight_map`: tensor -> shard. Every shard is a plain name (`is_plain_name`) that ends in `.safetensors`."""
+def read_index(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
+    """The `weight_map` of an index: tensor -> shard. Every shard is a plain name (`is_plain_name`) with the suffix.
+
+    Raises InputError for anything else.
+    """
     where = quoted(str(path))
     weight_map = read_json(path, INDEX_LIMIT_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -205,15 +237,15 @@ def _read_index(path: Path) -> dict[str, str]:
             raise InputError(f"{where} names no file for tensor {quoted(tensor)}", _PULL_AGAIN)
         shards[tensor] = shard
     for shard in set(shards.values()):
-        if not is_plain_name(shard) or not shard.endswith(".safetensors"):
+        if not is_plain_name(shard) or not shard.endswith(suffix):
             raise InputError(
-                f"{where} names {quoted(shard)}, which is not a plain *.safetensors name in its own folder",
+                f"{where} names {quoted(shard)}, which is not a plain *{suffix} name in its own folder",
                 "the index is damaged or hostile: do not use it, pull the model from its publisher",
             )
     return shards
 
 
-def _open_shard(folder: Path, shard: str) -> SafetensorsFile:
+def _open_shard(folder: Path, shard: str) -> WeightFile:
     try:
         return open_safetensors(folder / shard)
     except NotFoundError as error:
@@ -222,7 +254,7 @@ def _open_shard(folder: Path, shard: str) -> SafetensorsFile:
         ) from error
 
 
-def _merge(files: tuple[SafetensorsFile, ...]) -> dict[str, TensorInfo]:
+def _merge(files: Sequence[WeightFile]) -> dict[str, TensorInfo]:
     infos: dict[str, TensorInfo] = {}
     for file in files:
         twice = infos.keys() & file.tensors.keys()
@@ -234,19 +266,22 @@ def _merge(files: tuple[SafetensorsFile, ...]) -> dict[str, TensorInfo]:
     return infos
 
 
-def _check_index(weight_map: dict[str, str], checkpoint: Checkpoint) -> None:
-    """The index and the headers must name the same tensors in the same files; which of the two lies, nobody can say."""
-    where = quoted(str(checkpoint.folder / INDEX))
+def check_index(path: Path, weight_map: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> None:
+    """Raise InputError unless the index and the files' own tables name the same tensors in the same files.
+
+    Which of the two lies, nobody can say.
+    """
+    where = quoted(str(path))
     lost: dict[str, list[str]] = defaultdict(list)
     for name, shard in weight_map.items():
-        info = checkpoint.infos.get(name)
+        info = infos.get(name)
         if info is None or info.file.name != shard:
             lost[shard].append(name)
     for shard, names in lost.items():
         raise InputError(f"{where}: {_count(names)} not in {quoted(shard)}, where the index says", _PULL_AGAIN)
-    unlisted = [name for name in checkpoint.infos if name not in weight_map]
+    unlisted = [name for name in infos if name not in weight_map]
     if unlisted:
-        file = checkpoint.infos[unlisted[0]].file.name
+        file = infos[unlisted[0]].file.name
         raise InputError(f"{where}: {_count(unlisted)} in {quoted(file)}, but not in the index", _PULL_AGAIN)
 
 

@@ -22,7 +22,7 @@ _PIECE_LOGITS = 1 << 26
 # Logits that are worked on in float64 at a time.
 _SLICE_LOGITS = 1 << 20
 
-_NOT_FINITE = "load it with --dtype fp32, or verify the checkpoint: lmx verify MODEL"
+_NOT_FINITE = "load it with --dtype fp32; if it persists the weights are damaged: download them again"
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def _open_error(path: Path, error: OSError | ValueError) -> InputError | NotFoun
         return InputError(f"{where} is no file name: {error}", "check the path")
     if error.errno in _ABSENT:
         if path.is_symlink():
-            return NotFoundError(f"{where} is a link to a file that does not exist", "pull it again: lmx pull REPO")
+            return NotFoundError(f"{where} is a link to a file that does not exist", "download the model again")
         return NotFoundError(f"{where} does not exist", "check the path")
     reason = f"{where} cannot be read: {(error.strerror or str(error)).lower()}"
     if error.errno in _DENIED:

@@ -283,6 +283,7 @@ class _Run:
             attention_mask=None if mask is None else mask.to(self._model.device),
             state=self._state,
             logits_to_keep=1,
+            output_router_logits=False,  # what a config asks for training has no use here
         )
         self.logits = output.logits[:, -1]
 

@@ -15,7 +15,7 @@ JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | Non
 DEFAULT_LIMIT_BYTES = 16 << 20
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-_DAMAGED = "the file is damaged or was edited by hand: repair it, or pull it again with lmx pull REPO"
+_DAMAGED = "the file is damaged or was edited by hand: repair it, or download it again"
 
 
 def read_json(path: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> dict[str, JSON]:

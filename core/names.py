@@ -190,4 +190,4 @@ class NameTable:
         return dict(item for rule, shapes in grouped.items() for item in rule.stored(shapes))
 
 
-_MISMATCH = "Weights and config.json belong to different models, or the download is incomplete; try `lmx pull` again."
+_MISMATCH = "Weights and config.json belong to different models, or the download is incomplete: download it again."

@@ -28,7 +28,7 @@ MAX_ELEMENTS = 2**63 - 1
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _POINTER = b"version https://git-lfs"
-_DAMAGED = "the file is damaged or incomplete: pull it again with lmx pull REPO"
+_DAMAGED = "the file is damaged or incomplete: download it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +89,7 @@ def _read_header(fd: int, size: int, path: Path) -> bytes:
         raise _error(path, f"{size} bytes are too few for a safetensors file")
     head = read_range(fd, min(size, len(_POINTER)), 0, path)
     if head == _POINTER:
-        raise InputError(
-            f"{quoted(str(path))} is a Git LFS pointer, not the weights", "run git lfs pull, or lmx pull REPO"
-        )
+        raise InputError(f"{quoted(str(path))} is a Git LFS pointer, not the weights", "run git lfs pull")
     length = int.from_bytes(head[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise _error(path, f"its header claims {length:,} bytes; {MAX_HEADER_BYTES:,} is the format's limit")

@@ -232,5 +232,5 @@ def _finite(log_value: float) -> float:
         return log_value
     raise InputError(
         "the model produced NaN or infinite logits",
-        "try --dtype fp32; if it persists the checkpoint's weights are damaged: check them with `lmx verify`",
+        "try --dtype fp32; if it persists the checkpoint's weights are damaged: download it again",
     )

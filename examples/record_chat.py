@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-COLUMNS, ROWS = 96, 26
+COLUMNS, ROWS = 108, 26
 TURNS = (
     "Hello! My name is Ada.",
     "How do I make a model smaller?",

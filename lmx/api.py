@@ -8,10 +8,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, cast
 
-from lmx.convert.hub import HubId, find_model
+from lmx.convert.hub import HubId, check_online, find_local, find_model
+from lmx.convert.hub_headers import HeaderCheckpoint
+from lmx.convert.pickle_source import PickleCheckpoint, holds_pickles_only
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, NotFoundError, UsageError
 from lmx.core.files import quoted
+from lmx.core.registry import model_type_of
 from lmx.core.text.engine import TextEngine
 
 if TYPE_CHECKING:
@@ -51,8 +54,9 @@ def load(
 
     model: a checkpoint's folder, or a hub id `org/name[@revision]` that is taken from the Hugging Face cache or pulled
     into it; None is the embedded demo. device: None is "auto", the best that this machine has. dtype: a torch dtype or
-    its name; None keeps the weights as they are stored. quantize: "nf4", "fp4", "int8" or a `QuantSpec`: quantize a
-    plain checkpoint while it is loaded; one that is quantized already runs as it is, without. head: "causal", "none",
+    its name; None keeps the weights as they are stored, and of several dtypes gives all that of most bytes. quantize:
+    "nf4", "fp4", "int8", optimum-quanto's "qint8", "qint4", "qint2" or "qfloat8", or a `QuantSpec`: quantize a plain
+    checkpoint while it is loaded; one that is quantized already runs as it is, without. head: "causal", "none",
     "sequence" or "token". head_scheme: "int8" or "nf4" quantizes the output head too.
 
     Raises:
@@ -158,9 +162,26 @@ def open_checkpoint(
         folder = demo_path()
     else:
         folder = find_model(model, revision=revision, offline=offline, show_progress=show_progress)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_folder(folder)
     check_runnable(checkpoint)
     return checkpoint
+
+
+def open_headers(model: str | Path | None, *, revision: str | None = None, offline: bool = False) -> Checkpoint:
+    """Find a model to look at, not to run: of one on the hub that is not here, only headers are fetched.
+
+    What is quantized, or not supported, is opened too. Raises as `load`.
+    """
+    found = demo_path() if model is None else find_local(model, revision=revision)
+    if isinstance(found, Path):
+        return open_folder(found)
+    check_online(found, offline)
+    return HeaderCheckpoint.fetch(found)
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """The weights of a folder: safetensors, or pickles where there are none. Raises InputError, NotFoundError."""
+    return PickleCheckpoint.open(folder) if holds_pickles_only(folder) else Checkpoint.open(folder)
 
 
 def model_name(model: str | Path | None, revision: str | None = None) -> str:
@@ -180,7 +201,7 @@ def load_core(
     device: "torch.device",
 ) -> "core.LanguageModel":
     """The bare model, with whatever is to be quantized, or is already. Raises UsageError, InputError."""
-    if spec is None and head_scheme is None and checkpoint.quantization_config is None:
+    if spec is None and head_scheme is None and not checkpoint.is_quantized:
         from lmx.core.loader import load_model
 
         return load_model(checkpoint, head=head, dtype=dtype, device=device)
@@ -201,7 +222,8 @@ def choose_spec(quantize: "str | QuantSpec | None") -> "QuantSpec | None":
 
 
 def check_runnable(checkpoint: Checkpoint) -> None:
-    """Raise InputError for weights in a form that the models here do not compute with."""
+    """Raise InputError for an architecture, or weights in a form, that the models here do not compute with."""
+    model_type_of(checkpoint.config)
     if checkpoint.quantization_config is not None:
         method = checkpoint.quantization_config.get("quant_method", "bitsandbytes")
         if method != "bitsandbytes":
@@ -209,12 +231,8 @@ def check_runnable(checkpoint: Checkpoint) -> None:
                 f"{quoted(checkpoint.label)} is quantized by {method!s:.40}",
                 "take the model it was made from, or one quantized with bitsandbytes",
             )
+    if checkpoint.is_quantized:
         return  # what is in it, the loader checks
-    if any(name.endswith(".weight._data") or name.endswith(".weight._data._data") for name in checkpoint.infos):
-        raise InputError(
-            f"{quoted(checkpoint.label)} is quantized by optimum-quanto, which lmx does not read",
-            "take the model it was made from, or one quantized with bitsandbytes",
-        )
     for info in checkpoint.infos.values():
         if info.dtype not in _STORED:
             raise InputError(
@@ -248,7 +266,7 @@ def choose_dtype(dtype: "torch.dtype | str | None", checkpoint: Checkpoint) -> "
         return dtype
     if dtype is not None and dtype not in _DTYPES:
         raise UsageError(f"dtype {quoted(dtype)} is unknown", "give bf16, fp16 or fp32")
-    if dtype is None and checkpoint.quantization_config is not None:
+    if dtype is None and checkpoint.is_quantized:
         from lmx.quant.stored import common_dtype, find_matrices, plain_infos
 
         return common_dtype(plain_infos(checkpoint, find_matrices(checkpoint)))

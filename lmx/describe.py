@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmx.api import choose_dtype, stored_bytes
+from lmx.api import check_runnable, choose_dtype, open_checkpoint, open_headers, stored_bytes
+from lmx.convert.hub_headers import HeaderCheckpoint
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import LmxError
 from lmx.core.files import read_bounded
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lmx.core.layers.moe import ExpertBank
     from lmx.core.model import LanguageModel
     from lmx.core.names import Shape
+    from lmx.quant.stored import StoredMatrices
 
 STATE_CONTEXT = 4096
 """The context at which the state's memory is given, or the model's own if that is shorter."""
@@ -60,6 +62,18 @@ class Description:
     def memory_to_run(self) -> int:
         """Weights and state together; what torch itself and the prompt's activations take comes on top."""
         return self.weight_bytes + self.state_bytes
+
+
+def open_described(
+    model: str | Path | None, *, revision: str | None = None, offline: bool = False, show_progress: bool = False
+) -> Checkpoint:
+    """Find a model to describe; of one on the hub that is not here only headers are fetched. Raises as `lmx.load`."""
+    checkpoint = open_headers(model, revision=revision, offline=offline)
+    if isinstance(checkpoint, HeaderCheckpoint) and checkpoint.is_quantized:
+        # What shapes a packed matrix had stands among the weights
+        return open_checkpoint(model, revision=revision, offline=offline, show_progress=show_progress)
+    check_runnable(checkpoint)
+    return checkpoint
 
 
 def describe(name: str, checkpoint: Checkpoint) -> Description:
@@ -107,16 +121,27 @@ class _Stored:
 
 
 def _stored(checkpoint: Checkpoint) -> _Stored:
-    if checkpoint.quantization_config is None:
+    if not checkpoint.is_quantized:
         shapes = {info.name: info.shape for info in checkpoint.infos.values()}
         return _Stored(shapes, sorted(stored_bytes(checkpoint)))
-    from lmx.quant.spec import QuantSpec
     from lmx.quant.stored import StoredMatrices, find_matrices, plain_infos
 
-    spec = QuantSpec.from_config(checkpoint.quantization_config)
     plain = plain_infos(checkpoint, find_matrices(checkpoint))
-    scheme = f"{spec.scheme}{' with double quantization' if spec.double_quant else ''} (bitsandbytes)"
-    return _Stored(StoredMatrices.read(checkpoint).shapes, sorted({info.dtype for info in plain.values()}), scheme)
+    stored = StoredMatrices.read(checkpoint)
+    return _Stored(stored.shapes, sorted({info.dtype for info in plain.values()}), _scheme(checkpoint, stored))
+
+
+def _scheme(checkpoint: Checkpoint, stored: "StoredMatrices") -> str:
+    """The quantization in words: what config.json says, or which of optimum-quanto's types the matrices have."""
+    from lmx.quant.quanto import Quanto
+    from lmx.quant.spec import QuantSpec
+
+    config = checkpoint.quantization_config
+    if config is None:
+        types = {matrix.quant_type for matrix in stored.matrices.values() if isinstance(matrix, Quanto)}
+        return f"{', '.join(sorted(types))} (optimum-quanto)"
+    spec = QuantSpec.from_config(config)
+    return f"{spec.scheme}{' with double quantization' if spec.double_quant else ''} (bitsandbytes)"
 
 
 def _idle_parameters(model: "LanguageModel") -> int:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lmx.api import open_folder, open_headers
 from lmx.convert.hub import HubId, find_model
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, UsageError
@@ -42,12 +43,12 @@ def quantize(
     max_kl: float | None = None,
     force: bool = False,
 ) -> Report:
-    """Quantize a model into a new checkpoint folder, in the bitsandbytes serialization, and say what was done.
+    """Quantize a model into a new checkpoint folder, and say what was done.
 
-    model: as for `load`. output: without it, NAME-SCHEME in the working folder. scheme: "nf4", "fp4" or "int8".
-    skip: module names or globs that stay as they are. check: a text on which the complete output is compared with the
-    source, before it gets its name; past a KL divergence of `max_kl` nats a token it does not get it. A run that was
-    stopped goes on where it was.
+    model: as for `load`. output: without it, NAME-SCHEME in the working folder. scheme: "nf4", "fp4" or "int8" in the
+    bitsandbytes serialization; "qint8", "qint4", "qint2" or "qfloat8" in optimum-quanto's. skip: module names or globs
+    that stay as they are. check: a text on which the complete output is compared with the source, before it gets its
+    name; past a KL divergence of `max_kl` nats a token it does not get it. A run that was stopped goes on where it was.
 
     Raises:
         UsageError: the scheme does not exist, or not with these settings.
@@ -104,16 +105,23 @@ class Quantization:
         revision: str | None = None,
         offline: bool = False,
         show_progress: bool = False,
+        headers_only: bool = False,
     ) -> "Quantization":
-        """Find the model, or pull it. Raises as `quantize`."""
+        """Find the model, or pull it. headers_only: fetch no weights, which is enough to `predict`.
+
+        Raises as `quantize`.
+        """
         from lmx.quant.quantize import Options
 
         spec = _spec(scheme, block_size, double_quant, tuple(skip))
-        folder = find_model(model, revision=revision, offline=offline, show_progress=show_progress)
         if max_kl is not None and check is None:
             raise UsageError("--max-kl needs a text to measure on", "add --check TEXTFILE")
+        if headers_only:
+            source = open_headers(model, revision=revision, offline=offline)
+        else:
+            source = open_folder(find_model(model, revision=revision, offline=offline, show_progress=show_progress))
+        folder = source.folder
         target = Path(output) if output is not None else Path(f"{_stem(model, folder, revision)}-{scheme}")
-        source = Checkpoint.open(folder)
         options = Options(
             max_shard_bytes,
             max_memory_bytes,

@@ -24,6 +24,7 @@ from lmx.quant.int8 import quantize_int8
 from lmx.quant.matmul import Matrix, QuantMatrix, dequantize
 from lmx.quant.modules import QuantExpertBank, QuantHead, QuantLinear
 from lmx.quant.plan import classify, plan_source
+from lmx.quant.quanto import quantize_quanto
 from lmx.quant.spec import QuantSpec
 from lmx.quant.stored import StoredMatrices
 
@@ -81,7 +82,9 @@ def load_quantized(
 
 
 def quantize_matrix(x: Tensor, spec: QuantSpec, name: str = "the tensor") -> QuantMatrix:
-    """Quantize a matrix [out, in] by a spec. Raises InputError as `quantize_4bit` and `quantize_int8`."""
+    """Quantize a matrix [out, in] by a spec. Raises InputError as the function of its scheme."""
+    if spec.quanto_type is not None:
+        return quantize_quanto(x, spec.quanto_type, name)
     if spec.four_bit_type is None:
         return quantize_int8(x, name)
     return quantize_4bit(x, spec.four_bit_type, spec.block_size, spec.double_quant, name)

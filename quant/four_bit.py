@@ -59,6 +59,11 @@ class FourBit:
         return four_bit_map(self.quant_type)
 
     @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.absmax.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weight and its scales, without the constant tables."""
         nested = self.nested.absmax.nbytes if self.nested else 0

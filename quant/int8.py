@@ -33,6 +33,11 @@ class Int8:
         return tuple(self.weight.shape)
 
     @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.absmax.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weight and its scales."""
         return self.weight.nbytes + self.absmax.nbytes

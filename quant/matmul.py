@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lmx.quant import four_bit, int8
+from lmx.quant import four_bit, int8, quanto
 from lmx.quant.chunks import for_chunks
 from lmx.quant.four_bit import NESTED_BLOCK_SIZE, FourBit
 from lmx.quant.int8 import Int8
+from lmx.quant.quanto import Quanto
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
-QuantMatrix = FourBit | Int8
+QuantMatrix = FourBit | Int8 | Quanto
 Matrix = QuantMatrix | Tensor
 Product = Callable[[Tensor], Tensor]
 
@@ -30,18 +31,20 @@ _OUTLIER_THRESHOLD = 6.0
 def choose_product(q: Matrix) -> Product:
     """The function that multiplies by a matrix [rows, columns]: x [..., columns] -> [..., rows], in the dtype of x.
 
-    This is the one place that picks a kernel: bitsandbytes for matrices on a CUDA device, else torch. A tensor is a
-    matrix that was kept from quantization.
+    This is the one place that picks a kernel: bitsandbytes for its matrices on a CUDA device, else torch. A tensor is
+    a matrix that was kept from quantization.
     """
     if isinstance(q, Tensor):
         return partial(plain_product, q)
-    if q.absmax.device.type == "cuda":
+    if q.device.type == "cuda" and not isinstance(q, Quanto):
         return bitsandbytes_product(q)
     return partial(tiled_product, q)
 
 
 def dequantize(q: QuantMatrix, dtype: torch.dtype | None = None) -> Tensor:
     """The values of a quantized matrix, in `dtype` or in the dtype that its source had."""
+    if isinstance(q, Quanto):
+        return quanto.dequantize_quanto(q, dtype)
     return four_bit.dequantize_4bit(q, dtype) if isinstance(q, FourBit) else int8.dequantize_int8(q, dtype)
 
 
@@ -61,7 +64,7 @@ def tiled_product(q: QuantMatrix, x: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], q.shape[0])
 
 
-def bitsandbytes_product(q: QuantMatrix) -> Product:
+def bitsandbytes_product(q: FourBit | Int8) -> Product:
     """Multiply by bitsandbytes' kernels; int8 as LLM.int8(), which also rounds the activations to 8 bits."""
     return _bitsandbytes_4bit(q) if isinstance(q, FourBit) else _bitsandbytes_int8(q)
 
@@ -108,9 +111,11 @@ def _tile_rows(q: QuantMatrix) -> int:
 
 
 def _tile(q: QuantMatrix, start: int, stop: int) -> Tensor:
-    """The rows from `start` up to `stop` in float32 [stop - start, columns]."""
+    """The rows from `start` up to `stop` [stop - start, columns], in float32 or the dtype of the source."""
     if isinstance(q, Int8):
         return int8.dequantize_rows(q, start, stop)
+    if isinstance(q, Quanto):
+        return quanto.dequantize_rows(q, start, stop)
     columns = q.shape[1]
     return four_bit.dequantize_range(q, start * columns, stop * columns).view(-1, columns)
 

@@ -2,14 +2,19 @@
 
 import resource
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lmx.core.errors import ResourceError
 from lmx.quant.plan import Plan, PlannedWeight, layout_bytes
-from lmx.quant.serialize import layout
 
 # Kept weights pass through in pieces of this size.
 PIECE_BYTES = 32 << 20
+# A kept piece in work: its pages, what the check for NaN makes of them, and what is being written.
+_KEPT_BYTES = 4 * PIECE_BYTES
+# What the allocator keeps of earlier matrices for later ones, as benchmarks/quantize_published.py shows it.
+_ALLOCATOR_BYTES = 60 << 20
 # What a worker needs beside its matrix: float32 blocks, codes and their copies, a quarter million elements each.
 _SCRATCH_BYTES = 12 << 20
 
@@ -29,13 +34,34 @@ def predict_peak(plan: Plan, workers: int) -> int:
 
 
 def working_bytes(plan: Plan, workers: int) -> int:
-    """What the job itself holds at most: a source matrix and scratch for each worker, and results on their way out."""
-    quantized = [weight for weight in plan.weights if weight.kept is None]
-    source = max((_source_pages(weight) for weight in quantized), default=0)
-    result = max((layout_bytes(layout(w.name, w.shape, plan.spec)) for w in quantized), default=0)
-    kept = max((min(w.source_bytes, 3 * PIECE_BYTES) for w in plan.weights if w.kept), default=0)
-    busy = min(workers, len(quantized))
-    return busy * (source + _SCRATCH_BYTES) + min(results_in_flight(workers), len(quantized)) * result + kept
+    """What the job itself holds at most: sources in work with their scratch, and results on their way out.
+
+    Weights are taken in their order, so that only neighbours are in flight together: one being written and some ahead
+    of it, of which each worker has one in work.
+    """
+    costs = [_Cost.of(weight, plan) for weight in plan.weights]
+    span = results_in_flight(workers)
+    windows = (costs[first : first + span] for first in range(max(1, len(costs) - span + 1)))
+    return _ALLOCATOR_BYTES + max(_window_bytes(window, workers) for window in windows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """Bytes of one weight: its source while it is in work, its result until it is written."""
+
+    source: int
+    result: int
+
+    @classmethod
+    def of(cls, weight: PlannedWeight, plan: Plan) -> "_Cost":
+        if weight.kept:
+            return cls(0, min(weight.source_bytes, _KEPT_BYTES))
+        return cls(_source_pages(weight) + _SCRATCH_BYTES, layout_bytes(weight.layout(plan.spec)))
+
+
+def _window_bytes(costs: Sequence[_Cost], workers: int) -> int:
+    in_work = sorted((cost.source for cost in costs[1:]), reverse=True)[:workers]
+    return sum(in_work) + sum(cost.result for cost in costs)
 
 
 def results_in_flight(workers: int) -> int:

@@ -13,9 +13,9 @@ from lmx.core.config import ModelConfig
 from lmx.core.errors import InputError
 from lmx.core.heads import CausalHead
 from lmx.core.layers.activation import ACTIVATIONS
-from lmx.quant.four_bit import FourBit
+from lmx.quant.int8 import Int8
 from lmx.quant.matmul import Matrix, Product, QuantMatrix, choose_product, dequantize
-from lmx.quant.serialize import four_bit_tensors, int8_tensors
+from lmx.quant.serialize import matrix_tensors
 
 TensorFunction = Callable[[Tensor], Tensor]
 
@@ -45,7 +45,7 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        scheme = self.weight.quant_type if isinstance(self.weight, FourBit) else "int8"
+        scheme = "int8" if isinstance(self.weight, Int8) else self.weight.quant_type
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, scheme={scheme}"
 
     def _apply(self, fn: TensorFunction, recurse: bool = True) -> "QuantLinear":
@@ -55,7 +55,7 @@ class QuantLinear(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        destination.update(_tensors(f"{prefix}weight", self.weight))
+        destination.update(matrix_tensors(f"{prefix}weight", self.weight))
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
@@ -148,10 +148,5 @@ def _check_matrix(q: Matrix) -> None:
 
 def _move(q: QuantMatrix, fn: TensorFunction) -> QuantMatrix:
     """Follow a module's move to another device. Integers show the device alone, whatever else `fn` does to floats."""
-    device = fn(torch.empty(0, dtype=torch.uint8, device=q.absmax.device)).device
-    return q if device == q.absmax.device else q.to(device)
-
-
-def _tensors(name: str, q: QuantMatrix) -> dict[str, Tensor]:
-    """The tensors of a matrix by their names in a checkpoint."""
-    return four_bit_tensors(name, q) if isinstance(q, FourBit) else int8_tensors(name, q)
+    device = fn(torch.empty(0, dtype=torch.uint8, device=q.device)).device
+    return q if device == q.device else q.to(device)

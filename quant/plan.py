@@ -17,18 +17,18 @@ from lmx.core.files import quoted
 from lmx.core.heads import CausalHead, ClassHead
 from lmx.core.layers.moe import ExpertBank
 from lmx.core.layers.norm import OffsetRMSNorm, RMSNorm
+from lmx.core.layers.rg_lru import RGLRU
 from lmx.core.loader import DECODER_PREFIX, HEAD_NAMES, bind, build, stored_head
 from lmx.core.mapped import ITEM_SIZES
 from lmx.core.model import LanguageModel
 from lmx.core.models.falcon_mamba import Mixer
-from lmx.core.models.recurrent_gemma import RGLRU
 from lmx.core.names import NameTable, Piece, Shape
 from lmx.core.registry import family_of
 from lmx.core.safetensors_file import TensorInfo
-from lmx.quant.serialize import Layout, layout
+from lmx.quant.quanto import is_too_small
+from lmx.quant.quanto_files import quanto_matrices
+from lmx.quant.serialize import FLOATS, Layout, layout
 from lmx.quant.spec import QuantSpec
-
-QUANTIZABLE = ("F32", "F16", "BF16")
 
 EMBEDDING = "embedding"
 HEAD = "output head"
@@ -40,6 +40,7 @@ SCAN = "scan parameter"
 GATE = "recurrence gate"
 SKIPPED = "named by --skip"
 NO_SMALLER = "would not get smaller"
+TOO_SMALL = "too small for the format"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,10 @@ class PlannedWeight:
     def source_bytes(self) -> int:
         """How many bytes it takes in the source."""
         return self.parameters * ITEM_SIZES[self.dtype]
+
+    def layout(self, spec: QuantSpec) -> Layout:
+        """Name, dtype and shape of every tensor that it becomes if it is quantized."""
+        return layout(self.name, self.shape, spec, FLOATS[self.dtype])
 
     @property
     def module(self) -> str:
@@ -118,7 +123,7 @@ def make_plan(config: Mapping[str, object], infos: Mapping[str, TensorInfo], spe
     Raises InputError where tensors are missing, unknown or of a wrong shape, where a matrix is stored in a dtype that
     cannot be quantized, and for a checkpoint that is quantized already.
     """
-    _check_plain(config)
+    _check_plain(config, infos)
     family = family_of(config)
     with torch.device("meta"):
         model = build(config, stored_head(config, infos), tied=False if "lm_head.weight" in infos else None)
@@ -191,10 +196,12 @@ def _kept_here(name: str, shape: Shape, dtype: str, spec: QuantSpec) -> str | No
     """Why a matrix that could be quantized is not, with these options."""
     if spec.skips(name.removesuffix(".weight")):
         return SKIPPED
-    if dtype not in QUANTIZABLE:
+    if dtype not in FLOATS:
         raise InputError(f"{quoted(name)} is stored as {dtype}, which cannot be quantized", _ORIGINAL)
+    if spec.quanto_type is not None and is_too_small(shape, spec.quanto_type):
+        return TOO_SMALL
     stored = prod(shape) * ITEM_SIZES[dtype]
-    return NO_SMALLER if layout_bytes(layout(name, shape, spec)) >= stored else None
+    return NO_SMALLER if layout_bytes(layout(name, shape, spec, FLOATS[dtype])) >= stored else None
 
 
 def layout_bytes(tensors: Layout) -> int:
@@ -215,9 +222,9 @@ class _Naming:
         return name.removeprefix(self._table.base_prefix) if self._bare else name
 
 
-def _check_plain(config: Mapping[str, object]) -> None:
-    if config.get("quantization_config") is not None:
-        raise InputError("config.json: the checkpoint is quantized already", _ORIGINAL)
+def _check_plain(config: Mapping[str, object], infos: Mapping[str, TensorInfo]) -> None:
+    if config.get("quantization_config") is not None or any(quanto_matrices(infos)):
+        raise InputError("the checkpoint is quantized already", _ORIGINAL)
 
 
 _ORIGINAL = "quantize the 16 or 32 bit original"

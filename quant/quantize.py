@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from math import sqrt
 from pathlib import Path
 
 import torch
@@ -26,21 +25,20 @@ from lmx.core.jsonfile import JSON
 from lmx.core.mapped import Advice
 from lmx.core.output import OutputFolder, check_target, open_output
 from lmx.core.shards import DEFAULT_SHARD_BYTES, Shard, ShardWriter, Slot, Unit, index_json, plan_shards
-from lmx.quant.four_bit import dequantize_range, quantize_4bit
-from lmx.quant.int8 import Int8, dequantize_rows, quantize_int8
-from lmx.quant.matmul import QuantMatrix
+from lmx.quant.apply import quantize_matrix
+from lmx.quant.error import rmse
 from lmx.quant.memory import PIECE_BYTES, choose_workers, peak_memory_bytes, predict_peak, results_in_flight
 from lmx.quant.plan import Plan, PlannedWeight, plan_source
+from lmx.quant.quanto_files import QMAP, quantization_map
 from lmx.quant.report import Checked, Event, Finished, Progress, Report, make_report
-from lmx.quant.serialize import four_bit_tensors, int8_tensors, layout
+from lmx.quant.serialize import FLOATS, matrix_tensors
 from lmx.quant.spec import QuantSpec
 
 # Changes whenever the same source and options would give other bytes: a half-made output of before is not continued.
 _FORMAT = 1
 _COMPANION_LIMIT_BYTES = 256 << 20
-_ERROR_ELEMENTS = 1 << 18
 _COMPUTE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_DTYPE_NAMES = {torch.float32: "F32", torch.uint8: "U8", torch.int8: "I8"}
+_DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"} | {v: k for k, v in FLOATS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ def predict(source: Source, target: Path, spec: QuantSpec, options: Options = Op
 
 
 def quantize(source: Source, target: Path, spec: QuantSpec, options: Options = Options()) -> Iterator[Event]:
-    """Quantize a checkpoint into the new folder `target`, in the bitsandbytes serialization.
+    """Quantize a checkpoint into the new folder `target`, in the serialization of bitsandbytes or optimum-quanto.
 
     Yields a Progress for each weight, Checked if there is a check, and at last Finished. A run that was stopped goes on
     at the first shard that was not complete, and ends with the same bytes. Until the end there is nothing under the
@@ -114,8 +112,7 @@ def plan_output(plan: Plan, max_shard_bytes: int) -> tuple[Shard, ...]:
 def _unit(weight: PlannedWeight, spec: QuantSpec) -> Unit:
     if weight.kept:
         return (Slot(weight.name, weight.dtype, weight.shape),)
-    tensors = layout(weight.name, weight.shape, spec)
-    return tuple(Slot(name, _DTYPE_NAMES[dtype], shape) for name, (dtype, shape) in tensors.items())
+    return tuple(Slot(name, _DTYPE_NAMES[dtype], shape) for name, (dtype, shape) in weight.layout(spec).items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +133,8 @@ class _Quantized:
 def _write_shards(
     source: Source, plan: Plan, shards: Sequence[Shard], output: OutputFolder, pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[Progress]:
-    by_name = {weight.name: weight for weight in plan.weights}
-    held = {shard.name: [by_name[unit[0].name] for unit in shard.units] for shard in shards}
+    by_first = {_unit(weight, plan.spec)[0].name: weight for weight in plan.weights}
+    held = {shard.name: [by_first[unit[0].name] for unit in shard.units] for shard in shards}
     open_shards = [shard for shard in shards if shard.name not in output.finished]
     resumed = plan.parameters - sum(weight.parameters for shard in open_shards for weight in held[shard.name])
     done = resumed
@@ -191,32 +188,8 @@ def _start(source: Source, weight: PlannedWeight, spec: QuantSpec, pool: ThreadP
 
 def _quantize(tensor: Tensor, weight: PlannedWeight, spec: QuantSpec) -> _Quantized:
     tensor = tensor.contiguous()
-    q: QuantMatrix
-    if spec.four_bit_type is None:
-        q = quantize_int8(tensor, quoted(weight.piece.hub))
-        return _Quantized(int8_tensors(weight.name, q), rmse(q, tensor))
-    q = quantize_4bit(tensor, spec.four_bit_type, spec.block_size, spec.double_quant, quoted(weight.piece.hub))
-    return _Quantized(four_bit_tensors(weight.name, q), rmse(q, tensor))
-
-
-def rmse(q: QuantMatrix, source: Tensor) -> float:
-    """The root mean square of `dequantized - source`; a few MB of temporaries, whatever the size."""
-    total = 0.0
-    if isinstance(q, Int8):
-        step = max(1, _ERROR_ELEMENTS // q.shape[1])
-        for start in range(0, len(source), step):
-            total += _squares(dequantize_rows(q, start, start + step), source[start : start + step])
-    else:
-        flat = source.reshape(-1)
-        for start in range(0, flat.numel(), _ERROR_ELEMENTS):
-            stop = min(start + _ERROR_ELEMENTS, flat.numel())
-            total += _squares(dequantize_range(q, start, stop), flat[start:stop])
-    return sqrt(total / source.numel())
-
-
-def _squares(values: Tensor, source: Tensor) -> float:
-    difference = values.sub_(source).view(-1)
-    return torch.dot(difference, difference).item()
+    q = quantize_matrix(tensor, spec, quoted(weight.piece.hub))
+    return _Quantized(matrix_tensors(weight.name, q), rmse(q, tensor))
 
 
 def _write(source: Source, work: _Work, file: ShardWriter) -> float | None:
@@ -267,13 +240,22 @@ def _add_small_files(
 ) -> None:
     if len(shards) > 1:
         output.add(INDEX, index_json(shards))
-    output.add("config.json", (json.dumps(quantized_config(source, plan), indent=2) + "\n").encode())
+    output.add("config.json", _json_bytes(quantized_config(source, plan)))
+    if plan.spec.quanto_type is not None:
+        names = (weight.name for weight in plan.weights if weight.kept is None)
+        output.add(QMAP, _json_bytes(quantization_map(names, plan.spec.quanto_type)))
     for path in companions:
         output.add(path.name, read_bounded(path, _COMPANION_LIMIT_BYTES))
 
 
+def _json_bytes(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
 def quantized_config(source: Source, plan: Plan) -> dict[str, object]:
-    """The source's config.json with the `quantization_config` that transformers reads."""
+    """The source's config.json with the `quantization_config` that transformers reads; optimum-quanto writes none."""
+    if plan.spec.quanto_type is not None:
+        return dict(source.config)
     stored = Counter(weight.dtype for weight in plan.weights if weight.kept is None)
     compute = _COMPUTE_DTYPES[stored.most_common(1)[0][0] if stored else "BF16"]
     return {**source.config, "quantization_config": plan.spec.to_config(plan.kept_modules, compute)}

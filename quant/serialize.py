@@ -8,6 +8,7 @@ Four bits, for a matrix `NAME` (usually `….weight`):
     NAME.quant_state.bitsandbytes__nf4     the rest, as the bytes of a JSON object; or …__fp4
 Eight bits, for a matrix `….weight`: `….weight` int8 [rows, columns], `….SCB` float32 [rows] and `….weight_format`,
 a uint8 scalar that is 0 for "row by row".
+optimum-quanto's own serialization is in `quanto_files`; `layout` and `matrix_tensors` know both.
 """
 
 import json
@@ -22,7 +23,12 @@ from lmx.core.errors import InputError
 from lmx.quant.codebook import FourBitType, four_bit_map
 from lmx.quant.four_bit import BLOCK_SIZES, NESTED_BLOCK_SIZE, FourBit, NestedScales
 from lmx.quant.int8 import Int8
+from lmx.quant.matmul import QuantMatrix
+from lmx.quant.quanto import Quanto
+from lmx.quant.quanto_files import quanto_layout, quanto_tensors
 from lmx.quant.spec import DTYPES, QuantSpec
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -50,8 +56,20 @@ def int8_tensors(name: str, q: Int8) -> dict[str, Tensor]:
     return {name: q.weight, scb: q.absmax, weight_format: torch.zeros((), dtype=torch.uint8)}
 
 
-def layout(name: str, shape: tuple[int, ...], spec: QuantSpec) -> Layout:
-    """Name, dtype and shape of every tensor that a matrix of `shape` becomes, without its data."""
+def matrix_tensors(name: str, q: QuantMatrix) -> dict[str, Tensor]:
+    """The tensors of a quantized matrix by their names in a checkpoint."""
+    if isinstance(q, Quanto):
+        return quanto_tensors(name, q)
+    return four_bit_tensors(name, q) if isinstance(q, FourBit) else int8_tensors(name, q)
+
+
+def layout(name: str, shape: tuple[int, ...], spec: QuantSpec, dtype: torch.dtype) -> Layout:
+    """Name, dtype and shape of every tensor that a matrix of `shape` becomes, without its data.
+
+    dtype: that of the source, in which optimum-quanto stores its scales.
+    """
+    if spec.quanto_type is not None:
+        return quanto_layout(name, shape, spec.quanto_type, dtype)
     if spec.four_bit_type is None:
         scb, weight_format = int8_companions(name)
         return {name: (torch.int8, shape), scb: (torch.float32, shape[:1]), weight_format: (torch.uint8, ())}

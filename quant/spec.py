@@ -8,8 +8,9 @@ from typing import Literal, cast, get_args
 from lmx.core.errors import InputError
 from lmx.quant.codebook import FourBitType
 from lmx.quant.four_bit import check_block_size
+from lmx.quant.quanto import QUANTO_TYPES, QuantoType
 
-Scheme = Literal["nf4", "fp4", "int8"]
+Scheme = Literal["nf4", "fp4", "int8", "qint8", "qint4", "qint2", "qfloat8"]
 SCHEMES: tuple[str, ...] = get_args(Scheme)
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -21,7 +22,8 @@ _OUTLIER_THRESHOLD = 6.0
 class QuantSpec:
     """A scheme with its settings; raises `InputError` for a combination that does not exist.
 
-    scheme: `nf4` and `fp4` in blocks of `block_size`, with `double_quant` for 8-bit absmax; `int8` row-wise.
+    scheme: `nf4` and `fp4` in blocks of `block_size`, with `double_quant` for 8-bit absmax; `int8` row-wise;
+    `qint8`, `qint4`, `qint2` and `qfloat8` as optimum-quanto does them.
     skip: module names or globs that stay as they are: `lm_head`, `*.down_proj`, `model.layers.0`.
     """
 
@@ -33,14 +35,20 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise InputError(f"unknown quantization scheme {self.scheme!r}", f"use one of {', '.join(SCHEMES)}")
-        if self.scheme == "int8" and (self.double_quant or self.block_size != 64):
-            raise InputError("int8 has neither blocks nor double quantization", "leave these options out, or use nf4")
+        if self.four_bit_type is None and (self.double_quant or self.block_size != 64):
+            hint = "leave these options out, or use nf4"
+            raise InputError(f"{self.scheme} has neither a block size nor double quantization", hint)
         check_block_size(self.block_size)
 
     @property
     def four_bit_type(self) -> FourBitType | None:
-        """The type of the four bits, or None for int8."""
-        return None if self.scheme == "int8" else self.scheme
+        """The type of the four bits in bitsandbytes' serialization, or None."""
+        return self.scheme if self.scheme == "nf4" or self.scheme == "fp4" else None
+
+    @property
+    def quanto_type(self) -> QuantoType | None:
+        """The type in optimum-quanto's serialization, or None."""
+        return cast(QuantoType, self.scheme) if self.scheme in QUANTO_TYPES else None
 
     def skips(self, module: str) -> bool:
         """Whether a module is to stay as it is: a pattern matches its name, the end of it, or a module around it.
@@ -51,7 +59,7 @@ class QuantSpec:
         return any(fnmatchcase(module, form.format(pattern)) for pattern in self.skip for form in forms)
 
     def to_config(self, kept: Sequence[str], compute_dtype: str) -> dict[str, object]:
-        """The `quantization_config` that transformers' BitsAndBytesConfig reads.
+        """The `quantization_config` that transformers' BitsAndBytesConfig reads, for nf4, fp4 and int8.
 
         kept: every module that was not quantized (a given list replaces the reader's own default);
         compute_dtype: one of `DTYPES`, the dtype of the products.

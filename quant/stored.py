@@ -14,15 +14,17 @@ from lmx.core.checkpoint import Source
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
 from lmx.core.jsonfile import JSON
+from lmx.core.loader import DECODER_PREFIX, HEAD_NAMES, build, stored_head
 from lmx.core.mapped import ITEM_SIZES, Advice
 from lmx.core.names import Shape
+from lmx.core.registry import family_of
 from lmx.core.safetensors_file import TensorInfo
 from lmx.quant.codebook import FourBitType
 from lmx.quant.matmul import QuantMatrix, dequantize
-from lmx.quant.serialize import STATE_PREFIX, int8_companions, read_four_bit, read_int8
+from lmx.quant.quanto_files import is_packed, is_quanto, quanto_matrices, read_quanto
+from lmx.quant.serialize import FLOATS, STATE_PREFIX, int8_companions, read_four_bit, read_int8
 from lmx.quant.spec import QuantSpec
 
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _HINT = "the checkpoint is damaged or in another format: download it again, or take the model it was made from"
 
@@ -30,15 +32,15 @@ _HINT = "the checkpoint is damaged or in another format: download it again, or t
 def find_matrices(source: Source) -> dict[str, tuple[str, ...]]:
     """Every quantized matrix of a checkpoint by name, with all the tensors that make it up; from the headers alone.
 
-    Raises InputError for a quantization other than bitsandbytes', and for a config.json that announces one where the
-    files hold none.
+    The tensor with the bulk comes first. bitsandbytes announces itself in config.json, optimum-quanto does not. Raises
+    InputError for another quantization, and for a config.json that announces one where the files hold none.
     """
     config, infos = source.config.get("quantization_config"), source.infos
     if config is not None:
         if not isinstance(config, dict):
             raise InputError(f"{quoted(source.label)}: quantization_config in config.json is no object", _HINT)
         QuantSpec.from_config(config)
-    found = dict(_four_bit_matrices(infos)) | dict(_int8_matrices(infos))
+    found = dict(_four_bit_matrices(infos)) | dict(_int8_matrices(infos)) | dict(quanto_matrices(infos))
     if config is not None and not found:
         raise InputError(f"{quoted(source.label)} holds no quantized tensors, but config.json announces them", _HINT)
     return found
@@ -77,10 +79,14 @@ def _int8_matrices(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, tuple
 
 @dataclass(frozen=True)
 class StoredMatrices:
-    """The quantized matrices of a checkpoint, on its own bytes, and the shapes that all its weights really have."""
+    """The quantized matrices of a checkpoint, on its own bytes, and the shapes that all its weights really have.
+
+    bulk: the tensor that holds the codes of each matrix.
+    """
 
     matrices: Mapping[str, QuantMatrix]
     shapes: Mapping[str, Shape]
+    bulk: Mapping[str, str]
 
     @classmethod
     def read(cls, source: Source, dtype: torch.dtype | None = None) -> "StoredMatrices":
@@ -92,16 +98,49 @@ class StoredMatrices:
         groups = find_matrices(source)
         plain = plain_infos(source, groups)
         dtype = dtype or common_dtype(plain)
-        matrices = {name: _read(source, name, members, dtype) for name, members in groups.items()}
-        return cls(matrices, _shapes(source, matrices, plain))
+        packed = packed_shapes(source, groups, plain)
+        matrices = {name: _read(source, name, members, dtype, packed.get(name)) for name, members in groups.items()}
+        bulk = {name: members[0] for name, members in groups.items()}
+        return cls(matrices, _shapes(source, matrices, plain, bulk), bulk)
 
 
-def _shapes(source: Source, matrices: Mapping[str, QuantMatrix], plain: Mapping[str, TensorInfo]) -> dict[str, Shape]:
+def packed_shapes(
+    source: Source, groups: Mapping[str, tuple[str, ...]], plain: Mapping[str, TensorInfo]
+) -> dict[str, Shape]:
+    """The shapes that config.json gives to the matrices whose tensors do not tell them, optimum-quanto's packed ones.
+
+    Raises InputError for a matrix that the model does not have.
+    """
+    packed = [name for name, members in groups.items() if is_packed(members)]
+    if not packed:
+        return {}
+    names = plain.keys() | groups.keys()
+    family = family_of(source.config)
+    with torch.device("meta"):
+        tied = False if "lm_head.weight" in names else None
+        model = build(source.config, stored_head(source.config, names), tied=tied)
+    table, shapes = family.names(model.config), {n: tuple(p.shape) for n, p in model.named_parameters()}
+    heads = {hub: ours for ours, hub in HEAD_NAMES.items()}
+    prefix = "" if any(name.startswith(table.base_prefix) for name in names) else table.base_prefix
+
+    def shape_of(name: str) -> Shape:
+        ours = heads.get(name) or next((DECODER_PREFIX + ours for ours, _ in table.pieces(prefix + name, ())), name)
+        if ours not in shapes:
+            raise InputError(f"{quoted(name)}: the model of config.json has no such matrix", _HINT)
+        return shapes[ours]
+
+    return {name: shape_of(name) for name in packed}
+
+
+def _shapes(
+    source: Source, matrices: Mapping[str, QuantMatrix], plain: Mapping[str, TensorInfo], bulk: Mapping[str, str]
+) -> dict[str, Shape]:
     """In the order of the file, a matrix where its bytes are."""
+    matrix_at = {tensor: name for name, tensor in bulk.items()}
     return {
-        name: matrices[name].shape if name in matrices else plain[name].shape
-        for name in source.infos
-        if name in matrices or name in plain
+        matrix_at.get(tensor, tensor): matrices[matrix_at[tensor]].shape if tensor in matrix_at else plain[tensor].shape
+        for tensor in source.infos
+        if tensor in matrix_at or tensor in plain
     }
 
 
@@ -113,8 +152,10 @@ def common_dtype(infos: Mapping[str, TensorInfo]) -> torch.dtype:
     return FLOATS[max(counted, key=lambda name: counted[name])]
 
 
-def _read(source: Source, name: str, members: tuple[str, ...], dtype: torch.dtype) -> QuantMatrix:
+def _read(source: Source, name: str, members: tuple[str, ...], dtype: torch.dtype, shape: Shape | None) -> QuantMatrix:
     tensors = {member: source.tensor(member) for member in members if member in source.infos}
+    if is_quanto(members):
+        return read_quanto(name, tensors, shape)
     is_int8 = members[1] == int8_companions(name)[0]
     return read_int8(name, tensors, dtype) if is_int8 else read_four_bit(name, tensors)
 
@@ -169,10 +210,10 @@ class DequantizedSource:
 
     def advise(self, name: str, advice: Advice) -> None:
         """Pass it on for the bulk of the tensor."""
-        self._source.advise(name, advice)
+        self._source.advise(self._stored.bulk.get(name, name), advice)
 
     def _info(self, name: str, shape: Shape) -> TensorInfo:
-        info, matrix = self._source.infos[name], self._stored.matrices.get(name)
+        info, matrix = self._source.infos[self._stored.bulk.get(name, name)], self._stored.matrices.get(name)
         was = FLOATS[info.dtype] if matrix is None else matrix.dtype
         dtype = next(key for key, value in FLOATS.items() if value == (self._dtype or was))
-        return replace(info, dtype=dtype, shape=shape, nbytes=prod(shape) * ITEM_SIZES[dtype])
+        return replace(info, name=name, dtype=dtype, shape=shape, nbytes=prod(shape) * ITEM_SIZES[dtype])

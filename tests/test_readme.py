@@ -2,9 +2,11 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from readme import README, command, commands
+from small_checkpoint import write_checkpoint
 from support import run_lmx
 
 HUB_ID = re.compile(r"\b(?:mistralai|allenai|tiiuae|google|databricks)/[\w.-]+")
@@ -29,3 +31,16 @@ def test_commands_run(line: str) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert "Traceback" not in done.stderr
+
+
+def test_python_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        code, replaced = HUB_ID.subn(str(folder), block)
+        assert replaced
+        names: dict[str, object] = {}
+        exec(code, names)
+        names["model"].close()  # type: ignore[attr-defined]
+    assert "tensor(" in capsys.readouterr().out

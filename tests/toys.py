@@ -81,9 +81,16 @@ class ToyModel(nn.Module):
         return ToyState([[] for _ in range(batch_size)], recurrent=self.recurrent)
 
     def forward(
-        self, input_ids: Tensor, *, attention_mask: Tensor | None, state: ToyState, logits_to_keep: int
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None,
+        state: ToyState,
+        logits_to_keep: int,
+        output_router_logits: bool,
     ) -> Output:
         assert logits_to_keep == 1
+        assert not output_router_logits
         self.calls.append(input_ids.shape[1])
         self.grad_was_enabled |= torch.is_grad_enabled()
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

@@ -5,29 +5,26 @@ recurrence, the RG-LRU, to one of local attention, and a gated MLP after each.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmx.core.config import ConfigReader, ModelConfig, RopeConfig, count_labels
-from lmx.core.decoder import AttentionCall, Decoder, Inputs, plan_attention
+from lmx.core.decoder import AttentionCall, Call, Decoder, Inputs, plan_attention
 from lmx.core.kv_cache import WindowKVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS
 from lmx.core.layers.conv import causal_conv
 from lmx.core.layers.initialise import initialise_normal
-from lmx.core.layers.linear_recurrence import rg_lru
 from lmx.core.layers.norm import OffsetRMSNorm
 from lmx.core.layers.padding import Compaction
+from lmx.core.layers.rg_lru import RGLRU
 from lmx.core.names import NameTable, Rename
 from lmx.core.recurrent_state import GriffinState
 from lmx.core.registry import Family
 from lmx.core.state import Span, State
 
 LayerMemory = GriffinState | WindowKVCache
-
-_LARGEST_SQRT_GRADIENT = 1000.0
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,12 @@ class RecurrentGemmaConfig(ModelConfig):
         read = ConfigReader(raw)
         vocab = read.integer("vocab_size")
         hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads", most=65536)
-        vocab = read.integer("vocab_size")
         layers, conv_width = read.integer("num_hidden_layers", most=4096), read.integer("conv1d_width", 4, most=1024)
         variance = read.number("w_init_variance_scale", 0.01)
         cycle = read.names("_block_types") or read.names("block_types") or ("recurrent", "recurrent", "attention")
         if not set(cycle) <= {"recurrent", "attention"}:
             raise read.error("block_types", f"has {sorted(set(cycle))}; supported: recurrent, attention")
-        read.ignore("_block_types", "block_types", "layers_block_type", "layer_types")
-        read.ignore("initializer_range")
+        read.ignore("_block_types", "block_types", "layers_block_type", "layer_types", "initializer_range")
         config = cls(
             vocab_size=vocab,
             hidden_size=hidden,
@@ -137,64 +132,6 @@ class LocalAttention(nn.Module):
         return self.o(call.attend(query, key, value, cache, self.dropout if self.training else 0.0))
 
 
-class _BoundedSqrt(torch.autograd.Function):
-    """A square root whose gradient stays finite at zero, so that training in 16 bits meets no NaN."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sqrt()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad / torch.sqrt(torch.clip(4.0 * x, min=1.0 / _LARGEST_SQRT_GRADIENT**2))
-
-
-def bounded_sqrt(x: Tensor) -> Tensor:
-    """The square root of x >= 0, its gradient at most 1000 (arXiv 2402.19427, appendix A)."""
-    return cast(Tensor, _BoundedSqrt.apply(x))  # type: ignore[no-untyped-call]
-
-
-class RGLRU(nn.Module):
-    """The real-gated linear recurrent unit (arXiv 2402.19427, section 2.4); gates are block-diagonal by heads."""
-
-    def __init__(self, config: RecurrentGemmaConfig) -> None:
-        super().__init__()
-        heads, width = config.heads, config.lru_width // config.heads
-        self.recurrent_param = nn.Parameter(torch.empty(config.lru_width))
-        self.input_gate_weight = nn.Parameter(torch.empty(heads, width, width))
-        self.input_gate_bias = nn.Parameter(torch.empty(heads, width))
-        self.recurrent_gate_weight = nn.Parameter(torch.empty(heads, width, width))
-        self.recurrent_gate_bias = nn.Parameter(torch.empty(heads, width))
-
-    def forward(self, x: Tensor, reset: Tensor, compaction: Compaction | None, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the recurrence in float32.
-
-        x: [batch, length, width]; reset: [batch or 1, length] bool, True where a text begins; state: [batch, width].
-        Returns the outputs in x's dtype and the state after the last token.
-        """
-        heads = x.unflatten(-1, self.input_gate_weight.shape[:2]).flatten(0, 1).transpose(0, 1)
-        input_gate = _gate(heads, self.input_gate_weight, self.input_gate_bias, x.shape)
-        recurrent_gate = _gate(heads, self.recurrent_gate_weight, self.recurrent_gate_bias, x.shape)
-        log_a = -8.0 * recurrent_gate * F.softplus(self.recurrent_param.float())
-        kept = 1.0 - torch.exp(2.0 * log_a)
-        # With gradients off the plain root is the same, and opens the way to a compiled graph.
-        root = bounded_sqrt(kept) if torch.is_grad_enabled() else kept.sqrt()
-        start = reset[..., None]
-        drive = x.float() * input_gate * torch.where(start, 1.0, root)
-        a = log_a.exp().masked_fill(start, 0.0)
-        if compaction is not None:
-            a, drive = compaction.fill_tail(a, 1.0), compaction.fill_tail(drive, 0.0)
-        h, last = rg_lru(a, drive, state)
-        return h.to(x.dtype), last
-
-
-def _gate(heads: Tensor, weight: Tensor, bias: Tensor, shape: torch.Size) -> Tensor:
-    """heads: [heads, batch * length, width of one] -> a gate in float32 of the shape [batch, length, width]."""
-    return torch.baddbmm(bias[:, None], heads, weight).transpose(0, 1).reshape(shape).float().sigmoid()
-
-
 class RecurrentBlock(nn.Module):
     """A convolution and the RG-LRU on one branch, a gate on the other (arXiv 2402.19427, figure 2c)."""
 
@@ -205,7 +142,7 @@ class RecurrentBlock(nn.Module):
         self.linear_x = nn.Linear(config.hidden_size, config.lru_width)
         self.conv_weight = nn.Parameter(torch.empty(config.lru_width, 1, config.conv_width))
         self.conv_bias = nn.Parameter(torch.empty(config.lru_width))
-        self.rg_lru = RGLRU(config)
+        self.rg_lru = RGLRU(config.lru_width, config.heads)
         self.linear_out = nn.Linear(config.lru_width, config.hidden_size)
 
     def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> GriffinState:
@@ -214,7 +151,7 @@ class RecurrentBlock(nn.Module):
         conv = torch.zeros(batch, width, kernel - 1, dtype=dtype, device=device)
         return GriffinState(conv, torch.zeros(batch, width, device=device))
 
-    def forward(self, x: Tensor, call: AttentionCall, state: GriffinState | None) -> Tensor:
+    def forward(self, x: Tensor, call: Call, state: GriffinState | None) -> Tensor:
         """x: [batch, length, hidden] -> the same; the state is advanced in place."""
         gate, branch = self.act(self.linear_y(x)), self.linear_x(x)
         before = state if state is not None else self.empty_state(x.shape[0], x.dtype, x.device)
@@ -321,17 +258,7 @@ class RecurrentGemmaDecoder(Decoder[LayerMemory]):
             temporal.linear_out.weight.normal_(0.0, math.sqrt(final / config.lru_width))
             temporal.conv_weight.normal_(0.0, config.initializer_range)
             temporal.conv_bias.zero_()
-            _initialise_rg_lru(temporal.rg_lru, config)
-
-
-def _initialise_rg_lru(unit: RGLRU, config: RecurrentGemmaConfig) -> None:
-    std = math.sqrt(config.w_init_variance_scale / (config.lru_width // config.heads))
-    for weight in (unit.input_gate_weight, unit.recurrent_gate_weight):
-        weight.normal_(0.0, std)
-    for bias in (unit.input_gate_bias, unit.recurrent_gate_bias):
-        bias.zero_()
-    square = torch.empty_like(unit.recurrent_param).uniform_(0.9**2 + 1e-8, 0.999**2 + 1e-8)
-    unit.recurrent_param.copy_(square.log().mul(0.5).neg().expm1().log())  # the inverse of a = exp(-softplus(param))
+            temporal.rg_lru.reset_parameters(config.w_init_variance_scale)
 
 
 _LAYER, _OURS = "model.layers.{}.", "layers.{}."

@@ -23,7 +23,7 @@ _BOOTSTRAP = (
     "from lmx.core.text.worker import main; main(sys.argv[2])"
 )
 # What the child may see of the environment: no tokens, no paths to import from
-_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
+SAFE_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 # One thread: the address space is limited, and each thread reserves its share of it
 _SINGLE_THREADED = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 
@@ -53,7 +53,7 @@ class Child:
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 cwd="/",
-                env={**{key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}, **_SINGLE_THREADED},
+                env={**{key: os.environ[key] for key in SAFE_ENVIRONMENT if key in os.environ}, **_SINGLE_THREADED},
                 process_group=0,
             )
         finally:
@@ -172,10 +172,11 @@ def _import_roots() -> tuple[str, list[str]]:
 
     It runs isolated (`-I`): no PYTHONPATH, no user packages, nothing of the current folder.
     """
-    return _root("lmx"), [_root(name) for name in ("tokenizers", "jinja2", "markupsafe")]
+    return import_root("lmx"), [import_root(name) for name in ("tokenizers", "jinja2", "markupsafe")]
 
 
-def _root(package: str) -> str:
+def import_root(package: str) -> str:
+    """The folder that a child must have on its path to import `package`. Raises InputError where there is none."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise InputError(f"the Python package {package} is missing", "Install lmx again: `pip install lmx`.")

@@ -62,12 +62,30 @@ def test_what_exists_is_7_and_force_replaces_it(lmx: Any, checkpoint: Path, tmp_
     assert not (tmp_path / "out" / "mine").exists()
 
 
+@pytest.mark.parametrize("scheme", ["qint8", "qint4", "qint2", "qfloat8"])
+def test_files_of_optimum_quanto_run_and_go_back(lmx: Any, checkpoint: Path, tmp_path: Path, scheme: str) -> None:
+    target, plain = tmp_path / "out", tmp_path / "plain"
+    report = json.loads(lmx("quantize", checkpoint, target, "--scheme", scheme, "--json").out)
+    assert report["scheme"] == scheme
+    names = {name.removesuffix(".weight") for name in report["error"]}
+    assert json.loads((target / "quanto_qmap.json").read_text()).keys() == names
+    assert json.loads(lmx("show", target, "--json").out)["quantization"] == f"{scheme} (optimum-quanto)"
+    again = lmx("quantize", target, tmp_path / "again")
+    assert (again.code, "quantized already" in again.err) == (3, True)
+    assert lmx("convert", target, plain, "-q").code == 0
+    assert json.loads(lmx("show", plain, "--json").out)["quantization"] is None
+    (tmp_path / "ids.json").write_text("[[1, 2, 3, 4, 5, 6, 7, 8]]")
+    found = lmx("eval", target, "--ids", tmp_path / "ids.json", "--against", plain, "--dtype", "fp32", "--json")
+    assert abs(json.loads(found.out)["kl_divergence"]) < 1e-6
+
+
 BAD = [
     (("--4bit", "--8bit"), 2, "exclude each other"),
     (("--scheme", "fp4", "--4bit"), 2, "exclude each other"),
     (("--block-size", "48"), 2, "block size of 48"),
     (("--8bit", "--double-quant"), 2, "int8 has neither"),
     (("--scheme", "q4_k"), 2, "q4_k"),
+    (("--scheme", "qint4", "--block-size", "128"), 2, "qint4 has neither"),
     (("--max-memory", "much"), 2, "--max-memory"),
     (("--max-memory", "1MB"), 6, "memory"),
 ]

@@ -1,21 +1,18 @@
 """Finding models. The hub is a server of our own that speaks the few calls that a pull needs."""
 
 import errno
-import hashlib
-import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+from hub_server import Hub, ask_here, serving
 from huggingface_hub import constants
 
 from lmx.convert.hub import HubId, find_model, is_complete
+from lmx.convert.pickle_source import INDEX_BIN
 from lmx.core.errors import LmxError, NetworkError, NotFoundError, ResourceError, UsageError
 
-COMMIT = "a" * 40
 FILES = {
     "config.json": b"{}",
     "tokenizer.json": b"{}",
@@ -30,70 +27,11 @@ FILES = {
 WANTED = set(FILES) - {"consolidated.safetensors", "pytorch_model.bin", "original/model.safetensors"}
 
 
-class Hub(ThreadingHTTPServer):
-    """`status` other than 200, with the hub's `X-Error-Code`, is the answer to every call."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.status, self.code = 200, ""
-        self.calls: list[str] = []
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_HEAD(self) -> None:
-        self._answer(send_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(send_body=True)
-
-    def _answer(self, send_body: bool) -> None:
-        self.server.calls.append(self.path)
-        if self.server.status != 200:
-            self._send(b"", False, {"X-Error-Code": self.server.code})
-        elif self.path.startswith("/api/models/org/tiny/tree/"):
-            tree = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for name, data in FILES.items()
-            ]
-            self._send(json.dumps(tree).encode(), send_body, {"Content-Type": "application/json"})
-        elif self.path.startswith("/api/models/org/tiny"):
-            siblings = [{"rfilename": name} for name in FILES]
-            body = json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": siblings}).encode()
-            self._send(body, send_body, {"Content-Type": "application/json"})
-        else:
-            data = FILES[self.path.partition(f"/resolve/{COMMIT}/")[2]]
-            tag = f'"{hashlib.sha1(data).hexdigest()}"'
-            self._send(data, send_body, {"ETag": tag, "X-Repo-Commit": COMMIT})
-
-    def _send(self, body: bytes, send_body: bool, headers: dict[str, str]) -> None:
-        self.send_response(self.server.status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if send_body:
-            self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        """Say nothing."""
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(FILES) as server:
+        ask_here(server, monkeypatch, tmp_path / "cache")
+        yield server
 
 
 def test_a_pull_takes_what_a_run_needs_and_the_next_run_asks_nobody(hub: Hub) -> None:
@@ -111,6 +49,26 @@ def test_a_partial_snapshot_is_completed_or_named(hub: Hub) -> None:
     with pytest.raises(NotFoundError, match="only partly in the Hugging Face cache"):
         find_model("org/tiny", offline=True)
     assert is_complete(find_model("org/tiny"))
+
+
+def test_pickles_are_pulled_where_there_are_no_safetensors(hub: Hub) -> None:
+    for name in [name for name in hub.files if "safetensors" in name]:
+        del hub.files[name]
+    hub.files |= {"training_args.bin": b"", "pytorch_model.fp16.pt": b""}
+    folder = find_model("org/tiny")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "tokenizer.json", "chat_template.jinja", "README.md", "pytorch_model.bin"}
+    assert find_model("org/tiny", offline=True) == folder
+
+
+def test_a_snapshot_of_pickled_shards_is_whole_or_not(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "a.bin"):
+        (tmp_path / name).write_bytes(b"{}")
+    assert not is_complete(tmp_path)
+    (tmp_path / INDEX_BIN).write_text('{"weight_map": {"x": "a.bin", "y": "b.bin"}}')
+    assert not is_complete(tmp_path)
+    (tmp_path / "b.bin").write_bytes(b"")
+    assert is_complete(tmp_path)
 
 
 def test_a_revision_is_asked_for(hub: Hub) -> None:

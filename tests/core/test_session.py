@@ -396,7 +396,7 @@ def test_stop_ids_beside_the_templates_own(text: ToyText) -> None:
 
 
 @needs_shared
-@pytest.mark.parametrize("family", ["mixtral", "falcon_mamba", "recurrent_gemma"])
+@pytest.mark.parametrize("family", ["dbrx", "falcon_mamba", "mixtral", "olmoe", "recurrent_gemma"])
 def test_conversations_of_trained_checkpoints(family: str) -> None:
     """Typed one message after another: the ids and replies that transformers gives to each whole conversation."""
     folder = SHARED / "checkpoints" / family

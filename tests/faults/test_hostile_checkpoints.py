@@ -102,7 +102,7 @@ def test_a_hostile_file(tmp_path: Path, name: str) -> None:
     assert isinstance(error, InputError)
     assert expected in error.message
     assert SINGLE in error.message
-    assert "lmx pull" in error.hint
+    assert "download" in error.hint
 
 
 @pytest.mark.parametrize(

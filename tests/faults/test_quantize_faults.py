@@ -88,6 +88,7 @@ def test_killed_at_any_moment_it_leaves_nothing_or_all_and_goes_on(server, sourc
         child.join()
         if target.exists():
             assert contents(target) == expected
+            duration *= 0.8  # the machine was busier when it was measured: kill sooner
             continue
         killed += 1
         partial = tmp_path / f"{number}.partial"

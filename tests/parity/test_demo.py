@@ -20,6 +20,7 @@ MAX_BYTES = 8 * 1024 * 1024
 
 COMMANDS = {
     "How do I make a model smaller?": "lmx quantize MODEL --4bit",
+    "How can I download Mixtral?": "lmx pull REPO",
     "How do I resume a session?": "lmx chat MODEL --session NAME",
     "Which models have I already downloaded?": "lmx list",
     "how can I remove a model from my disk?": "lmx rm MODEL",
@@ -28,6 +29,7 @@ COMMANDS = {
     "Which families work?": "FalconMamba, RecurrentGemma, OLMoE, DBRX and Mixtral",
     "What is NF4?": "4-bit",
     "How do I leave?": "/exit",
+    "What is 7 + 8?": "7 + 8 = 15",
     "What is the capital of Spain?": "only a small demo",
 }
 
@@ -72,10 +74,11 @@ def test_answers_wordings_that_were_not_trained(session: ChatSession, question: 
     assert part in say(session, question)
 
 
-@pytest.mark.parametrize("name", ["Anna", "Omar", "Clara"])
+@pytest.mark.parametrize("name", ["Nkechi", "Xiomara", "Zbigniew"])
 def test_remembers_a_name_across_other_questions(session: ChatSession, name: str) -> None:
     assert name in say(session, f"Hello, my name is {name}.")
     assert "lmx quantize" in say(session, "How do I make a model smaller?")
+    assert "15" in say(session, "What is 7 + 8?")
     assert name in say(session, "What is my name?")
 
 

@@ -242,18 +242,3 @@ def test_unaligned_files_give_the_same(quantized, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     got = logits_of(load_quantized(Checkpoint.open(tmp_path)))
     assert torch.equal(got, logits_of(load_quantized(Checkpoint.open(folder))))
-
-
-@pytest.mark.parametrize("qtype", ["qint8", "qint4"])
-def test_quanto_is_refused_by_name(qtype, plain, tmp_path):
-    from optimum import quanto
-
-    from lmx.api import open_checkpoint
-
-    model = AutoModelForCausalLM.from_pretrained(plain["mixtral"])
-    quanto.quantize(model, weights=qtype, exclude="lm_head")
-    quanto.freeze(model)
-    save_file({name: value.clone() for name, value in model.state_dict().items()}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((plain["mixtral"] / "config.json").read_text())
-    with pytest.raises(InputError, match="optimum-quanto"):
-        open_checkpoint(tmp_path)

@@ -154,7 +154,7 @@ def test_progress_counts_every_parameter(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["model.layers.1.block_sparse_moe.experts.2.w2.weight", "model.norm.weight"])
-@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+@pytest.mark.parametrize("scheme", ["nf4", "int8", "qint4", "qfloat8"])
 def test_nan_and_infinity_are_refused_by_name(tmp_path, name, value, scheme):
     tensors = load_file(write_family(tmp_path / "source", "mixtral") / "model.safetensors")
     tensors[name].view(-1)[-1] = value

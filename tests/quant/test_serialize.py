@@ -108,7 +108,7 @@ def test_the_layout_is_known_before_the_data(spec, shape):
     else:
         tensors = four_bit_tensors(NAME, quantize(x, spec))
     found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    assert layout(NAME, shape, spec) == found
+    assert layout(NAME, shape, spec, x.dtype) == found
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

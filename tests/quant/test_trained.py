@@ -17,7 +17,7 @@ from lmx.quant.spec import QuantSpec
 
 pytestmark = needs_shared
 # nats a token that a scheme may cost
-ALLOWED = {"nf4": 0.002, "int8": 0.0002}
+ALLOWED = {"nf4": 0.002, "int8": 0.0002, "qint4": 0.002}
 
 
 @cache
@@ -58,11 +58,19 @@ def test_loss_and_replies_hold(family, scheme):
 def test_the_measure_sees_the_order_of_the_schemes():
     """FP4 spends its codes on the tails that weights do not have, NF4 does not, and int8 has sixteen times as many.
 
+    qint4 spaces its codes evenly between the extremes of a group and comes out beside NF4; qint2 has four codes.
     Over all families: in one with few experts a single token that is routed elsewhere can outweigh all others.
     """
-    by_scheme = {
-        scheme: [evaluated(family, scheme).kl_divergence for family in MODEL_TYPES] for scheme in ("int8", "nf4", "fp4")
-    }
-    int8, nf4, fp4 = (geometric_mean(found) for found in by_scheme.values())
-    assert 0 < 30 * int8 < nf4
+    int8, nf4, fp4, qint4, qint2 = (
+        geometric_mean(evaluated(family, scheme).kl_divergence for family in MODEL_TYPES)
+        for scheme in ("int8", "nf4", "fp4", "qint4", "qint2")
+    )
+    assert 0 < 30 * int8 < min(nf4, qint4)
     assert nf4 * 1.1 < fp4
+    assert max(fp4, qint4) * 50 < qint2
+
+
+@pytest.mark.parametrize("family", MODEL_TYPES)
+def test_two_bits_fail_where_four_pass(family):
+    """The bound that NF4 keeps is one that a bad quantization does not."""
+    assert evaluated(family, "qint2").nll - expected(family)["eval_nll"] > ALLOWED["nf4"]

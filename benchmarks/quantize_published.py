@@ -1,10 +1,12 @@
-"""Quantize a model of Mixtral-8x7B's size from end to end: bytes written, peak memory, parameters a second.
+"""Quantize a model of a published size from end to end: bytes written, peak memory, parameters a second.
 
-    python benchmarks/quantize_mixtral.py --dir /somewhere/with/30GB [--layers 32] [--double-quant] [--cold]
+    python benchmarks/quantize_published.py --dir /somewhere/with/30GB [--double-quant] [--cold]
+    python benchmarks/quantize_published.py --dir DIR --config config.json --layers 2
 
-The 93 GB of the source need not exist: it is one file of random bfloat16 numbers, mapped as a checkpoint is, and every
-tensor of the same shape is the same part of it. So pages are touched, counted and let go as with the real files. With
---cold the file's pages are also dropped from the cache after each use, and each matrix is read from the disk anew.
+Mixtral-8x7B unless a `config.json` says otherwise. The 93 GB of its source need not exist: it is one file of random
+bfloat16 numbers, mapped as a checkpoint is, and every fifth tensor of the same shape is the same part of it. So
+pages are touched, counted and let go as with the real files. With --cold the file's pages are also dropped from the
+cache after each use, and each matrix is read from the disk anew.
 The output is a real one, synced; it is removed at the end unless --keep is given.
 """
 
@@ -13,13 +15,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import cycle
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
-from lmx.core.jsonfile import JSON
+from lmx.core.jsonfile import JSON, read_json
 from lmx.core.loader import build, hub_shapes
 from lmx.core.mapped import Advice, FileMap
 from lmx.core.registry import family_of
@@ -27,6 +32,8 @@ from lmx.core.safetensors_file import TensorInfo
 from lmx.quant.quantize import Options, predict, quantize
 from lmx.quant.report import Finished, Progress
 from lmx.quant.spec import QuantSpec
+
+COPIES = 5
 
 # As published, mistralai/Mixtral-8x7B-v0.1.
 CONFIG: dict[str, JSON] = {
@@ -47,19 +54,23 @@ CONFIG: dict[str, JSON] = {
 
 
 class RepeatedSource:
-    """A `Source` in which all tensors of one shape are the same bytes of one mapped file."""
+    """A `Source` in which every fifth tensor of one shape is the same bytes of one mapped file.
 
-    label = "mixtral-8x7b of random weights"
+    No more than that many are in work at a time, so pages are counted as if each tensor had its own.
+    """
+
+    label = "a model of random weights"
     generation_config = None
 
-    def __init__(self, file: Path, layers: int, cold: bool) -> None:
-        self.config = {**CONFIG, "num_hidden_layers": layers}
+    def __init__(self, file: Path, config: Mapping[str, JSON], layers: int | None, cold: bool) -> None:
+        self.config = {**config, layers_key(config): layers or config[layers_key(config)]}
         with torch.device("meta"):
             model = build(self.config)
         shapes = hub_shapes(model, family_of(self.config))
-        places = _write_file(file, set(shapes.values()))
+        places = _write_file(file, shapes.values())
+        turns = {shape: cycle(copies) for shape, copies in places.items()}
         self.infos: Mapping[str, TensorInfo] = {
-            name: TensorInfo(name, "BF16", shape, file, places[shape], 2 * prod(shape))
+            name: TensorInfo(name, "BF16", shape, file, next(turns[shape]), 2 * prod(shape))
             for name, shape in shapes.items()
         }
         self.files = (file,)
@@ -80,18 +91,29 @@ class RepeatedSource:
             os.posix_fadvise(self._fd, info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
 
 
-def _write_file(file: Path, shapes: set[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
-    """Random numbers for each shape; returns where each begins."""
-    places: dict[tuple[int, ...], int] = {}
+def layers_key(config: Mapping[str, JSON]) -> str:
+    """What a family's config.json calls its number of layers."""
+    return "n_layers" if "n_layers" in config else "num_hidden_layers"
+
+
+def _write_file(file: Path, shapes: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
+    """Random numbers for each shape, up to five times; returns where each begins."""
+    places: dict[tuple[int, ...], list[int]] = {}
     with file.open("wb") as out:
-        for shape in sorted(shapes):
-            places[shape] = out.tell()
-            for start in range(0, prod(shape), 1 << 22):
-                count = min(1 << 22, prod(shape) - start)
-                out.write((torch.randn(count) * 0.02).bfloat16().view(torch.uint8).numpy().data)
+        for shape, count in sorted(Counter(shapes).items()):
+            places[shape] = []
+            for _ in range(min(count, COPIES)):
+                places[shape].append(out.tell())
+                _write_random(out, prod(shape))
         out.flush()
         os.fsync(out.fileno())
     return places
+
+
+def _write_random(out: BinaryIO, elements: int) -> None:
+    for start in range(0, elements, 1 << 22):
+        piece = torch.randn(min(1 << 22, elements - start)) * 0.02
+        out.write(piece.bfloat16().view(torch.uint8).numpy().data)
 
 
 def run(source: RepeatedSource, target: Path, spec: QuantSpec, options: Options) -> dict[str, object]:
@@ -107,9 +129,10 @@ def run(source: RepeatedSource, target: Path, spec: QuantSpec, options: Options)
             report = event.report
     seconds = time.perf_counter() - start
     return {
+        "model_type": source.config["model_type"],
         "scheme": spec.scheme,
         "double_quant": spec.double_quant,
-        "layers": source.config["num_hidden_layers"],
+        "layers": source.config[layers_key(source.config)],
         "parameters": report.parameters,
         "quantized_share": round(report.quantized_share, 4),
         "source_bytes": report.source_bytes,
@@ -129,7 +152,8 @@ def main() -> None:
     """Print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--config", type=Path, help="a config.json; Mixtral-8x7B without it")
+    parser.add_argument("--layers", type=int, help="so many layers instead of all: memory does not depend on it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--scheme", choices=("nf4", "fp4", "int8"), default="nf4")
     parser.add_argument("--double-quant", action="store_true")
@@ -138,9 +162,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.dir.mkdir(parents=True, exist_ok=True)
-    file, target = arguments.dir / "random.bin", arguments.dir / "mixtral-quantized"
+    file, target = arguments.dir / "random.bin", arguments.dir / "quantized"
     try:
-        source = RepeatedSource(file, arguments.layers, arguments.cold)
+        config = CONFIG if arguments.config is None else read_json(arguments.config)
+        source = RepeatedSource(file, config, arguments.layers, arguments.cold)
         spec = QuantSpec(arguments.scheme, double_quant=arguments.double_quant)
         print(json.dumps(run(source, target, spec, Options(force=True)), indent=2))
     finally:

@@ -1,3 +1,5 @@
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -6,10 +8,11 @@ import torch
 from small_checkpoint import write_checkpoint
 
 import lmx
-from lmx.api import demo_path, model_name
+from lmx.api import demo_path, model_name, open_checkpoint
 from lmx.core.answer import Finished, PromptProcessed, Token
 from lmx.core.errors import InputError, NotFoundError, UsageError
 from lmx.language_model import LanguageModel
+from lmx.quant.modules import QuantLinear
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +48,6 @@ def test_generate_yields_typed_events(model: LanguageModel) -> None:
 
 
 def test_stop_ids_are_the_union_of_every_source(folder: Path, tmp_path: Path) -> None:
-    import json
-    import shutil
-
     copy = shutil.copytree(folder, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": [7, 8]}))
@@ -59,6 +59,14 @@ def test_stop_ids_are_the_union_of_every_source(folder: Path, tmp_path: Path) ->
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": "x"}))
     with pytest.raises(InputError, match=r"generation_config.json: eos_token_id"):
         lmx.load(copy)
+
+
+def test_another_architecture_is_refused_by_its_config_alone(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    with pytest.raises(InputError, match="'llama' is not supported"):
+        open_checkpoint(copy)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "bfloat16", torch.bfloat16])
@@ -98,9 +106,17 @@ def test_other_heads_generate_no_text(folder: Path, head: str) -> None:
     model.close()
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "int8", "qint8", "qint4"])
+def test_a_plain_model_is_quantized_while_it_is_loaded(folder: Path, scheme: str) -> None:
+    with lmx.load(folder, quantize=scheme) as model:
+        linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+        assert linears
+        assert f"scheme={scheme}" in repr(linears[0])
+
+
 def test_what_cannot_be_honoured(folder: Path) -> None:
-    with pytest.raises(UsageError, match="quantize='nf4'"):
-        lmx.load(folder, quantize="nf4")
+    with pytest.raises(UsageError, match="quantize='q4'"):
+        lmx.load(folder, quantize="q4")
     with pytest.raises(UsageError, match="float7"):
         lmx.load(folder, dtype="float7")
     with pytest.raises(UsageError, match="tpu"):
