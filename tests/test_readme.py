@@ -23,11 +23,12 @@ def test_there_are_commands_to_run() -> None:
 
 
 @pytest.mark.parametrize("line", LMX)
-def test_commands_run(line: str) -> None:
+def test_commands_run(line: str, tmp_path: Path) -> None:
     demo = str(README.parent / "lmx" / "demo")
     line = HUB_ID.sub(demo, line)
     words = shlex.split(line.split("|")[-1])[1:]
-    done = run_lmx(*words, "-n", "8", stdin="What is NF4?") if words[0] in ("chat", "generate") else run_lmx(*words)
+    short = ("-n", "8") if words[0] in ("chat", "generate") else ()
+    done = run_lmx(*words, *short, stdin="What is NF4?", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert "Traceback" not in done.stderr
