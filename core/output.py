@@ -203,7 +203,8 @@ def _exists(path: Path) -> bool:
 
 def _discard(partial: Path) -> None:
     """Remove a partial folder, its lock last, so that who comes meanwhile finds it held."""
-    for path in (partial / _OUT, partial / _OLD, partial / _JOURNAL, partial / _LOCK):
+    halves = partial.glob(f".{_JOURNAL}.*.partial")  # a journal that a killed run was about to put in place
+    for path in (*halves, partial / _OUT, partial / _OLD, partial / _JOURNAL, partial / _LOCK):
         _remove(path)
     with suppress(OSError):
         partial.rmdir()

@@ -144,6 +144,14 @@ def test_the_shell_of_a_run_killed_after_its_last_rename_is_swept_up(tmp_path):
     assert names(tmp_path) == ["model"]
 
 
+def test_half_a_journal_of_a_killed_run_is_swept_up(tmp_path):
+    with open_output(tmp_path / "model", "job") as output:
+        write_shard(output, 0)
+    (tmp_path / "model.partial" / ".journal.jsonl.4711.partial").write_text('{"job"')
+    write_all(tmp_path / "model")
+    assert names(tmp_path) == ["model"]
+
+
 def test_a_folder_in_a_file_is_a_resource_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ResourceError, match="cannot be written"):
