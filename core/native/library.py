@@ -1,0 +1,56 @@
+"""Find, check and load the compiled kernels, and say which path they take."""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch  # loads the OpenMP library that the kernels then share
+
+from lmx.core.native.build import LIBRARY_NAME
+
+_ABI = 1
+_LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
+_AUTO = -1
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they were not built, are of another version, or LMX_KERNELS=torch says so."""
+    path = Path(__file__).parent / LIBRARY_NAME
+    if os.environ.get("LMX_KERNELS") == "torch" or not path.is_file():
+        return None
+    try:
+        found = ctypes.CDLL(str(path))
+        if found.lmx_abi() != _ABI:
+            return None
+    except (OSError, AttributeError):  # built for another machine, or no library at all
+        return None
+    found.lmx_set_threads(torch.get_num_threads())
+    found.lmx_set_level(_LEVELS.get(os.environ.get("LMX_KERNELS", ""), _AUTO))
+    return found
+
+
+def kernel_path() -> str:
+    """Which code multiplies on the CPU: "avx512", "avx2", "neon", "portable", or "torch" without the kernels."""
+    found = library()
+    if found is None:
+        return "torch"
+    number = found.lmx_level()
+    return next(name for name, level in _LEVELS.items() if level == number)
+
+
+@contextmanager
+def forced_path(name: str) -> Iterator[bool]:
+    """Let the kernels take another path for a while; yields whether this CPU has it. For tests and measurements."""
+    found = library()
+    if found is None:
+        yield False
+        return
+    before = found.lmx_level()
+    try:
+        yield found.lmx_set_level(_LEVELS[name]) == _LEVELS[name]
+    finally:
+        found.lmx_set_level(before)

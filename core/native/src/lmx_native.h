@@ -1,0 +1,57 @@
+// What all kernels share: exported names, the choice of an instruction set, threads, 16-bit floats.
+//
+// No torch headers and no C++ runtime beyond the compiler's own: Python calls these functions through ctypes with the
+// addresses of tensors that it has checked (core/native/*.py). A kernel trusts its arguments.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define LMX_EXPORT extern "C" __attribute__((visibility("default")))
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define LMX_X86 1
+#define LMX_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define LMX_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,avx512vnni,fma,f16c")))
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define LMX_NEON 1
+#endif
+
+namespace lmx {
+
+// Kernel paths by rising demands on the CPU; NEON stands alone on its architecture.
+enum Level : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, NEON = 3 };
+
+// The path in use: the best that this CPU has, unless lmx_set_level chose another.
+Level level();
+
+// Dtypes of activations, as Python passes them.
+enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
+
+using bf16 = uint16_t;
+
+inline float bf16_to_float(bf16 x) {
+    uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+// Round to nearest even, NaN stays NaN: as torch rounds.
+inline bf16 float_to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<bf16>((bits >> 16) | 0x40);
+    return static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Calls body(first, last) for parts of [0, count) on torch's own OpenMP pool. `grain`: no part is cut finer, and part
+// borders are multiples of it, so that what a part computes never depends on the number of threads.
+template <typename Body>
+void parallel_for(int64_t count, int64_t grain, const Body& body);
+
+}  // namespace lmx
+
+#include "threads.h"
