@@ -22,4 +22,4 @@ def define(schema: str, on_cpu: Callable[..., Any], on_shapes: Callable[..., Any
     _FRAGMENT.define(schema)
     _FRAGMENT.impl(name, on_cpu, "CPU")
     torch.library.register_fake(f"lmx::{name}", on_shapes, lib=_FRAGMENT)
-    return getattr(torch.ops.lmx, name).default  # type: ignore[no-any-return]
+    return getattr(torch.ops.lmx, name).default
