@@ -1,0 +1,164 @@
+// Conversions between layouts and dtypes: loops that a compiler turns into vector code, once for each instruction set.
+#include "prepare.h"
+
+#include "exponential.h"
+
+namespace lmx {
+namespace {
+
+LMX_INLINE float half_to_float(uint16_t half) {
+    // Exponents are 112 apart; multiplying does the same for subnormal numbers.
+    const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fff) << 13;
+    float value;
+    std::memcpy(&value, &magnitude, 4);
+    value *= 0x1p112f;
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((half & 0x7c00) == 0x7c00) bits = 0x7f800000u | magnitude;
+    bits |= static_cast<uint32_t>(half & 0x8000) << 16;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+LMX_INLINE uint16_t float_to_half(float value) {
+    // Round to nearest even, as torch does: by an addition that pushes the surplus bits out (subnormal numbers too).
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+    if (magnitude >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);
+    if (magnitude < 0x38800000) {
+        float small;
+        std::memcpy(&small, &magnitude, 4);
+        small += 0.5f;
+        std::memcpy(&bits, &small, 4);
+        return static_cast<uint16_t>(sign | (bits - 0x3f000000));
+    }
+    return static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
+}
+
+template <Dtype DTYPE>
+LMX_INLINE float load(const void* x, int64_t i) {
+    if constexpr (DTYPE == F32) return static_cast<const float*>(x)[i];
+    const uint16_t half = static_cast<const uint16_t*>(x)[i];
+    return DTYPE == BF16 ? bf16_to_float(half) : half_to_float(half);
+}
+
+template <Layout LAYOUT>
+LMX_INLINE void put(void* out, int64_t i, float value) {
+    if constexpr (LAYOUT == PLAIN_F32 || LAYOUT == SPLIT_F32) static_cast<float*>(out)[i] = value;
+    else static_cast<bf16*>(out)[i] = float_to_bf16(value);
+}
+
+template <Dtype DTYPE, Layout LAYOUT>
+LMX_INLINE void prepare_as(const void* x, int64_t columns, void* out) {
+    constexpr bool split = LAYOUT == SPLIT_F32 || LAYOUT == SPLIT_BF16;
+    const int64_t whole = columns / UNIT * UNIT;
+    for (int64_t unit = 0; unit < whole; unit += UNIT) {
+        if constexpr (split) {
+            for (int64_t i = 0; i < UNIT / 2; ++i) put<LAYOUT>(out, unit + i, load<DTYPE>(x, unit + 2 * i));
+            for (int64_t i = 0; i < UNIT / 2; ++i)
+                put<LAYOUT>(out, unit + UNIT / 2 + i, load<DTYPE>(x, unit + 2 * i + 1));
+        } else {
+            for (int64_t i = 0; i < UNIT; ++i) put<LAYOUT>(out, unit + i, load<DTYPE>(x, unit + i));
+        }
+    }
+    if (whole == columns) return;
+    for (int64_t i = 0; i < UNIT; ++i) {
+        const int64_t to = split ? whole + i / 2 + (i & 1) * (UNIT / 2) : whole + i;
+        put<LAYOUT>(out, to, whole + i < columns ? load<DTYPE>(x, whole + i) : 0.0f);
+    }
+}
+
+template <Dtype DTYPE>
+LMX_INLINE void prepare_from(const void* x, int64_t columns, Layout layout, void* out) {
+    switch (layout) {
+        case PLAIN_F32: return prepare_as<DTYPE, PLAIN_F32>(x, columns, out);
+        case SPLIT_F32: return prepare_as<DTYPE, SPLIT_F32>(x, columns, out);
+        case PLAIN_BF16: return prepare_as<DTYPE, PLAIN_BF16>(x, columns, out);
+        default: return prepare_as<DTYPE, SPLIT_BF16>(x, columns, out);
+    }
+}
+
+LMX_INLINE void prepare_any(const void* x, Dtype dtype, int64_t columns, Layout layout, void* out) {
+    if (dtype == F32) prepare_from<F32>(x, columns, layout, out);
+    else if (dtype == BF16) prepare_from<BF16>(x, columns, layout, out);
+    else prepare_from<F16>(x, columns, layout, out);
+}
+
+LMX_INLINE void store_any(const float* values, int64_t count, Dtype dtype, void* out) {
+    if (dtype == F32) {
+        std::memcpy(out, values, static_cast<size_t>(count) * 4);
+    } else if (dtype == BF16) {
+        for (int64_t i = 0; i < count; ++i) static_cast<bf16*>(out)[i] = float_to_bf16(values[i]);
+    } else {
+        for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(out)[i] = float_to_half(values[i]);
+    }
+}
+
+LMX_INLINE void gate_any(float* gate, const float* up, int64_t count, Activation activation) {
+    switch (activation) {
+        case SILU:
+            for (int64_t i = 0; i < count; ++i) gate[i] = silu(gate[i]) * up[i];
+            break;
+        case GELU_TANH:
+            for (int64_t i = 0; i < count; ++i) gate[i] = gelu_tanh(gate[i]) * up[i];
+            break;
+        case GELU:
+            for (int64_t i = 0; i < count; ++i)
+                gate[i] = 0.5f * gate[i] * (1.0f + std::erf(gate[i] * 0.70710678f)) * up[i];
+            break;
+        default:
+            for (int64_t i = 0; i < count; ++i) gate[i] = (gate[i] < 0 ? 0 : gate[i]) * up[i];
+    }
+}
+
+// The same loops under each set of instructions.
+#if defined(LMX_X86)
+LMX_AVX512 void prepare_avx512(const void* x, Dtype dtype, int64_t columns, Layout layout, void* out) {
+    prepare_any(x, dtype, columns, layout, out);
+}
+LMX_AVX2 void prepare_avx2(const void* x, Dtype dtype, int64_t columns, Layout layout, void* out) {
+    prepare_any(x, dtype, columns, layout, out);
+}
+LMX_AVX512 void store_avx512(const float* values, int64_t count, Dtype dtype, void* out) {
+    store_any(values, count, dtype, out);
+}
+LMX_AVX2 void store_avx2(const float* values, int64_t count, Dtype dtype, void* out) {
+    store_any(values, count, dtype, out);
+}
+LMX_AVX512 void gate_avx512(float* gate, const float* up, int64_t count, Activation activation) {
+    gate_any(gate, up, count, activation);
+}
+LMX_AVX2 void gate_avx2(float* gate, const float* up, int64_t count, Activation activation) {
+    gate_any(gate, up, count, activation);
+}
+#endif
+
+}  // namespace
+
+void prepare(const void* x, Dtype dtype, int64_t columns, Layout layout, void* out) {
+#if defined(LMX_X86)
+    if (level() == AVX512) return prepare_avx512(x, dtype, columns, layout, out);
+    if (level() == AVX2) return prepare_avx2(x, dtype, columns, layout, out);
+#endif
+    prepare_any(x, dtype, columns, layout, out);
+}
+
+void store(const float* values, int64_t count, Dtype dtype, void* out) {
+#if defined(LMX_X86)
+    if (level() == AVX512) return store_avx512(values, count, dtype, out);
+    if (level() == AVX2) return store_avx2(values, count, dtype, out);
+#endif
+    store_any(values, count, dtype, out);
+}
+
+void gate_with(float* gate, const float* up, int64_t count, Activation activation) {
+#if defined(LMX_X86)
+    if (level() == AVX512) return gate_avx512(gate, up, count, activation);
+    if (level() == AVX2) return gate_avx2(gate, up, count, activation);
+#endif
+    gate_any(gate, up, count, activation);
+}
+
+}  // namespace lmx

@@ -1,0 +1,73 @@
+// Matrices times a few vectors, each as if alone: what the paths for the different CPUs share.
+#pragma once
+
+#include "lmx_native.h"
+
+namespace lmx {
+
+// How the elements of a matrix lie in memory. The 16-bit and 32-bit kinds are matrices that were not quantized.
+enum Kind : int64_t { FOUR_BIT = 0, INT8 = 1, KEPT_BF16 = 2, KEPT_F32 = 3, KEPT_F16 = 4 };
+
+// One row of the int64 table that Python hands over (core/native/vector.py).
+struct Matrix {
+    const uint8_t* data;
+    int64_t rows, columns;
+    Kind kind;
+    const void* absmax;  // four-bit: float a block, or its uint8 code where `nested_map` is there; int8: float a row
+    const float* code;   // four-bit: the values of the 16 codes
+    int64_t block_size;  // a power of two
+    const float* nested_map;     // [256], or null
+    const float* nested_absmax;  // one for 256 blocks
+    union {
+        int64_t offset_bits;
+        float nested_offset;
+    };
+};
+constexpr int64_t MATRIX_WORDS = 10;
+static_assert(sizeof(Matrix) == MATRIX_WORDS * 8, "as the table in Python");
+
+constexpr int MAX_VECTORS = 4;
+// Elements that a kernel takes at a time; prepared vectors are padded with zeros to a multiple of it.
+constexpr int64_t UNIT = 64;
+
+// How vectors are laid out for a kernel. Split: in each unit, first its 32 even elements, then its 32 odd ones, as the
+// high and the low nibbles of 32 bytes meet them.
+enum Layout : int { PLAIN_F32 = 0, SPLIT_F32 = 1, PLAIN_BF16 = 2, SPLIT_BF16 = 3 };
+
+// Up to MAX_VECTORS vectors in one layout, each `stride` elements (a multiple of UNIT) from the last.
+struct Vectors {
+    const void* data;
+    int64_t count, columns, stride;
+};
+
+// Products of the rows first .. last with every vector: out[v * out_stride + row - first].
+using RowsFunction = void (*)(const Matrix&, const Vectors&, int64_t first, int64_t last, float* out,
+                              int64_t out_stride);
+
+// What one path does with one kind of matrix.
+struct Kernel {
+    Layout layout;
+    RowsFunction rows;
+};
+
+// The kernel for a matrix and activations that came as `dtype`. Matrices whose rows are no whole units, or whose blocks
+// are smaller than a unit, are served by the portable path.
+Kernel choose_kernel(const Matrix& matrix, Dtype dtype);
+
+Kernel portable_kernel(Kind kind);
+#if defined(LMX_X86)
+Kernel avx512_kernel(Kind kind, Dtype dtype);
+Kernel avx2_kernel(Kind kind);
+#elif defined(LMX_NEON)
+Kernel neon_kernel(Kind kind);
+#endif
+
+// The scale of a block, decoded if it is quantized itself (QLoRA, arXiv 2305.14314, section 3).
+inline float block_scale(const Matrix& m, int64_t block) {
+    if (!m.nested_map) return static_cast<const float*>(m.absmax)[block];
+    return m.nested_map[static_cast<const uint8_t*>(m.absmax)[block]] * m.nested_absmax[block >> 8] + m.nested_offset;
+}
+
+inline int log2_of(int64_t power) { return __builtin_ctzll(static_cast<unsigned long long>(power)); }
+
+}  // namespace lmx

@@ -1,0 +1,143 @@
+"""A few vectors times matrices, and through banks of experts, on the bytes as a checkpoint holds them."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lmx.core.native.library import library
+from lmx.core.native.operation import DTYPE_CODES, define
+
+# As in src/vector.h.
+MAX_VECTORS = 4
+_WORDS = 10
+# As in src/prepare.h.
+_ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
+
+
+class Kind(IntEnum):
+    """How the elements of a matrix lie in memory."""
+
+    FOUR_BIT = 0
+    INT8 = 1
+    BF16 = 2
+    F32 = 3
+    F16 = 4
+
+
+_KEPT = {torch.bfloat16: Kind.BF16, torch.float32: Kind.F32, torch.float16: Kind.F16}
+
+
+@dataclass(frozen=True, eq=False)
+class StoredMatrix:
+    """A matrix [rows, columns] on the CPU and what its values are made of.
+
+    data: uint8 two codes a byte, the first in the high nibble; int8; or floats that were kept from quantization.
+    absmax: float32 a block (or its uint8 code: see `nested_map`), or float32 a row for int8.
+    code: float32 [16], the values of four-bit codes. nested_map float32 [256] and nested_absmax, one for 256 blocks,
+    decode absmax: `nested_map[absmax] * nested_absmax + nested_offset`.
+    """
+
+    kind: Kind
+    data: Tensor
+    rows: int
+    columns: int
+    absmax: Tensor | None = None
+    code: Tensor | None = None
+    block_size: int = 64
+    nested_map: Tensor | None = None
+    nested_absmax: Tensor | None = None
+    nested_offset: float = 0.0
+
+    @classmethod
+    def kept(cls, weight: Tensor) -> "StoredMatrix":
+        """A matrix of floats."""
+        return cls(_KEPT[weight.dtype], weight, *weight.shape)
+
+    def words(self) -> list[int]:
+        """The row of a table that stands for it; its tensors must be contiguous and outlive the table."""
+        offset = ctypes.c_int32.from_buffer(ctypes.c_float(self.nested_offset)).value
+        tensors = (self.absmax, self.code, self.nested_map, self.nested_absmax)
+        absmax, code, nested_map, nested_absmax = (0 if t is None else t.data_ptr() for t in tensors)
+        shape = (self.data.data_ptr(), self.rows, self.columns, int(self.kind))
+        return [*shape, absmax, code, self.block_size, nested_map, nested_absmax, offset & 0xFFFFFFFF]
+
+
+def can_store(weight: Tensor) -> bool:
+    """Whether a kept matrix is one that the kernels read."""
+    return weight.dtype in _KEPT and weight.device.type == "cpu" and weight.is_contiguous()
+
+
+class MatrixTable:
+    """Matrices of as many columns each, which one call multiplies; keeps their tensors alive."""
+
+    def __init__(self, matrices: Sequence[StoredMatrix]) -> None:
+        self._matrices = tuple(matrices)
+        self.words = torch.tensor([matrix.words() for matrix in matrices], dtype=torch.int64)
+        self.columns = matrices[0].columns
+        self.rows = sum(matrix.rows for matrix in matrices)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [vectors, columns] -> [vectors, sum of rows] of the same dtype; up to MAX_VECTORS vectors."""
+        out: Tensor = _multiply(self.words, x, self.rows)
+        return out
+
+
+class ExpertTable:
+    """The gate, up and down matrices of a bank of experts, for one call a layer; keeps their tensors alive."""
+
+    def __init__(self, experts: Sequence[tuple[StoredMatrix, StoredMatrix, StoredMatrix]], activation: str) -> None:
+        self._experts = tuple(experts)
+        self.words = torch.tensor([[m.words() for m in expert] for expert in experts], dtype=torch.int64)
+        self.activation = _ACTIVATIONS[activation]
+
+    def answer(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x [tokens, hidden], ids int64 and weights float32 [tokens, top_k] -> the weighted sums [tokens, hidden]."""
+        out: Tensor = _experts(self.words, x, ids, weights, self.activation)
+        return out
+
+
+@cache
+def _functions() -> tuple["ctypes._NamedFuncPointer", "ctypes._NamedFuncPointer"]:
+    found = library()
+    if found is None:
+        raise RuntimeError("the kernels are not there: ask library() first")
+    pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    multiply, experts = found.lmx_multiply, found.lmx_experts
+    multiply.argtypes = [pointer, long, pointer, number, long, long, pointer]
+    experts.argtypes = [pointer, pointer, number, long, pointer, pointer, long, number, pointer]
+    multiply.restype = experts.restype = None
+    return multiply, experts
+
+
+def _multiply_cpu(table: Tensor, x: Tensor, rows: int) -> Tensor:
+    x = x.contiguous()
+    out = x.new_empty(len(x), rows)
+    code = DTYPE_CODES[x.dtype]
+    _functions()[0](table.data_ptr(), len(table), x.data_ptr(), code, len(x), rows, out.data_ptr())
+    return out
+
+
+def _experts_cpu(table: Tensor, x: Tensor, ids: Tensor, weights: Tensor, activation: int) -> Tensor:
+    x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
+    out = torch.empty_like(x)
+    addresses = table.data_ptr(), x.data_ptr()
+    chosen = ids.data_ptr(), weights.data_ptr(), ids.shape[1]
+    _functions()[1](*addresses, DTYPE_CODES[x.dtype], len(x), *chosen, activation, out.data_ptr())
+    return out
+
+
+_multiply = define(
+    "multiply_vectors(Tensor table, Tensor x, int rows) -> Tensor",
+    _multiply_cpu,
+    lambda table, x, rows: x.new_empty(x.shape[0], rows),
+)
+_experts = define(
+    "answer_experts(Tensor table, Tensor x, Tensor ids, Tensor weights, int activation) -> Tensor",
+    _experts_cpu,
+    lambda table, x, ids, weights, activation: torch.empty_like(x),
+)
