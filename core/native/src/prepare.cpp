@@ -50,23 +50,29 @@ LMX_INLINE void put(void* out, int64_t i, float value) {
     else static_cast<bf16*>(out)[i] = float_to_bf16(value);
 }
 
+// Which element of its group of `GROUP` stands at place i: the layouts take every second or every fourth.
+template <Layout LAYOUT>
+constexpr int64_t GROUP = LAYOUT == QUARTERED_BF16 ? 2 * UNIT : UNIT;
+
+template <Layout LAYOUT>
+LMX_INLINE int64_t element_at(int64_t i) {
+    if constexpr (LAYOUT == SPLIT_F32) return 2 * (i % 32) + i / 32;
+    if constexpr (LAYOUT == QUARTERED_BF16) return 4 * (i % 32) + (i / 32 ^ 1);
+    return i;
+}
+
 template <Dtype DTYPE, Layout LAYOUT>
 LMX_INLINE void prepare_as(const void* x, int64_t columns, void* out) {
-    constexpr bool split = LAYOUT == SPLIT_F32 || LAYOUT == SPLIT_BF16;
-    const int64_t whole = columns / UNIT * UNIT;
-    for (int64_t unit = 0; unit < whole; unit += UNIT) {
-        if constexpr (split) {
-            for (int64_t i = 0; i < UNIT / 2; ++i) put<LAYOUT>(out, unit + i, load<DTYPE>(x, unit + 2 * i));
-            for (int64_t i = 0; i < UNIT / 2; ++i)
-                put<LAYOUT>(out, unit + UNIT / 2 + i, load<DTYPE>(x, unit + 2 * i + 1));
-        } else {
-            for (int64_t i = 0; i < UNIT; ++i) put<LAYOUT>(out, unit + i, load<DTYPE>(x, unit + i));
-        }
-    }
+    constexpr int64_t group = GROUP<LAYOUT>;
+    const int64_t whole = columns / group * group;
+    for (int64_t start = 0; start < whole; start += group)
+        for (int64_t quarter = 0; quarter < group; quarter += 32)
+            for (int64_t i = quarter; i < quarter + 32; ++i)
+                put<LAYOUT>(out, start + i, load<DTYPE>(x, start + element_at<LAYOUT>(i)));
     if (whole == columns) return;
-    for (int64_t i = 0; i < UNIT; ++i) {
-        const int64_t to = split ? whole + i / 2 + (i & 1) * (UNIT / 2) : whole + i;
-        put<LAYOUT>(out, to, whole + i < columns ? load<DTYPE>(x, whole + i) : 0.0f);
+    for (int64_t i = 0; i < group; ++i) {
+        const int64_t from = whole + element_at<LAYOUT>(i);
+        put<LAYOUT>(out, whole + i, from < columns ? load<DTYPE>(x, from) : 0.0f);
     }
 }
 
@@ -76,7 +82,7 @@ LMX_INLINE void prepare_from(const void* x, int64_t columns, Layout layout, void
         case PLAIN_F32: return prepare_as<DTYPE, PLAIN_F32>(x, columns, out);
         case SPLIT_F32: return prepare_as<DTYPE, SPLIT_F32>(x, columns, out);
         case PLAIN_BF16: return prepare_as<DTYPE, PLAIN_BF16>(x, columns, out);
-        default: return prepare_as<DTYPE, SPLIT_BF16>(x, columns, out);
+        default: return prepare_as<DTYPE, QUARTERED_BF16>(x, columns, out);
     }
 }
 
