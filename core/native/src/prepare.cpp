@@ -56,7 +56,7 @@ constexpr int64_t GROUP = LAYOUT == QUARTERED_BF16 ? 2 * UNIT : UNIT;
 
 template <Layout LAYOUT>
 LMX_INLINE int64_t element_at(int64_t i) {
-    if constexpr (LAYOUT == SPLIT_F32) return 2 * (i % 32) + i / 32;
+    if constexpr (LAYOUT == SPLIT_F32 || LAYOUT == SPLIT_BF16) return 2 * (i % 32) + i / 32;
     if constexpr (LAYOUT == QUARTERED_BF16) return 4 * (i % 32) + (i / 32 ^ 1);
     return i;
 }
@@ -82,6 +82,7 @@ LMX_INLINE void prepare_from(const void* x, int64_t columns, Layout layout, void
         case PLAIN_F32: return prepare_as<DTYPE, PLAIN_F32>(x, columns, out);
         case SPLIT_F32: return prepare_as<DTYPE, SPLIT_F32>(x, columns, out);
         case PLAIN_BF16: return prepare_as<DTYPE, PLAIN_BF16>(x, columns, out);
+        case SPLIT_BF16: return prepare_as<DTYPE, SPLIT_BF16>(x, columns, out);
         default: return prepare_as<DTYPE, QUARTERED_BF16>(x, columns, out);
     }
 }

@@ -21,7 +21,7 @@ int64_t grain(int64_t columns) { return std::max<int64_t>(16, WORTH_A_THREAD / c
 class Prepared {
 public:
     Prepared(const void* x, Dtype dtype, int64_t count, int64_t columns)
-        : x_(x), dtype_(dtype), count_(count), columns_(columns), memory_(4 * count * padded(columns)) {}
+        : x_(x), dtype_(dtype), count_(count), columns_(columns), memory_(LAYOUTS * count * padded(columns)) {}
 
     // Before the threads start.
     void want(Layout layout) {
@@ -43,7 +43,7 @@ private:
     const void* x_;
     Dtype dtype_;
     int64_t count_, columns_;
-    bool made_[4] = {};
+    bool made_[LAYOUTS] = {};
     Scratch<float> memory_;
 };
 

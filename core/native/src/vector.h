@@ -33,7 +33,8 @@ constexpr int64_t UNIT = 64;
 // How vectors are laid out for a kernel. Split: in each unit, first its 32 even elements, then its 32 odd ones, as the
 // high and the low nibbles of 32 bytes meet them. Quartered: in each two units, those elements that lie lowest in a word
 // of four codes, then the others by rising bits, which is 1, 5, 9 ..., then 0, 4 ..., 3, 7 ... and 2, 6 ...
-enum Layout : int { PLAIN_F32 = 0, SPLIT_F32 = 1, PLAIN_BF16 = 2, QUARTERED_BF16 = 3 };
+enum Layout : int { PLAIN_F32 = 0, SPLIT_F32 = 1, PLAIN_BF16 = 2, SPLIT_BF16 = 3, QUARTERED_BF16 = 4 };
+constexpr int LAYOUTS = 5;
 
 // Up to MAX_VECTORS vectors in one layout, each `stride` elements (a multiple of UNIT) from the last.
 struct Vectors {
