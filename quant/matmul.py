@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lmx.core.native.vector import MatrixTable, are_few
 from lmx.quant import four_bit, int8, quanto
 from lmx.quant.chunks import for_chunks
 from lmx.quant.four_bit import NESTED_BLOCK_SIZE, FourBit
 from lmx.quant.int8 import Int8
+from lmx.quant.native import matrix_table
 from lmx.quant.quanto import Quanto
 
 if TYPE_CHECKING:
@@ -31,14 +33,14 @@ _OUTLIER_THRESHOLD = 6.0
 def choose_product(q: Matrix) -> Product:
     """The function that multiplies by a matrix [rows, columns]: x [..., columns] -> [..., rows], in the dtype of x.
 
-    This is the one place that picks a kernel: bitsandbytes for its matrices on a CUDA device, else torch. A tensor is
-    a matrix that was kept from quantization.
+    This is the one place that picks a kernel: bitsandbytes for its matrices on a CUDA device, our own for a few vectors
+    on the CPU, else torch. A tensor is a matrix that was kept from quantization.
     """
-    if isinstance(q, Tensor):
-        return partial(plain_product, q)
-    if q.device.type == "cuda" and not isinstance(q, Quanto):
+    if not isinstance(q, Tensor | Quanto) and q.device.type == "cuda":
         return bitsandbytes_product(q)
-    return partial(tiled_product, q)
+    many = partial(plain_product, q) if isinstance(q, Tensor) else partial(tiled_product, q)
+    table = matrix_table(q)
+    return many if table is None else partial(_native_product, table, many)
 
 
 def dequantize(q: QuantMatrix, dtype: torch.dtype | None = None) -> Tensor:
@@ -46,6 +48,14 @@ def dequantize(q: QuantMatrix, dtype: torch.dtype | None = None) -> Tensor:
     if isinstance(q, Quanto):
         return quanto.dequantize_quanto(q, dtype)
     return four_bit.dequantize_4bit(q, dtype) if isinstance(q, FourBit) else int8.dequantize_int8(q, dtype)
+
+
+def _native_product(table: MatrixTable, many: Product, x: Tensor) -> Tensor:
+    """Multiply by the kernels if x is a few vectors, else by `many`: x [..., columns] -> [..., rows]."""
+    vectors = x.numel() // table.columns
+    if not vectors or not are_few(x, vectors):
+        return many(x)
+    return table.multiply(x.reshape(vectors, table.columns)).view(*x.shape[:-1], table.rows)
 
 
 def plain_product(weight: Tensor, x: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ from lmx.core.config import ModelConfig
 from lmx.core.errors import InputError
 from lmx.core.heads import CausalHead
 from lmx.core.layers.activation import ACTIVATIONS
+from lmx.core.native.vector import are_few
 from lmx.quant.int8 import Int8
 from lmx.quant.matmul import Matrix, Product, QuantMatrix, choose_product, dequantize
+from lmx.quant.native import expert_table
 from lmx.quant.serialize import matrix_tensors
 
 TensorFunction = Callable[[Tensor], Tensor]
@@ -100,8 +102,11 @@ class QuantExpertBank(nn.Module):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' answers, in the dtype of x.
 
-        Tokens are sorted by expert, so that each expert that was hit is dequantized once.
+        Few tokens take one call of the CPU's kernels; many are sorted by expert, so that each expert that was hit is
+        dequantized once.
         """
+        if self._table is not None and are_few(x, len(x)) and not (torch.is_grad_enabled() and weights.requires_grad):
+            return self._table.answer(x, ids, weights)
         top_k = ids.shape[-1]
         out = torch.zeros_like(x)
         order = ids.flatten().argsort(stable=True)  # [tokens * top_k], by expert
@@ -132,6 +137,7 @@ class QuantExpertBank(nn.Module):
             (choose_product(gate), choose_product(up), choose_product(down))
             for gate, up, down in zip(self.gate, self.up, self.down, strict=True)
         ]
+        self._table = expert_table(self.gate, self.up, self.down, self.activation)
 
     def _apply(self, fn: TensorFunction, recurse: bool = True) -> "QuantExpertBank":
         for matrices in (self.gate, self.up, self.down):

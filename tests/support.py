@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from lmx.core.native.library import kernel_path
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 needs_shared = pytest.mark.skipif(
     not (SHARED / "data" / "SOURCES.md").exists(),
     reason="the folder ../shared with real tokenizers, configs and trained checkpoints is not here",
+)
+
+needs_kernels = pytest.mark.skipif(
+    kernel_path() == "torch",
+    reason="the CPU kernels were not built here, or LMX_KERNELS=torch: a C++ compiler and a fresh install are needed",
 )
 
 

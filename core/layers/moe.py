@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmx.core.layers.activation import ACTIVATIONS
+from lmx.core.native.vector import ExpertTable, StoredMatrix, are_few, can_multiply
 
 
 def route(router_logits: Tensor, top_k: int, normalize: float | None) -> tuple[Tensor, Tensor]:
@@ -140,6 +141,8 @@ class ExpertBank(nn.Module):
         self.gate = nn.ParameterList(torch.empty(inner, hidden) for _ in range(experts))
         self.up = nn.ParameterList(torch.empty(inner, hidden) for _ in range(experts))
         self.down = nn.ParameterList(torch.empty(hidden, inner) for _ in range(experts))
+        self._table: ExpertTable | None = None
+        self._table_of: tuple[int, ...] = ()
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' answers."""
@@ -149,5 +152,19 @@ class ExpertBank(nn.Module):
         # The choice of experts is data: inside a compiled graph it must be one opaque operation.
         if torch.compiler.is_compiling():
             return torch.ops.lmx.experts(x, ids, weights, gate, up, down, self.activation)
+        if are_few(x, len(x)):
+            table = self._native_table(gate, up, down)
+            if table is not None:
+                return table.answer(x, ids, weights)
         run = run_experts_once if len(x) == 1 else run_experts
         return run(x, ids, weights, gate, up, down, self.activation)
+
+    def _native_table(self, gate: list[Tensor], up: list[Tensor], down: list[Tensor]) -> ExpertTable | None:
+        """What the kernels are told, once for as long as the matrices stay where they are."""
+        place = tuple(matrix.data_ptr() for matrix in (*gate, *up, *down))
+        if place != self._table_of:
+            self._table_of = place
+            banks = [[StoredMatrix.kept(matrix.detach()) for matrix in matrices] for matrices in (gate, up, down)]
+            narrow = all(can_multiply(matrix) and matrix.element_size() == 2 for matrix in (*gate, *up, *down))
+            self._table = ExpertTable(list(zip(*banks, strict=True)), self.activation) if narrow else None
+        return self._table

@@ -17,6 +17,7 @@ from lmx.core.kv_cache import AttentionCache, KVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES
 from lmx.core.layers.attention import clip
 from lmx.core.layers.initialise import initialise_normal
+from lmx.core.layers.linear import Linear
 from lmx.core.layers.moe import ExpertBank, jitter, route
 from lmx.core.names import ExpertStack, NameTable, Rename
 from lmx.core.registry import Family
@@ -163,8 +164,8 @@ class Attention(nn.Module):
         self.head_dim, self.heads, self.kv_heads = config.head_dim, config.heads, config.attention.kv_heads
         self.limit, self.dropout = config.attention.clip_qkv, config.attention.dropout
         wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.qkv = nn.Linear(config.hidden_size, wide + 2 * narrow, bias=False)
-        self.o = nn.Linear(wide, config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, wide + 2 * narrow, bias=False)
+        self.o = Linear(wide, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
@@ -179,7 +180,7 @@ class SparseMLP(nn.Module):
     def __init__(self, config: FFNConfig, hidden_size: int) -> None:
         super().__init__()
         self.top_k, self.normalize, self.noise = config.experts_per_token, config.normalize, config.jitter
-        self.router = nn.Linear(hidden_size, config.experts, bias=False)
+        self.router = Linear(hidden_size, config.experts, bias=False)
         self.experts = ExpertBank(config.experts, hidden_size, config.intermediate_size, config.activation)
 
     def forward(self, x: Tensor, call: AttentionCall) -> Tensor:

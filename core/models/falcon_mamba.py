@@ -14,6 +14,7 @@ from lmx.core.decoder import Call, Decoder, Inputs
 from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS
 from lmx.core.layers.conv import causal_conv
 from lmx.core.layers.initialise import initialise_normal
+from lmx.core.layers.linear import Linear
 from lmx.core.layers.norm import RMSNorm, rms_normalise
 from lmx.core.layers.padding import Compaction
 from lmx.core.layers.scan import selective_scan
@@ -120,14 +121,14 @@ class Mixer(nn.Module):
         self.sizes = [rank, states, states]
         self.eps = config.mixer_rms_eps
         self.act = ACTIVATIONS[config.activation]
-        self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=config.use_bias)
+        self.in_proj = Linear(config.hidden_size, 2 * inner, bias=config.use_bias)
         self.conv_weight = nn.Parameter(torch.empty(inner, 1, config.conv_kernel))
         self.conv_bias = nn.Parameter(torch.empty(inner)) if config.use_conv_bias else None
-        self.x_proj = nn.Linear(inner, sum(self.sizes), bias=False)
-        self.dt_proj = nn.Linear(rank, inner)
+        self.x_proj = Linear(inner, sum(self.sizes), bias=False)
+        self.dt_proj = Linear(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, states))
         self.D = nn.Parameter(torch.empty(inner))
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
+        self.out_proj = Linear(inner, config.hidden_size, bias=config.use_bias)
         self._kept_rates: _Rates | None = None
 
     def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> MambaState:

@@ -12,6 +12,7 @@ from lmx.core.decoder import AttentionCall, Decoder, Inputs, plan_attention
 from lmx.core.kv_cache import AttentionCache, KVCache, WindowKVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES
 from lmx.core.layers.initialise import initialise_normal
+from lmx.core.layers.linear import Linear
 from lmx.core.layers.moe import ExpertBank, jitter, route
 from lmx.core.layers.norm import RMSNorm
 from lmx.core.names import ExpertStack, NameTable, Rename
@@ -100,10 +101,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.dropout = config.head_dim, config.attention_dropout
         wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q = nn.Linear(config.hidden_size, wide, bias=False)
-        self.k = nn.Linear(config.hidden_size, narrow, bias=False)
-        self.v = nn.Linear(config.hidden_size, narrow, bias=False)
-        self.o = nn.Linear(wide, config.hidden_size, bias=False)
+        self.q = Linear(config.hidden_size, wide, bias=False)
+        self.k = Linear(config.hidden_size, narrow, bias=False)
+        self.v = Linear(config.hidden_size, narrow, bias=False)
+        self.o = Linear(wide, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
@@ -118,7 +119,7 @@ class SparseMLP(nn.Module):
     def __init__(self, config: MixtralConfig) -> None:
         super().__init__()
         self.top_k, self.noise = config.experts_per_token, config.router_jitter_noise
-        self.router = nn.Linear(config.hidden_size, config.experts, bias=False)
+        self.router = Linear(config.hidden_size, config.experts, bias=False)
         self.experts = ExpertBank(config.experts, config.hidden_size, config.intermediate_size, config.activation)
 
     def forward(self, x: Tensor, call: AttentionCall) -> Tensor:

@@ -13,6 +13,7 @@ from lmx.core.kv_cache import AttentionCache, KVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES
 from lmx.core.layers.attention import clip
 from lmx.core.layers.initialise import initialise_normal
+from lmx.core.layers.linear import Linear
 from lmx.core.layers.moe import ExpertBank, route
 from lmx.core.layers.norm import RMSNorm
 from lmx.core.names import ExpertStack, NameTable, Rename
@@ -105,10 +106,10 @@ class Attention(nn.Module):
         self.head_dim, self.dropout, self.limit = config.head_dim, config.attention_dropout, config.clip_qkv
         hidden, bias = config.hidden_size, config.attention_bias
         wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q = nn.Linear(hidden, wide, bias)
-        self.k = nn.Linear(hidden, narrow, bias)
-        self.v = nn.Linear(hidden, narrow, bias)
-        self.o = nn.Linear(wide, hidden, bias)
+        self.q = Linear(hidden, wide, bias)
+        self.k = Linear(hidden, narrow, bias)
+        self.v = Linear(hidden, narrow, bias)
+        self.o = Linear(wide, hidden, bias)
         self.q_norm = RMSNorm(wide, config.rms_norm_eps)
         self.k_norm = RMSNorm(narrow, config.rms_norm_eps)
 
@@ -127,7 +128,7 @@ class SparseMLP(nn.Module):
         super().__init__()
         self.top_k = config.experts_per_token
         self.normalize = 1.0 if config.norm_topk_prob else None
-        self.router = nn.Linear(config.hidden_size, config.experts, bias=False)
+        self.router = Linear(config.hidden_size, config.experts, bias=False)
         self.experts = ExpertBank(config.experts, config.hidden_size, config.intermediate_size, config.activation)
 
     def forward(self, x: Tensor, call: AttentionCall) -> Tensor:

@@ -16,6 +16,7 @@ from lmx.core.kv_cache import WindowKVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS
 from lmx.core.layers.conv import causal_conv
 from lmx.core.layers.initialise import initialise_normal
+from lmx.core.layers.linear import Linear
 from lmx.core.layers.norm import OffsetRMSNorm
 from lmx.core.layers.padding import Compaction
 from lmx.core.layers.rg_lru import RGLRU
@@ -120,10 +121,10 @@ class LocalAttention(nn.Module):
         super().__init__()
         self.head_dim, self.dropout = config.head_dim, config.attention_dropout
         wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q = nn.Linear(config.hidden_size, wide, bias=config.attention_bias)
-        self.k = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
-        self.v = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
-        self.o = nn.Linear(wide, config.hidden_size)
+        self.q = Linear(config.hidden_size, wide, bias=config.attention_bias)
+        self.k = Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        self.v = Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        self.o = Linear(wide, config.hidden_size)
 
     def forward(self, x: Tensor, call: AttentionCall, cache: WindowKVCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
@@ -138,12 +139,12 @@ class RecurrentBlock(nn.Module):
     def __init__(self, config: RecurrentGemmaConfig) -> None:
         super().__init__()
         self.act = ACTIVATIONS[config.activation]
-        self.linear_y = nn.Linear(config.hidden_size, config.lru_width)
-        self.linear_x = nn.Linear(config.hidden_size, config.lru_width)
+        self.linear_y = Linear(config.hidden_size, config.lru_width)
+        self.linear_x = Linear(config.hidden_size, config.lru_width)
         self.conv_weight = nn.Parameter(torch.empty(config.lru_width, 1, config.conv_width))
         self.conv_bias = nn.Parameter(torch.empty(config.lru_width))
         self.rg_lru = RGLRU(config.lru_width, config.heads)
-        self.linear_out = nn.Linear(config.lru_width, config.hidden_size)
+        self.linear_out = Linear(config.lru_width, config.hidden_size)
 
     def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> GriffinState:
         """Zeros: no inputs seen, nothing remembered."""
@@ -173,9 +174,9 @@ class GatedMLP(nn.Module):
     def __init__(self, config: RecurrentGemmaConfig) -> None:
         super().__init__()
         self.act = ACTIVATIONS[config.activation]
-        self.gate = nn.Linear(config.hidden_size, config.mlp_width)
-        self.up = nn.Linear(config.hidden_size, config.mlp_width)
-        self.down = nn.Linear(config.mlp_width, config.hidden_size)
+        self.gate = Linear(config.hidden_size, config.mlp_width)
+        self.up = Linear(config.hidden_size, config.mlp_width)
+        self.down = Linear(config.mlp_width, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [batch, length, hidden] -> the same."""

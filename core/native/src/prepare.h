@@ -8,11 +8,14 @@ namespace lmx {
 // Activations of a gated MLP, by the numbers of core/native/vector.py.
 enum Activation : int { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 
-inline int64_t padded(int64_t columns) { return (columns + UNIT - 1) / UNIT * UNIT; }
+// No layout moves an element out of its stretch of so many.
+constexpr int64_t STRETCH = 2 * UNIT;
+
+inline int64_t padded(int64_t columns) { return (columns + STRETCH - 1) / STRETCH * STRETCH; }
 inline int64_t size_of(Layout layout) { return layout == PLAIN_F32 || layout == SPLIT_F32 ? 4 : 2; }
 inline int64_t size_of(Dtype dtype) { return dtype == F32 ? 4 : 2; }
 
-// Writes `columns` elements of x in a layout, and zeros up to the next whole unit.
+// Writes `columns` elements of x in a layout, and zeros up to the next whole unit, or two where the layout is quartered.
 void prepare(const void* x, Dtype dtype, int64_t columns, Layout layout, void* out);
 
 // out[i] = values[i], rounded to dtype.

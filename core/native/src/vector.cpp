@@ -111,16 +111,17 @@ LMX_EXPORT void lmx_experts(const Matrix (*bank)[3], const void* x, int dtype, i
         prepared.want(choose_kernel(bank[ids[slot]][1], type).layout);
     }
     Scratch<float> between(slots * padded(inner));  // [slots, inner] in the layout of its expert's `down`
-    const int64_t units = padded(inner) / UNIT;
-    parallel_for(slots * units, 1, [&](int64_t first, int64_t last) {
+    const int64_t stretches = padded(inner) / STRETCH;
+    parallel_for(slots * stretches, 1, [&](int64_t first, int64_t last) {
         for (int64_t at = first; at < last; ++at) {
-            const int64_t slot = at / units, row = at % units * UNIT, stop = std::min(row + UNIT, inner);
+            const int64_t slot = at / stretches, row = at % stretches * STRETCH;
+            const int64_t stop = std::min(row + STRETCH, inner);
             const auto& [gate, up, down] = bank[ids[slot]];
-            float sums[2][UNIT];
+            float sums[2][STRETCH];
             const Matrix* pair[] = {&gate, &up};
             for (int i = 0; i < 2; ++i) {
                 const Kernel kernel = choose_kernel(*pair[i], type);
-                kernel.rows(*pair[i], prepared.one(kernel.layout, slot / top_k), row, stop, sums[i], UNIT);
+                kernel.rows(*pair[i], prepared.one(kernel.layout, slot / top_k), row, stop, sums[i], STRETCH);
             }
             gate_with(sums[0], sums[1], stop - row, static_cast<Activation>(activation));
             const Layout layout = choose_kernel(down, type).layout;

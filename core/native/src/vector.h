@@ -14,7 +14,7 @@ struct Matrix {
     int64_t rows, columns;
     Kind kind;
     const void* absmax;  // four-bit: float a block, or its uint8 code where `nested_map` is there; int8: float a row
-    const float* code;   // four-bit: the values of the 16 codes
+    const float* code;   // four-bit: the values of the 16 codes, 16 bf16 close to them times a factor, 1 / factor
     int64_t block_size;  // a power of two
     const float* nested_map;     // [256], or null
     const float* nested_absmax;  // one for 256 blocks
@@ -26,8 +26,11 @@ struct Matrix {
 constexpr int64_t MATRIX_WORDS = 10;
 static_assert(sizeof(Matrix) == MATRIX_WORDS * 8, "as the table in Python");
 
+inline const bf16* rounded_code(const Matrix& m) { return reinterpret_cast<const bf16*>(m.code + 16); }
+inline float code_scale(const Matrix& m) { return m.code[24]; }
+
 constexpr int MAX_VECTORS = 4;
-// Elements that a kernel takes at a time; prepared vectors are padded with zeros to a multiple of it.
+// Elements that a kernel takes at a time.
 constexpr int64_t UNIT = 64;
 
 // How vectors are laid out for a kernel. Split: in each unit, first its 32 even elements, then its 32 odd ones, as the
@@ -36,7 +39,7 @@ constexpr int64_t UNIT = 64;
 enum Layout : int { PLAIN_F32 = 0, SPLIT_F32 = 1, PLAIN_BF16 = 2, SPLIT_BF16 = 3, QUARTERED_BF16 = 4 };
 constexpr int LAYOUTS = 5;
 
-// Up to MAX_VECTORS vectors in one layout, each `stride` elements (a multiple of UNIT) from the last.
+// Up to MAX_VECTORS vectors in one layout, each `stride` elements from the last, padded with zeros.
 struct Vectors {
     const void* data;
     int64_t count, columns, stride;

@@ -71,7 +71,8 @@ LMX_AVX512 void four_bit_row(const Matrix& m, const Vectors& x, int64_t row, flo
         pair(unit + 2, sums[1]);
     }
     for (; unit < units; unit += 2) pair(unit, sums[0]);
-    for (int v = 0; v < VECTORS; ++v) out[v * out_stride] = _mm512_reduce_add_ps(_mm512_add_ps(sums[0][v], sums[1][v]));
+    for (int v = 0; v < VECTORS; ++v)
+        out[v * out_stride] = code_scale(m) * _mm512_reduce_add_ps(_mm512_add_ps(sums[0][v], sums[1][v]));
 }
 
 // Four bits times float, in float all through.
@@ -165,7 +166,6 @@ LMX_AVX512 void bf16_row(const Matrix& m, const Vectors& x, int64_t row, float* 
     for (; c + 128 <= m.columns; c += 128)
         for (int part = 0; part < 4; ++part) {
             const bf16* at = weights + c + 32 * part;
-            prefetch(reinterpret_cast<const uint8_t*>(at));
             const __m512bh values = (__m512bh)_mm512_loadu_si512(at);
             for (int v = 0; v < VECTORS; ++v) {
                 const __m512bh vector = (__m512bh)_mm512_loadu_si512(vectors + v * x.stride + c + 32 * part);
@@ -187,10 +187,9 @@ LMX_AVX512 void bf16_row(const Matrix& m, const Vectors& x, int64_t row, float* 
     }
 }
 
-LMX_AVX512 __m512i bf16_table(const float* code) {
-    bf16 values[32];
-    for (int i = 0; i < 32; ++i) values[i] = float_to_bf16(code[i & 15]);
-    return _mm512_loadu_si512(values);
+// 16 values, twice.
+LMX_AVX512 __m512i table_of(const bf16* values) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
 }
 
 // int8 times bf16, by its nibbles: a byte is 16 h + l, and both parts come out of tables, exact in bf16. Converting to
@@ -227,12 +226,12 @@ LMX_AVX512 void int8_row(const Matrix& m, const Vectors& x, int64_t row, float* 
 template <int VECTORS>
 LMX_AVX512 void int8_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
                         int64_t out_stride) {
-    float low[16], high[16];
+    bf16 low[16], high[16];
     for (int i = 0; i < 16; ++i) {
-        low[i] = static_cast<float>(i);
-        high[i] = 16.0f * static_cast<float>(i < 8 ? i : i - 16);
+        low[i] = float_to_bf16(static_cast<float>(i));
+        high[i] = float_to_bf16(16.0f * static_cast<float>(i < 8 ? i : i - 16));
     }
-    const __m512i lows = bf16_table(low), highs = bf16_table(high);
+    const __m512i lows = table_of(low), highs = table_of(high);
     for (int64_t row = first; row < last; ++row)
         int8_row<VECTORS>(m, x, row, out + row - first, out_stride, lows, highs);
 }
@@ -240,7 +239,7 @@ LMX_AVX512 void int8_of(const Matrix& m, const Vectors& x, int64_t first, int64_
 template <int VECTORS>
 LMX_AVX512 void four_bit_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
                             int64_t out_stride) {
-    const __m512i table = bf16_table(m.code);
+    const __m512i table = table_of(rounded_code(m));
     const auto of_row = m.nested_map ? four_bit_row<VECTORS, true> : four_bit_row<VECTORS, false>;
     for (int64_t row = first; row < last; ++row) of_row(m, x, row, out + row - first, out_stride, table);
 }

@@ -1,0 +1,81 @@
+"""The compiled library: how it is built, found, and left alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import needs_kernels
+
+from lmx.core.native import build, library
+from lmx.core.native.library import forced_path, kernel_path
+
+
+def run(code, **environment):
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert build.build_any(tmp_path / "out.so") == "no C++ compiler was found"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho no such thing >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(build, "compilers", lambda: [str(broken)])
+    assert "no such thing" in build.build_any(tmp_path / "out.so")
+    assert list(tmp_path.iterdir()) == [broken]
+
+
+def test_torch_can_be_asked_for():
+    assert run("from lmx.core.native.library import kernel_path; print(kernel_path())", LMX_KERNELS="torch") == "torch"
+
+
+@pytest.mark.parametrize("content", [b"", b"no library"], ids=["empty", "text"])
+def test_a_library_that_does_not_load_is_none(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    (tmp_path / build.LIBRARY_NAME).write_bytes(content)
+    assert library.library.__wrapped__() is None
+
+
+@needs_kernels
+def test_the_best_path_is_taken_and_another_can_be():
+    best = kernel_path()
+    assert best in ("avx512", "avx2", "neon", "portable")
+    with forced_path("portable") as there:
+        assert there
+        assert kernel_path() == "portable"
+    assert kernel_path() == best
+    assert (
+        run("from lmx.core.native.library import kernel_path; print(kernel_path())", LMX_KERNELS="portable")
+        == "portable"
+    )
+
+
+@needs_kernels
+def test_threads_are_torchs():
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert library.library().lmx_max_threads() == threads
+    torch.set_num_threads(before)
+
+
+@needs_kernels
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps, which Linux has")
+def test_one_openmp_is_mapped():
+    code = (
+        "from lmx.core.native.library import library; library();"
+        "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.rpartition('/')[2]}))"
+    )
+    assert run(code) == "1"
