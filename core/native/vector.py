@@ -61,8 +61,8 @@ class StoredMatrix:
     def words(self) -> list[int]:
         """The row of a table that stands for it; its tensors must be contiguous and outlive the table."""
         offset = ctypes.c_int32.from_buffer(ctypes.c_float(self.nested_offset)).value
-        code = None if self.code is None else _code_tables(tuple(self.code.tolist()))
-        tensors = (self.absmax, code, self.nested_map, self.nested_absmax)
+        tables = None if self.code is None else _code_tables(tuple(self.code.tolist()))
+        tensors = (self.absmax, tables, self.nested_map, self.nested_absmax)
         absmax, code, nested_map, nested_absmax = (0 if t is None else t.data_ptr() for t in tensors)
         shape = (self.data.data_ptr(), self.rows, self.columns, int(self.kind))
         return [*shape, absmax, code, self.block_size, nested_map, nested_absmax, offset & 0xFFFFFFFF]
