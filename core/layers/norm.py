@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmx.core.native.attention import Scale
+
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
     """Normalise [..., width]; computed in float32 at least, returned in x's dtype."""
@@ -20,6 +22,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
+
+    @property
+    def scale(self) -> Scale:
+        """What a kernel must know to do the same."""
+        return Scale(self.weight, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last dimension."""
