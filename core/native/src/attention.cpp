@@ -30,22 +30,21 @@ struct Work {
     const AttentionPath path;
     const Dtype dtype;
     const int64_t chunks;  // of the longest row
+    const int64_t row_size;
     Scratch<float> memory;
 
     Work(const Step& step, const Projected& p, const Cache& cache)
         : step(step), projected(p), cache(cache), path(choose(static_cast<Dtype>(p.dtype))),
           dtype(static_cast<Dtype>(p.dtype)), chunks(most_chunks(step)),
-          memory(step.rows * p.heads * (p.width + chunks * (PARTIAL_HEAD + p.width))) {}
+          row_size(padded_width(p.width)), memory(step.rows * p.heads * (row_size + chunks * partial_size())) {}
 
     static int64_t most_chunks(const Step& step) {
         return (*std::max_element(step.counts, step.counts + step.rows) + CHUNK - 1) / CHUNK;
     }
-    float* query(int64_t row, int64_t head) {
-        return memory.data() + (row * projected.heads + head) * projected.width;
-    }
+    int64_t partial_size() const { return PARTIAL_HEAD + row_size; }
+    float* query(int64_t row, int64_t head) { return memory.data() + (row * projected.heads + head) * row_size; }
     float* partial(int64_t row, int64_t head, int64_t chunk) {
-        float* first = query(step.rows, 0);
-        return first + ((row * projected.heads + head) * chunks + chunk) * (PARTIAL_HEAD + projected.width);
+        return query(step.rows, 0) + ((row * projected.heads + head) * chunks + chunk) * partial_size();
     }
     uint8_t* slot(void* buffer, int64_t row, int64_t head, int64_t slot) {
         const int64_t at = row * cache.row_stride + head * cache.head_stride + slot * cache.slot_stride;
@@ -57,10 +56,10 @@ struct Work {
 void begin(Work& work) {
     const Projected& p = work.projected;
     const int64_t narrow = p.kv_heads * p.width;
-    Scratch<float> memory(2 * narrow);
-    float *key = memory.data(), *value = key + narrow;
+    Scratch<float> memory(2 * narrow + p.heads * p.width);
+    float *key = memory.data(), *value = key + narrow, *query = value + narrow;
     for (int64_t row = 0; row < work.step.rows; ++row) {
-        work.path.shape(p, work.step, row, work.query(row, 0), key, value);
+        work.path.shape(p, work.step, row, work.query(row, 0), query, key, value);
         const int64_t slot = work.step.slots[row];
         for (int64_t head = 0; head < p.kv_heads && slot >= 0; ++head) {
             store(key + head * p.width, p.width, work.dtype, work.slot(work.cache.keys, row, head, slot));
@@ -78,16 +77,17 @@ void attend_chunk(Work& work, int64_t row, int64_t kv_head, int64_t chunk) {
     const void* keys = work.slot(work.cache.keys, row, kv_head, first);
     const void* values = work.slot(work.cache.values, row, kv_head, first);
     work.path.chunk(work.query(row, head), group, keys, values, count, work.cache.slot_stride, p.width,
-                    work.partial(row, head, chunk), work.partial(0, 1, 0) - work.partial(0, 0, 0));
+                    work.partial(row, head, chunk), work.chunks * work.partial_size());
 }
 
 void finish_head(Work& work, int64_t row, int64_t head, void* out) {
     const Projected& p = work.projected;
-    float* answer = work.query(row, head);  // no longer needed
+    Scratch<float> answer(p.width);
     const int64_t chunks = (work.step.counts[row] + CHUNK - 1) / CHUNK;
-    work.path.combine(work.partial(row, head, 0), chunks, p.width, answer);
+    // The head's query is no longer needed.
+    work.path.combine(work.partial(row, head, 0), chunks, p.width, work.query(row, head), answer.data());
     const int64_t at = (row * p.heads + head) * p.width * size_of(work.dtype);
-    store(answer, p.width, work.dtype, static_cast<uint8_t*>(out) + at);
+    store(answer.data(), p.width, work.dtype, static_cast<uint8_t*>(out) + at);
 }
 
 }  // namespace

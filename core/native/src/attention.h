@@ -12,6 +12,10 @@ constexpr int64_t CHUNK = 128;
 constexpr int64_t GROUP = 4;
 // The largest score of a chunk and the sum of the weights stand before the weighted sum of its values.
 constexpr int64_t PARTIAL_HEAD = 2;
+// A head's queries and answers stand in rows of whole pairs of any path's vectors.
+constexpr int64_t WIDEST_PAIR = 32;
+
+inline int64_t padded_width(int64_t width) { return (width + WIDEST_PAIR - 1) / WIDEST_PAIR * WIDEST_PAIR; }
 
 // Where a layer's tokens go and what they see, the same for all layers of a call. As `_Step` in core/native/attention.py.
 struct Step {
@@ -39,15 +43,17 @@ struct Cache {
 };
 
 // One row's heads, in float but rounded to dtype wherever torch rounds: queries and keys normalised, clipped and turned,
-// values clipped. query [heads * width], key and value [kv_heads * width].
-using ShapeFunction = void (*)(const Projected&, const Step&, int64_t row, float* query, float* key, float* value);
+// values clipped. queries [heads, padded width] in the path's own order; query [heads * width] is scratch; key and value
+// [kv_heads * width].
+using ShapeFunction = void (*)(const Projected&, const Step&, int64_t row, float* queries, float* query, float* key,
+                               float* value);
 
-// out[g] = {max, sum, sum of weighted values [width]} of `count` keys for each of `group` queries [group, width].
+// out[g] = {max, sum, sum of weighted values [padded width]} of `count` keys for each of `group` queries.
 using ChunkFunction = void (*)(const float* queries, int64_t group, const void* keys, const void* values, int64_t count,
                                int64_t slot_stride, int64_t width, float* out, int64_t out_stride);
 
-// answer [width] of dtype, from `chunks` partial ones.
-using CombineFunction = void (*)(const float* partials, int64_t chunks, int64_t width, float* answer);
+// answer [width], from `chunks` partial ones in their own order; sums [padded width] is scratch.
+using CombineFunction = void (*)(const float* partials, int64_t chunks, int64_t width, float* sums, float* answer);
 
 struct AttentionPath {
     ShapeFunction shape;

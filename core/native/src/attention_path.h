@@ -14,122 +14,166 @@ namespace {
 
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
-using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
+using Integers = int32_t __attribute__((vector_size(4 * LANES)));
 
-// Elements of a row are asked for this many bytes ahead: the hardware stops at the border of a page.
-constexpr int64_t AHEAD = 2048;
+// Elements are taken in pairs of vectors. Of bf16 the first vector has the even ones and the second the odd ones, as
+// they come out of 32-bit words without a shuffle; queries and answers stand in that order between the calls.
+constexpr int64_t PAIR = 2 * LANES;
+static_assert(PAIR <= WIDEST_PAIR, "rows of queries and answers are padded to whole pairs");
 
 LMX_FORCE void load(const float* at, Floats& out) { std::memcpy(&out, at, sizeof out); }
 
-LMX_FORCE void load(const bf16* at, Floats& out) {
-    Halves halves;
-    std::memcpy(&halves, at, sizeof halves);
-    const Words words = __builtin_convertvector(halves, Words) << 16;
-    std::memcpy(&out, &words, sizeof out);
+LMX_FORCE void load_pair(const float* at, Floats& first, Floats& second) {
+    load(at, first);
+    load(at + LANES, second);
+}
+
+LMX_FORCE void load_pair(const bf16* at, Floats& even, Floats& odd) {
+    Words words;
+    std::memcpy(&words, at, sizeof words);
+    const Words low = words << 16, high = words & 0xffff0000u;
+    std::memcpy(&even, &low, sizeof even);
+    std::memcpy(&odd, &high, sizeof odd);
 }
 
 // The last elements of a row, zeros behind them.
 template <typename Stored>
-LMX_FORCE void load_some(const Stored* at, int64_t count, Floats& out) {
-    Stored some[LANES] = {};
-    std::memcpy(some, at, static_cast<size_t>(count) * sizeof(Stored));
-    load(some, out);
+LMX_FORCE void load_last(const Stored* at, int64_t count, Floats& first, Floats& second) {
+    Stored last[PAIR] = {};
+    std::memcpy(last, at, static_cast<size_t>(count) * sizeof(Stored));
+    load_pair(last, first, second);
 }
 
-LMX_FORCE float sum_of(const Floats& lanes) {
-    float halves[LANES];
-    std::memcpy(halves, &lanes, sizeof halves);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; ++i) halves[i] += halves[i + width];
-    return halves[0];
-}
+// Where element i of a pair stands.
+LMX_FORCE int64_t place(int64_t i, float) { return i; }
+LMX_FORCE int64_t place(int64_t i, bf16) { return i / 2 + (i & 1 ? LANES : 0); }
 
-template <typename Stored>
-LMX_FORCE void ask_ahead(const Stored* row, int64_t width) {
-    const char* bytes = reinterpret_cast<const char*>(row) + AHEAD;
-    for (int64_t at = 0; at < width * static_cast<int64_t>(sizeof(Stored)); at += 64) __builtin_prefetch(bytes + at);
+// The upper half of the lanes onto the lower, until one is left.
+template <int COUNT>
+LMX_FORCE float sum_of(const float __attribute__((vector_size(4 * COUNT))) & lanes) {
+    if constexpr (COUNT == 4) {
+        return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+    } else {
+        float __attribute__((vector_size(2 * COUNT))) low, high;
+        std::memcpy(&low, &lanes, sizeof low);
+        std::memcpy(&high, reinterpret_cast<const char*>(&lanes) + sizeof low, sizeof high);
+        low += high;
+        return sum_of<COUNT / 2>(low);
+    }
 }
 
 // scores[g][j] = queries[g] . keys[j]
 template <typename Stored, int COUNT>
 LMX_TARGET void score(const float* queries, const Stored* keys, int64_t count, int64_t stride, int64_t width,
                       float (*scores)[CHUNK]) {
-    const int64_t whole = width / LANES * LANES;
+    const int64_t row = padded_width(width), whole = width / PAIR * PAIR;
+    Floats first, second, query[2];
     for (int64_t j = 0; j < count; ++j) {
         const Stored* key = keys + j * stride;
-        ask_ahead(key, width);
-        Floats sums[COUNT][2] = {}, part, query;
-        int64_t d = 0;
-        for (; d + 2 * LANES <= whole; d += 2 * LANES)
-            for (int half = 0; half < 2; ++half) {
-                load(key + d + half * LANES, part);
-                for (int g = 0; g < COUNT; ++g) {
-                    load(queries + g * width + d + half * LANES, query);
-                    sums[g][half] += part * query;
-                }
-            }
-        for (; d < width; d += LANES) {
-            const int64_t some = width - d < LANES ? width - d : LANES;
-            load_some(key + d, some, part);
+        Floats sums[COUNT][2];
+        for (int g = 0; g < COUNT; ++g) sums[g][0] = sums[g][1] = Floats{};
+        const auto add = [&](int64_t d) LMX_TARGET __attribute__((always_inline)) {
+#pragma GCC unroll 4
             for (int g = 0; g < COUNT; ++g) {
-                load_some(queries + g * width + d, some, query);
-                sums[g][0] += part * query;
+                load_pair(queries + g * row + d, query[0], query[1]);
+                sums[g][0] += first * query[0];
+                sums[g][1] += second * query[1];
             }
+        };
+        for (int64_t d = 0; d < whole; d += PAIR) {
+            load_pair(key + d, first, second);
+            add(d);
         }
-        for (int g = 0; g < COUNT; ++g) scores[g][j] = sum_of(sums[g][0] + sums[g][1]);
+        if (whole < width) {
+            load_last(key + whole, width - whole, first, second);
+            add(whole);
+        }
+        for (int g = 0; g < COUNT; ++g) scores[g][j] = sum_of<LANES>(sums[g][0] + sums[g][1]);
     }
+}
+
+// e^x as `exponential` of exponential.h computes it: compilers keep the branches of a loop over that one.
+LMX_FORCE void exponentials(Floats& x) {
+    const Floats low = x < -87.3f ? Floats{} - 87.3f : x;  // NaN stays; weights are never above 1
+    const Floats shifted = low * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole number
+    const Floats n = shifted - 12582912.0f;
+    const Floats r = (low - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+    Floats p = r * (1.0f / 5040) + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    Integers bits, power;
+    std::memcpy(&bits, &p, sizeof bits);
+    std::memcpy(&power, &shifted, sizeof power);
+    bits += power << 23;  // the lowest bits of `shifted` are n
+    std::memcpy(&x, &bits, sizeof x);
 }
 
 // Scores become weights e^(scale * score - max); returns max and the sum of the weights.
 LMX_TARGET inline void weigh(float* scores, int64_t count, float scale, float* max, float* sum) {
-    float largest = -INFINITY;
-    for (int64_t j = 0; j < count; ++j) largest = scores[j] > largest ? scores[j] : largest;
     for (int64_t j = count; j < CHUNK; ++j) scores[j] = -INFINITY;
+    Floats part, most, sums = {};
+    load(scores, most);
+    for (int64_t j = LANES; j < CHUNK; j += LANES) {
+        load(scores + j, part);
+        most = part > most ? part : most;
+    }
+    float largest = most[0];
+    for (int i = 1; i < LANES; ++i) largest = most[i] > largest ? most[i] : largest;
     largest *= scale;
-    for (int64_t j = 0; j < CHUNK; ++j) scores[j] = exponential(scale * scores[j] - largest);
+    for (int64_t j = 0; j < CHUNK; j += LANES) {
+        load(scores + j, part);
+        part = part * scale - largest;
+        exponentials(part);
+        std::memcpy(scores + j, &part, sizeof part);
+    }
     for (int64_t j = count; j < CHUNK; ++j) scores[j] = 0;
-    Floats sums = {}, part;
     for (int64_t j = 0; j < CHUNK; j += LANES) {
         load(scores + j, part);
         sums += part;
     }
     *max = largest;
-    *sum = sum_of(sums);
+    *sum = sum_of<LANES>(sums);
 }
 
-// out[g][0 .. VECTORS * LANES) = sum_j weights[g][j] * values[j], from the same columns of every value.
-template <typename Stored, int COUNT, int VECTORS>
-LMX_TARGET void blend(const float (*weights)[CHUNK], const Stored* values, int64_t count, int64_t stride, float* out,
-                      int64_t out_stride, int64_t width_ahead) {
-    Floats sums[COUNT][VECTORS] = {}, part;
+// out[g][0 .. PAIRS * PAIR) = sum_j weights[g][j] * values[j], from the same columns of every value; `last`: so many of
+// them are there where it is less than one pair.
+template <typename Stored, int COUNT, int PAIRS>
+LMX_TARGET void blend(const float (*weights)[CHUNK], const Stored* values, int64_t count, int64_t stride, int64_t last,
+                      float* out, int64_t out_stride) {
+    Floats sums[COUNT][PAIRS][2], first, second;
+    for (int g = 0; g < COUNT; ++g)
+        for (int i = 0; i < PAIRS; ++i) sums[g][i][0] = sums[g][i][1] = Floats{};
     for (int64_t j = 0; j < count; ++j) {
         const Stored* value = values + j * stride;
-        ask_ahead(value, width_ahead);
-        for (int i = 0; i < VECTORS; ++i) {
-            load(value + i * LANES, part);
-            for (int g = 0; g < COUNT; ++g) sums[g][i] += part * weights[g][j];
+#pragma GCC unroll 4
+        for (int i = 0; i < PAIRS; ++i) {
+            if (last < PAIR) load_last(value, last, first, second);
+            else load_pair(value + i * PAIR, first, second);
+#pragma GCC unroll 4
+            for (int g = 0; g < COUNT; ++g) {
+                sums[g][i][0] += first * weights[g][j];
+                sums[g][i][1] += second * weights[g][j];
+            }
         }
     }
-    for (int g = 0; g < COUNT; ++g) std::memcpy(out + g * out_stride, sums[g], sizeof sums[g]);
+    for (int g = 0; g < COUNT; ++g)
+        for (int i = 0; i < PAIRS; ++i)
+            for (int half = 0; half < 2; ++half)
+                std::memcpy(out + g * out_stride + i * PAIR + half * LANES, &sums[g][i][half], sizeof(Floats));
 }
 
 template <typename Stored, int COUNT>
 LMX_TARGET void blend_all(const float (*weights)[CHUNK], const Stored* values, int64_t count, int64_t stride,
                           int64_t width, float* out, int64_t out_stride) {
-    constexpr int VECTORS = COUNT == 1 ? 8 : REGISTERS / 2 / COUNT;
+    constexpr int PAIRS = COUNT == 1 ? 4 : REGISTERS / 4 / COUNT;
     int64_t d = 0;
-    for (; d + VECTORS * LANES <= width; d += VECTORS * LANES)
-        blend<Stored, COUNT, VECTORS>(weights, values + d, count, stride, out + d, out_stride, d ? 0 : width);
-    for (; d + LANES <= width; d += LANES)
-        blend<Stored, COUNT, 1>(weights, values + d, count, stride, out + d, out_stride, 0);
-    if (d == width) return;
-    Floats sums[COUNT] = {}, part;
-    for (int64_t j = 0; j < count; ++j) {
-        load_some(values + j * stride + d, width - d, part);
-        for (int g = 0; g < COUNT; ++g) sums[g] += part * weights[g][j];
-    }
-    for (int g = 0; g < COUNT; ++g)
-        std::memcpy(out + g * out_stride + d, &sums[g], static_cast<size_t>(width - d) * 4);
+    for (; d + PAIRS * PAIR <= width; d += PAIRS * PAIR)
+        blend<Stored, COUNT, PAIRS>(weights, values + d, count, stride, PAIR, out + d, out_stride);
+    for (; d < width; d += PAIR)
+        blend<Stored, COUNT, 1>(weights, values + d, count, stride, width - d, out + d, out_stride);
 }
 
 template <typename Stored, int COUNT>
@@ -150,24 +194,25 @@ LMX_TARGET void chunk(const float* queries, int64_t group, const void* keys, con
     for (int64_t g = 0; g < group;) {
         const bool several = group - g >= GROUP;
         const auto run = several ? chunk_of<Stored, GROUP> : chunk_of<Stored, 1>;
-        run(queries + g * width, k, v, count, stride, width, out + g * out_stride, out_stride);
+        run(queries + g * padded_width(width), k, v, count, stride, width, out + g * out_stride, out_stride);
         g += several ? GROUP : 1;
     }
 }
 
-LMX_TARGET void combine(const float* partials, int64_t chunks, int64_t width, float* answer) {
-    const int64_t stride = PARTIAL_HEAD + width;
+template <typename Stored>
+LMX_TARGET void combine(const float* partials, int64_t chunks, int64_t width, float* sums, float* answer) {
+    const int64_t row = padded_width(width), stride = PARTIAL_HEAD + row;
     float largest = -INFINITY, sum = 0;
     for (int64_t c = 0; c < chunks; ++c) largest = partials[c * stride] > largest ? partials[c * stride] : largest;
-    for (int64_t d = 0; d < width; ++d) answer[d] = 0;
+    for (int64_t d = 0; d < row; ++d) sums[d] = 0;
     for (int64_t c = 0; c < chunks; ++c) {
         const float* partial = partials + c * stride;
         const float weight = exponential(partial[0] - largest);
         sum += weight * partial[1];
-        for (int64_t d = 0; d < width; ++d) answer[d] += weight * partial[PARTIAL_HEAD + d];
+        for (int64_t d = 0; d < row; ++d) sums[d] += weight * partial[PARTIAL_HEAD + d];
     }
     const float scale = 1.0f / sum;
-    for (int64_t d = 0; d < width; ++d) answer[d] *= scale;
+    for (int64_t d = 0; d < width; ++d) answer[d] = scale * sums[d / PAIR * PAIR + place(d % PAIR, Stored{})];
 }
 
 LMX_FORCE float rounded(float x, float) { return x; }
@@ -196,7 +241,7 @@ LMX_TARGET void shape_states(const void* states, int64_t count, const void* norm
             load(x + i, part);
             sums += part * part;
         }
-        float square = sum_of(sums);
+        float square = sum_of<LANES>(sums);
         for (; i < count; ++i) square += x[i] * x[i];
         const float factor = 1.0f / std::sqrt(square / static_cast<float>(count) + eps);
         for (i = 0; i < count; ++i)
@@ -222,8 +267,19 @@ LMX_TARGET void turn(float* x, int64_t heads, int64_t width, const float* cos, c
     }
 }
 
+// Every head in the order that its path takes it, with zeros behind it.
 template <typename Stored>
-LMX_TARGET void shape(const Projected& p, const Step& step, int64_t row, float* query, float* key, float* value) {
+LMX_TARGET void lay_out(const float* x, int64_t heads, int64_t width, float* out) {
+    const int64_t row = padded_width(width);
+    for (int64_t h = 0; h < heads; ++h, x += width, out += row) {
+        for (int64_t d = width; d < row; ++d) out[d / PAIR * PAIR + place(d % PAIR, Stored{})] = 0;
+        for (int64_t d = 0; d < width; ++d) out[d / PAIR * PAIR + place(d % PAIR, Stored{})] = x[d];
+    }
+}
+
+template <typename Stored>
+LMX_TARGET void shape(const Projected& p, const Step& step, int64_t row, float* queries, float* query, float* key,
+                      float* value) {
     const auto at = [row](const void* states, int64_t stride) { return static_cast<const Stored*>(states) + row * stride; };
     const int64_t wide = p.heads * p.width, narrow = p.kv_heads * p.width;
     shape_states<Stored>(at(p.query, p.query_stride), wide, p.query_norm, p.query_eps, p.limit, query);
@@ -231,12 +287,13 @@ LMX_TARGET void shape(const Projected& p, const Step& step, int64_t row, float* 
     shape_states<Stored>(at(p.value, p.value_stride), narrow, nullptr, 0, p.limit, value);
     const float *cos = step.cos + row * step.table_stride, *sin = step.sin + row * step.table_stride;
     turn<Stored>(query, p.heads, p.width, cos, sin, step.half);
+    lay_out<Stored>(query, p.heads, p.width, queries);
     turn<Stored>(key, p.kv_heads, p.width, cos, sin, step.half);
 }
 
 AttentionPath path_of(Dtype dtype) {
-    if (dtype == BF16) return {shape<bf16>, chunk<bf16>, combine};
-    return {shape<float>, chunk<float>, combine};
+    if (dtype == BF16) return {shape<bf16>, chunk<bf16>, combine<bf16>};
+    return {shape<float>, chunk<float>, combine<float>};
 }
 
 }  // namespace
