@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmx.core.native.attention import Scale
+from lmx.core.native.norm import can_normalise, rms_norm
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
@@ -30,6 +31,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last dimension."""
+        if can_normalise(x, self.weight) and x.dtype == self.weight.dtype:
+            return rms_norm(x, self.weight, self.eps)
         return self.weight * rms_normalise(x, self.eps)
 
 
@@ -43,4 +46,6 @@ class OffsetRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last dimension."""
+        if can_normalise(x, self.weight) and x.dtype == self.weight.dtype:
+            return rms_norm(x, self.weight, self.eps, offset=True)
         return (rms_normalise(x.float(), self.eps) * (1.0 + self.weight.float())).to(x.dtype)
