@@ -147,7 +147,7 @@ LMX_AVX512 void plain_row(const Matrix& m, const Vectors& x, int64_t row, float*
         for (int v = 0; v < VECTORS; ++v)
             sums[v][0] = _mm512_fmadd_ps(values, _mm512_loadu_ps(vectors + v * x.stride + c), sums[v][0]);
     }
-    const float scale = KIND == INT8 ? static_cast<const float*>(m.absmax)[row] * (1.0f / 127.0f) : 1.0f;
+    const float scale = KIND == INT8 ? static_cast<const float*>(m.absmax)[row] * INVERSE_127 : 1.0f;
     for (int v = 0; v < VECTORS; ++v) {
         const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[v][0], sums[v][1]), _mm512_add_ps(sums[v][2], sums[v][3]));
         out[v * out_stride] = scale * _mm512_reduce_add_ps(sum);
@@ -218,7 +218,7 @@ LMX_AVX512 void int8_row(const Matrix& m, const Vectors& x, int64_t row, float* 
             }
         }
     }
-    const float scale = static_cast<const float*>(m.absmax)[row] * (1.0f / 127.0f);
+    const float scale = static_cast<const float*>(m.absmax)[row] * INVERSE_127;
     for (int v = 0; v < VECTORS; ++v)
         out[v * out_stride] = scale * _mm512_reduce_add_ps(_mm512_add_ps(sums[v][0], sums[v][1]));
 }
