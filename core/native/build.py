@@ -11,8 +11,8 @@ from pathlib import Path
 
 LIBRARY_NAME = "liblmx_native.so"
 _HERE = Path(__file__).parent
-# -fno-math-errno lets the compiler vectorise sqrt; NaN and infinity keep their meaning. Nothing is fused that torch does
-# not fuse, so that values come out bit for bit alike.
+# -fno-math-errno lets the compiler vectorise sqrt; NaN and infinity keep their meaning. Nothing is fused that torch
+# does not fuse, so that values come out bit for bit alike.
 _FLAGS = (
     "-std=c++17",
     "-O3",

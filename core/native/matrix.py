@@ -18,7 +18,7 @@ def has_panels() -> bool:
 
 
 def multiply_many(table: MatrixTable, x: Tensor) -> Tensor:
-    """x bf16 [vectors, columns] times the one matrix of a table -> [vectors, rows]; weights are rounded to bf16."""
+    """X bf16 [vectors, columns] times the one matrix of a table -> [vectors, rows]; weights are rounded to bf16."""
     call = _multiply if torch.compiler.is_compiling() else _multiply_cpu
     out: Tensor = call(table.words, x, table.rows)
     return out

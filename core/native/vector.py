@@ -90,7 +90,12 @@ def can_multiply(weight: Tensor) -> bool:
 
 def are_few(x: Tensor, vectors: int) -> bool:
     """Whether these activations, `vectors` of them, are the kernels' business: few, and no gradient is asked for."""
-    return vectors <= MAX_VECTORS and x.dtype in DTYPE_CODES and not (torch.is_grad_enabled() and x.requires_grad)
+    return vectors <= MAX_VECTORS and x.dtype in DTYPE_CODES and not wants_gradient(x)
+
+
+def wants_gradient(x: Tensor) -> bool:
+    """Whether autograd must see what is done with x."""
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 class MatrixTable:

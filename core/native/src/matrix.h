@@ -7,10 +7,10 @@ namespace lmx {
 
 // Vectors of one product, copied so that a step through them reads memory in order: for each stretch of DEPTH columns,
 // vector after vector; the last stretch is padded with zeros to whole steps of 32.
-constexpr int64_t DEPTH = 1024;
+constexpr int64_t DEPTH = 4096;
 constexpr int64_t STEP = 32;
 // Vectors that are multiplied by a row before the next row is decoded: as many as stay in the second cache.
-constexpr int64_t PANEL = 64;
+constexpr int64_t PANEL = 96;
 
 inline int64_t packed_columns(int64_t columns) { return (columns + STEP - 1) / STEP * STEP; }
 inline int64_t packed_size(int64_t vectors, int64_t columns) { return vectors * packed_columns(columns); }

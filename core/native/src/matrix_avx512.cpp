@@ -10,8 +10,8 @@
 namespace lmx {
 namespace {
 
-// Rows and vectors of which all pairs are summed in registers at once.
-constexpr int TILE = 4;
+// Rows and vectors of which all pairs are summed in registers at once: 24 of 32 hold sums.
+constexpr int ROWS = 4, VECTORS_AT_ONCE = 6;
 
 // Values of 32 four-bit codes times their scale, as bf16 in their own order.
 LMX_AVX512 LMX_INLINE void decode_32(const uint8_t* bytes, float scale, __m512 table, __m512i order, bf16* out) {
@@ -87,26 +87,27 @@ void decode(const Matrix& m, int64_t row, int64_t first, int64_t last, bf16* out
     for (int64_t c = last - first; c % STEP; ++c) out[c] = 0;
 }
 
-// Adds to sums [TILE rows][VECTORS] the products over `depth` columns.
+// Adds to sums [ROWS][VECTORS] the products over `depth` columns.
 template <int VECTORS>
 LMX_AVX512 void multiply_tile(const bf16* weights, const bf16* x, int64_t stride, int64_t depth, __m512* sums) {
-    __m512 tile[TILE][VECTORS];
-    for (int r = 0; r < TILE; ++r)
-        for (int v = 0; v < VECTORS; ++v) tile[r][v] = sums[r * TILE + v];
+    __m512 tile[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) tile[r][v] = sums[r * VECTORS + v];
     for (int64_t k = 0; k < depth; k += STEP) {
         __m512bh vectors[VECTORS];
         for (int v = 0; v < VECTORS; ++v) vectors[v] = (__m512bh)_mm512_loadu_si512(x + v * stride + k);
-        for (int r = 0; r < TILE; ++r) {
+        for (int r = 0; r < ROWS; ++r) {
             const __m512bh row = (__m512bh)_mm512_loadu_si512(weights + r * DEPTH + k);
             for (int v = 0; v < VECTORS; ++v) tile[r][v] = _mm512_dpbf16_ps(tile[r][v], row, vectors[v]);
         }
     }
-    for (int r = 0; r < TILE; ++r)
-        for (int v = 0; v < VECTORS; ++v) sums[r * TILE + v] = tile[r][v];
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) sums[r * VECTORS + v] = tile[r][v];
 }
 
 using TileFunction = void (*)(const bf16*, const bf16*, int64_t, int64_t, __m512*);
-constexpr TileFunction TILES[] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>};
+constexpr TileFunction TILES[] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>,
+                                    multiply_tile<4>, multiply_tile<5>, multiply_tile<6>};
 
 // The sum of each of 16 registers, as one register.
 LMX_AVX512 LMX_INLINE __m512 sums_of(const __m512* s) {
@@ -131,33 +132,34 @@ bool has_panels() { return level() == AVX512; }
 
 LMX_AVX512 void multiply_panel(const Matrix& m, const bf16* packed, int64_t count, int64_t first, int64_t last,
                                float* out, int64_t out_stride) {
-    alignas(64) bf16 weights[TILE * DEPTH];
-    alignas(64) __m512 sums[PANEL / TILE][TILE * TILE];
-    const int64_t groups = (count + TILE - 1) / TILE;
-    for (int64_t row = first; row < last; row += TILE) {
-        const int64_t rows = std::min<int64_t>(TILE, last - row);
+    constexpr int TILE = (ROWS * VECTORS_AT_ONCE + 15) / 16 * 16;  // whole sixteens, which are added up at once
+    alignas(64) bf16 weights[ROWS * DEPTH];
+    alignas(64) __m512 sums[(PANEL + VECTORS_AT_ONCE - 1) / VECTORS_AT_ONCE][TILE];
+    const int64_t groups = (count + VECTORS_AT_ONCE - 1) / VECTORS_AT_ONCE;
+    for (int64_t row = first; row < last; row += ROWS) {
+        const int64_t rows = std::min<int64_t>(ROWS, last - row);
         for (int64_t g = 0; g < groups; ++g)
             for (auto& sum : sums[g]) sum = _mm512_setzero_ps();
         for (int64_t c = 0; c < m.columns; c += DEPTH) {
             const int64_t stop = std::min(c + DEPTH, m.columns), depth = packed_columns(stop - c);
-            for (int64_t r = 0; r < TILE; ++r) {
+            for (int64_t r = 0; r < ROWS; ++r) {
                 if (r < rows) decode(m, row + r, c, stop, weights + r * DEPTH);
                 else std::memset(weights + r * DEPTH, 0, static_cast<size_t>(depth) * 2);
             }
             const bf16* stretch = packed + c * count;
             for (int64_t g = 0; g < groups; ++g) {
-                const int64_t vectors = std::min<int64_t>(TILE, count - g * TILE);
-                TILES[vectors - 1](weights, stretch + g * TILE * depth, depth, depth, sums[g]);
+                const int64_t vectors = std::min<int64_t>(VECTORS_AT_ONCE, count - g * VECTORS_AT_ONCE);
+                TILES[vectors - 1](weights, stretch + g * VECTORS_AT_ONCE * depth, depth, depth, sums[g]);
             }
         }
         for (int64_t g = 0; g < groups; ++g) {
-            alignas(64) float totals[TILE * TILE];
-            _mm512_store_ps(totals, sums_of(sums[g]));
-            for (int64_t v = g * TILE; v < std::min(count, (g + 1) * TILE); ++v)
+            const int64_t vectors = std::min<int64_t>(VECTORS_AT_ONCE, count - g * VECTORS_AT_ONCE);
+            alignas(64) float totals[TILE];
+            for (int part = 0; part < TILE; part += 16) _mm512_store_ps(totals + part, sums_of(sums[g] + part));
+            for (int64_t v = 0; v < vectors; ++v)
                 for (int64_t r = 0; r < rows; ++r) {
-                    const float scale =
-                        m.kind == INT8 ? static_cast<const float*>(m.absmax)[row + r] * INVERSE_127 : 1.0f;
-                    out[v * out_stride + row - first + r] = scale * totals[r * TILE + v - g * TILE];
+                    const float scale = m.kind == INT8 ? static_cast<const float*>(m.absmax)[row + r] * INVERSE_127 : 1.0f;
+                    out[(g * VECTORS_AT_ONCE + v) * out_stride + row - first + r] = scale * totals[r * vectors + v];
                 }
         }
     }

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from native_cases import PATHS, QUANTIZERS, random, relative_error, values
 from support import needs_kernels
 
 from lmx.core.layers.activation import ACTIVATIONS
@@ -10,29 +11,15 @@ from lmx.core.layers.linear import FewVectors, Linear
 from lmx.core.native.library import forced_path
 from lmx.core.native.vector import ExpertTable, Kind, MatrixTable, StoredMatrix
 from lmx.quant.four_bit import quantize_4bit
-from lmx.quant.int8 import quantize_int8
-from lmx.quant.matmul import dequantize
 from lmx.quant.native import stored_matrix
 
 pytestmark = needs_kernels
 
-PATHS = ("avx512", "avx2", "neon", "portable")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rounding of the answer, and in bf16 that of the table of values.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}
 # Whole blocks; an odd number of them; rows that share blocks; odd rows and columns; a single element.
 SHAPES = [(130, 256), (37, 192), (5, 100), (7, 33), (1, 1), (3, 4096)]
-QUANTIZERS = {
-    "nf4": lambda w: quantize_4bit(w, "nf4"),
-    "nf4, short blocks": lambda w: quantize_4bit(w, "nf4", 32),
-    "nf4, long blocks": lambda w: quantize_4bit(w, "nf4", 512),
-    "nf4 double": lambda w: quantize_4bit(w, "nf4", double_quant=True),
-    "fp4 double": lambda w: quantize_4bit(w, "fp4", 128, double_quant=True),
-    "int8": quantize_int8,
-    "bfloat16": lambda w: w.bfloat16(),
-    "float16": lambda w: w.half(),
-    "float32": lambda w: w,
-}
 
 
 @pytest.fixture(params=PATHS)
@@ -46,18 +33,6 @@ def path(request):
 @pytest.fixture(params=QUANTIZERS)
 def quantizer(request):
     return QUANTIZERS[request.param]
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def values(q):
-    return q.double() if isinstance(q, torch.Tensor) else dequantize(q, torch.float32).double()
-
-
-def relative_error(got, expected):
-    return ((got.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
