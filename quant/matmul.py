@@ -52,10 +52,9 @@ def dequantize(q: QuantMatrix, dtype: torch.dtype | None = None) -> Tensor:
 
 def _native_product(table: MatrixTable, many: Product, x: Tensor) -> Tensor:
     """Multiply by the kernels if x is a few vectors, else by `many`: x [..., columns] -> [..., rows]."""
-    vectors = x.numel() // table.columns
-    if not vectors or not are_few(x, vectors):
+    if not are_few(x, table.columns):
         return many(x)
-    return table.multiply(x.reshape(vectors, table.columns)).view(*x.shape[:-1], table.rows)
+    return table.multiply(x.reshape(-1, table.columns)).view(*x.shape[:-1], table.rows)
 
 
 def plain_product(weight: Tensor, x: Tensor) -> Tensor:

@@ -105,8 +105,9 @@ class QuantExpertBank(nn.Module):
         Few tokens take one call of the CPU's kernels; many are sorted by expert, so that each expert that was hit is
         dequantized once.
         """
-        if self._table is not None and are_few(x, len(x)) and not (torch.is_grad_enabled() and weights.requires_grad):
-            return self._table.answer(x, ids, weights)
+        table, differentiate = self._table, torch.is_grad_enabled() and weights.requires_grad
+        if table is not None and are_few(x, table.hidden) and not differentiate:
+            return table.answer(x, ids, weights)
         top_k = ids.shape[-1]
         out = torch.zeros_like(x)
         order = ids.flatten().argsort(stable=True)  # [tokens * top_k], by expert

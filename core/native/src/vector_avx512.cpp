@@ -1,5 +1,6 @@
 // Matrices times a few vectors with AVX-512 and its BF16 instructions.
 #include <algorithm>
+#include <cmath>
 
 #include "exponential.h"
 #include "vector.h"
@@ -223,6 +224,18 @@ LMX_AVX512 void int8_row(const Matrix& m, const Vectors& x, int64_t row, float* 
         out[v * out_stride] = scale * _mm512_reduce_add_ps(_mm512_add_ps(sums[v][0], sums[v][1]));
 }
 
+// The same by whole elements, for what is infinite: times the two parts of one element it can be infinity less infinity.
+float int8_row_whole(const Matrix& m, const Vectors& x, int64_t row, int v) {
+    const bf16* vector = static_cast<const bf16*>(x.data) + v * x.stride;
+    const uint8_t* weights = m.data + row * m.columns;
+    float sum = 0;
+    for (int64_t c = 0; c < m.columns; ++c) {
+        const int64_t at = c / UNIT * UNIT + c % 2 * (UNIT / 2) + c % UNIT / 2;
+        sum += static_cast<float>(static_cast<int8_t>(weights[c])) * bf16_to_float(vector[at]);
+    }
+    return sum * static_cast<const float*>(m.absmax)[row] * (1.0f / 127.0f);
+}
+
 template <int VECTORS>
 LMX_AVX512 void int8_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
                         int64_t out_stride) {
@@ -232,8 +245,13 @@ LMX_AVX512 void int8_of(const Matrix& m, const Vectors& x, int64_t first, int64_
         high[i] = float_to_bf16(16.0f * static_cast<float>(i < 8 ? i : i - 16));
     }
     const __m512i lows = table_of(low), highs = table_of(high);
-    for (int64_t row = first; row < last; ++row)
+    for (int64_t row = first; row < last; ++row) {
         int8_row<VECTORS>(m, x, row, out + row - first, out_stride, lows, highs);
+        for (int v = 0; v < VECTORS; ++v) {
+            float& answer = out[v * out_stride + row - first];
+            if (!std::isfinite(answer)) answer = int8_row_whole(m, x, row, v);
+        }
+    }
 }
 
 template <int VECTORS>
