@@ -209,22 +209,21 @@ def build_dummy(
     config: Config | str,
     quantize: "QuantSpec | str | None" = None,
     head_scheme: "HeadScheme | None" = None,
-    dtype: "torch.dtype | None" = None,
+    dtype: "torch.dtype | str" = "bf16",
 ) -> "LanguageModel":
     """A model of random weights on the CPU, those that are quantized straight in that form.
 
-    config: a hub id of `PRESETS`, or a config.json. quantize: as for `lmx.load`. dtype: of all other weights; None is
-    bfloat16. Raises NotFoundError for an unknown id, UsageError for an unknown scheme, InputError for a config that is
-    not supported, and, before any memory is taken, ResourceError for a model that would not fit.
+    config: a hub id of `PRESETS`, or a config.json. quantize: as for `lmx.load`. dtype: of all other weights.
+    Raises NotFoundError for an unknown id, UsageError for an unknown scheme, InputError for a config that is not
+    supported, and, before any memory is taken, ResourceError for a model that would not fit.
     """
-    import torch
-
-    from lmx.api import choose_spec
+    from lmx.api import choose_spec, dtype_by_name
     from lmx.quant.dummy import DummyModel
     from lmx.quant.memory import available_memory_bytes
 
     known = preset(config) if isinstance(config, str) else config
-    model = DummyModel(known, spec=choose_spec(quantize), head_scheme=head_scheme, dtype=dtype or torch.bfloat16)
+    wanted = dtype_by_name(dtype) if isinstance(dtype, str) else dtype
+    model = DummyModel(known, spec=choose_spec(quantize), head_scheme=head_scheme, dtype=wanted)
     available = available_memory_bytes()
     if available is not None and model.nbytes > available:
         raise ResourceError(

@@ -29,6 +29,15 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def reset_peak_memory() -> bool:
+    """Let `peak_memory_bytes` count from now on; whether this system can (Linux: proc(5), clear_refs)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def available_memory_bytes() -> int | None:
     """What this process can still take without swapping: of the machine, or of its control group; None if unknown."""
     free = _meminfo_available() or _physical_bytes()
