@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lmx.api import OpenedModel, import_runtime, limit_gpu_memory, limit_threads
+from lmx.api import OpenedModel, import_runtime
 from lmx.cli.console import may_animate
 from lmx.cli.options import CommonOptions, RuntimeOptions
 from lmx.core.text.types import Message
+from lmx.device import limit_gpu_memory, limit_threads
 
 if TYPE_CHECKING:
     from lmx.language_model import LanguageModel

@@ -145,6 +145,11 @@ class DbrxConfig(ModelConfig):
         return self.max_seq_len
 
     @property
+    def attention_width(self) -> int:
+        """Channels of all query heads of a layer together."""
+        return self.heads * self.head_dim
+
+    @property
     def experts_to_choose(self) -> int:
         """How many experts a token is sent to."""
         return self.ffn.experts_per_token

@@ -221,7 +221,8 @@ class FalconMambaDecoder(Decoder[MambaState]):
             _initialise_mixer(layer.mixer, self._config)
 
 
-def _initialise_mixer(mixer: Mixer, config: FalconMambaConfig) -> None:
+def initialise_scan(mixer: Mixer, config: FalconMambaConfig) -> None:
+    """What no normal distribution will do for: A = -(1 .. state), D = 1 and log-uniform step sizes."""
     rates = torch.arange(1, config.state_size + 1, dtype=torch.float32)
     mixer.A_log.copy_(rates.log().expand_as(mixer.A_log))
     mixer.D.fill_(1.0)
@@ -234,6 +235,10 @@ def _initialise_mixer(mixer: Mixer, config: FalconMambaConfig) -> None:
     low, high = math.log(step.smallest), math.log(step.largest)
     dt = torch.exp(torch.rand(config.intermediate_size) * (high - low) + low).clamp(min=step.floor)
     mixer.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+
+def _initialise_mixer(mixer: Mixer, config: FalconMambaConfig) -> None:
+    initialise_scan(mixer, config)
     nn.init.kaiming_uniform_(mixer.conv_weight, a=math.sqrt(5))
     if mixer.conv_bias is not None:
         mixer.conv_bias.zero_()

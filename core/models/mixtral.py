@@ -84,6 +84,11 @@ class MixtralConfig(ModelConfig):
         return self.max_position_embeddings
 
     @property
+    def attention_width(self) -> int:
+        """Channels of all query heads of a layer together."""
+        return self.heads * self.head_dim
+
+    @property
     def experts_to_choose(self) -> int:
         """How many experts a token is sent to."""
         return self.experts_per_token

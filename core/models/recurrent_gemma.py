@@ -109,6 +109,11 @@ class RecurrentGemmaConfig(ModelConfig):
         return int(self.head_dim * self.rope.fraction)
 
     @property
+    def attention_width(self) -> int:
+        """Channels of all query heads of a layer together."""
+        return self.heads * self.head_dim
+
+    @property
     def logits_soft_cap(self) -> float | None:
         """Logits are squashed to (-cap, cap)."""
         return self.soft_cap
