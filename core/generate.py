@@ -10,7 +10,7 @@ state stays as said above. An exception that strikes inside the model (KeyboardI
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -58,6 +58,7 @@ def generate(
     state: "AnyState | None" = None,
     stream_context: Sequence[int] = (),
     cancel: threading.Event | None = None,
+    before_last: Callable[[], None] | None = None,
     prompt_chunk: int = PROMPT_CHUNK,
 ) -> Iterator[Event]:
     """Continue `prompt_ids`: yields `PromptProcessed`, one `Token` for each token, then `Finished`.
@@ -69,6 +70,8 @@ def generate(
     stream_context: the ids that the answer's text follows on, so that its first space is decided as in one text;
     without them the text is what decoding the answer alone gives.
     cancel: ends the answer with the reason "cancelled" once it is set.
+    before_last: called when the state holds all of the prompt but its last token, which is then fed alone: a copy of
+    the state taken there answers the same prompt again, to the same bits.
 
     Raises, at the first event and before computing: `InputError` for a bad prompt (see `check_prompt`), `UsageError`
     for bad options; while computing: `InputError` if the model produces NaN.
@@ -84,7 +87,11 @@ def generate(
     row = _Row(model, text_engine, prompt_ids, stream_context, options)
     run = _Run(model, state, cancel)
     if row.active:
-        run.read_prompt(torch.tensor([prompt_ids[state.length :]]), None, prompt_chunk)
+        new_ids = torch.tensor([prompt_ids[state.length :]])
+        if before_last is None:
+            run.read_prompt(new_ids, None, prompt_chunk)
+        else:
+            run.read_prompt_in_two(new_ids, before_last, prompt_chunk)
         row.computed_tokens = run.columns
     if run.prompt_is_read:
         yield PromptProcessed(len(prompt_ids), run.columns, run.prompt_seconds)
@@ -273,6 +280,18 @@ class _Run:
         if self._model.device.type != "cpu":
             torch.accelerator.synchronize(self._model.device)
         self.prompt_seconds = perf_counter() - start
+
+    def read_prompt_in_two(self, input_ids: Tensor, before_last: Callable[[], None], chunk: int) -> None:
+        """Feed [1, length] as `read_prompt` does, the last token by itself."""
+        self.read_prompt(input_ids[:, :-1], None, chunk)
+        if not self.prompt_is_read:
+            return
+        before_last()
+        columns, seconds = self.columns, self.prompt_seconds
+        self.columns = 0
+        self.read_prompt(input_ids[:, -1:], None, chunk)
+        self.columns += columns
+        self.prompt_seconds += seconds
 
     # no_grad rather than inference_mode: a state that grew in inference mode could not be continued outside of it.
     @torch.no_grad()
