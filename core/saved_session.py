@@ -10,7 +10,6 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Self
@@ -61,7 +60,8 @@ class SavedSession:
         self.created: str | None = None
         self._folder, self._identity, self._lock = folder, identity, lock
         self._state_bytes = state_bytes
-        self._load: Callable[[Path], AnyState] | None = None
+        self.load_state: Callable[[Path], AnyState] | None = None
+        """How a state's file is read: `LanguageModel.load_state`."""
         self._known: set[int] = set()  # turns whose lines are written
         self._last_branches = b""
         self._file: BinaryIO | None = None
@@ -89,12 +89,11 @@ class SavedSession:
         root: Path,
         name: str,
         identity: Identity,
-        load_state: "Callable[[Path], AnyState]",
         *,
         state_bytes: int | None = None,
         reread: bool = False,
     ) -> Self:
-        """A saved session. load_state: `model.load_state`. reread: of another model keep the messages alone.
+        """A saved session. reread: of another model keep the messages alone. state_bytes: as for `create`.
 
         Raises OtherModelError where the model is not the session's and not `reread`; NotFoundError, ConflictError where
         another process has it, UsageError for a name that cannot be, InputError for a damaged one.
@@ -104,7 +103,7 @@ class SavedSession:
             raise NotFoundError(f"there is no session {quoted(name)}", "`lmx sessions list` shows those there are")
         session = cls(folder, identity, _take_lock(folder), state_bytes)
         try:
-            session._read(load_state, reread)
+            session._read(reread)
         except BaseException:
             session.close()
             raise
@@ -146,15 +145,12 @@ class SavedSession:
 
     def read_state(self, turn: Turn) -> "AnyState | None":
         """The state; None where it is not there, or is not this turn's or this model's any more."""
-        if self._load is None and not self.has_state(turn):
+        if self.load_state is None or not self.has_state(turn):
             return None
-        with suppress(LmxError):
-            return None if self._load is None else self._load(self._state_path(turn.number))
-        return None
-
-    def use_loader(self, load_state: "Callable[[Path], AnyState]") -> None:
-        """How `read_state` reads a file: `model.load_state`."""
-        self._load = load_state
+        try:
+            return self.load_state(self._state_path(turn.number))
+        except LmxError:
+            return None
 
     def close(self) -> None:
         """Free the session for other processes; one in which nothing was said is removed. Safe to call twice."""
@@ -167,7 +163,7 @@ class SavedSession:
         os.close(self._lock)
         self._lock, self._file = -1, None
 
-    def _read(self, load_state: "Callable[[Path], AnyState]", reread: bool) -> None:
+    def _read(self, reread: bool) -> None:
         record = read_record(self._folder / _RECORD)
         differences = record.identity.differences(self._identity)
         if differences and not reread:
@@ -175,7 +171,7 @@ class SavedSession:
                 f"the session {quoted(self.name)} cannot be continued as it is: this is {' and '.join(differences)}",
                 "run it as it was made, or let this model read the messages again with --reread",
             )
-        self._load, self.created, self.waiting = load_state, record.created, record.question
+        self.created, self.waiting = record.created, record.question
         self.conversation = _unread(record.conversation) if differences else record.conversation
         if differences or not record.whole:
             self._rewrite(self.conversation)

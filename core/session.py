@@ -254,6 +254,7 @@ class ChatSession:
         self._check_idle()
         saved.begin(self._conversation, self._keeper.state_of)
         self.detach()
+        saved.load_state = self._model.load_state
         self._saved = self._keeper.stored = saved
         self.save_error = None
 
@@ -264,6 +265,7 @@ class ChatSession:
         head = self._conversation.head
         if head is not None:
             self._system = head.system
+        saved.load_state = self._model.load_state
         self._saved = self._keeper.stored = saved
         self._moved()
 

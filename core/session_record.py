@@ -172,7 +172,7 @@ class _Reader:
             raise self._error("has no list of token ids")
         if system is not None and not isinstance(system, str):
             raise self._error("has a system's message that is no text")
-        before = None if parent is None else self._turns[cast(int, parent)]
+        before = None if parent is None else self._turns[parent]
         left_out, start, prompt_length, held, text_start = (cast(int, count) for count in counts)
         turn = Turn(
             number=number,
