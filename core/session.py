@@ -53,8 +53,8 @@ class _Draft:
 class ChatSession:
     """Talks with a model, turn by turn.
 
-    `sampling`, `max_new_tokens` (None: what is left of the context), `stop_strings` and `on_full` may be changed between
-    turns. With a seed, the first answer draws with it, the next with seed + 1, and so on.
+    `sampling`, `max_new_tokens` (None: what is left of the context), `stop_strings` and `on_full` may be changed
+    between turns. With a seed, the first answer draws with it, the next with seed + 1, and so on.
     """
 
     def __init__(
