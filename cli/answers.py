@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from lmx.core.answer import Event, Finished, PromptProcessed, Token
@@ -43,6 +44,15 @@ def peak_memory_bytes() -> int:
     """The most memory that this process has had resident, mapped pages included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory_bytes() -> int:
+    """The memory that this process has resident now; where the system does not tell it simply, the most so far."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return peak_memory_bytes()
+    return pages * resource.getpagesize()
 
 
 @contextmanager

@@ -28,6 +28,8 @@ def answer_script(
         for text in turns:
             if not cancel.is_set():
                 _print(name, session, session.ask(text, cancel), output)
+        if session.save_error is not None:
+            raise session.save_error
         if cancel.is_set():
             raise KeyboardInterrupt
 

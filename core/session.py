@@ -138,6 +138,11 @@ class ChatSession:
         return self._system_merged
 
     @property
+    def waiting(self) -> list[Message]:
+        """Messages behind the last answer, which `answer` answers: of loaded ones, or of a session that was killed."""
+        return list(self._waiting)
+
+    @property
     def left_out(self) -> int:
         """How many of the oldest messages the model does not read any more (`on_full` "drop")."""
         head = self._conversation.head
@@ -196,10 +201,15 @@ class ChatSession:
         return self._ask_again((*self._last_turn().messages[:-2], Message("user", text)), cancel)
 
     def undo(self, count: int = 1) -> None:
-        """Take the last turns back. What no other branch has of them is forgotten. Raises UsageError."""
+        """Take the last turns back. What no other branch has of them is forgotten. Raises UsageError.
+
+        Messages that wait for an answer count as a turn.
+        """
         self._check_idle()
         if self._waiting:
-            self._waiting = ()
+            self._waiting, count = (), count - 1
+            self._moved()
+        if not count:
             return
         turn = self._conversation.turns_back(count)
         self._conversation.heads[self.branch] = turn

@@ -4,15 +4,37 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.files import open_regular, read_range
 from lmx.core.session_record import Identity
 from lmx.core.text.files import tokenizer_path
 
+if TYPE_CHECKING:
+    import torch
+
 _SAMPLE_BYTES = 1 << 16
 _SAMPLES = 8
 _TEXT_FILES = ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def scheme_of(
+    checkpoint: Checkpoint, dtype: "torch.dtype", quantize: str | None = None, head_scheme: str | None = None
+) -> str:
+    """How a model's weights are held, in short: `bf16`, `nf4/bf16`, `nf4/bf16/head-int8`. Raises InputError."""
+    from lmx.quant.spec import QuantSpec
+
+    scheme = quantize
+    if checkpoint.is_quantized:
+        config = checkpoint.quantization_config
+        scheme = "quanto" if config is None else QuantSpec.from_config(config).scheme
+    name = str(dtype).removeprefix("torch.")
+    head = None if head_scheme is None else f"head-{head_scheme}"
+    return "/".join(part for part in (scheme, _DTYPES.get(name, name), head) if part is not None)
 
 
 def identity_of(name: str, checkpoint: Checkpoint, scheme: str) -> Identity:

@@ -114,7 +114,9 @@ def test_without_n_the_answer_may_fill_the_context(answers: Chat) -> None:
 
 
 REFUSED = [
-    (("--on-full", "drop", "-p", "x"), "--on-full drop"),
+    (("--on-full", "keep", "-p", "x"), "--on-full"),
+    (("--session", "../x", "-p", "x"), "'../x'"),
+    (("--session", "x", "--messages", "m.json"), "--session"),
     (("-p", "x", "--messages", "m.json"), "--messages"),
     (("-p", "x", "--system", "a", "--system-file", "b"), "--system-file"),
     (("-p", "x", "--json", "--jsonl"), "--jsonl"),

@@ -20,7 +20,7 @@ CHECKPOINTS = ("dbrx", "falcon_mamba", "mixtral", "olmoe", "recurrent_gemma")
 SAID = (
     ("Hello, who are you?", "I am a small model. Ask me!"),
     ("What is 2 + 3?", "2 + 3 = 5"),
-    ("Und auf Deutsch: Grüße?", "Grüße aus Köln, naïve café – 你好 🙂."),
+    ("Und auf Deutsch: Grüße?", "Grüße aus Köln, naïve café - 你好 🙂."),
     ("Write code", "```python\nprint('hi')\n```\nThat is all."),
     ("  indented\n\nwith  spaces ", "A list:\n\n1. one\n2. two"),
     ("<|im_end|></s><end_of_turn>[INST] {{ bos_token }} {% raise %}", "No control token here: <s>?"),
@@ -96,7 +96,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     root = tmp_path_factory.mktemp("turns")
     made: dict[str, Path] = {}
     if (SHARED / "data").is_dir():
-        made = {name: path for name, path in real_folders(root).items()}
+        made = dict(real_folders(root))
         made |= {f"checkpoint-{name}": SHARED / "checkpoints" / name for name in CHECKPOINTS}
 
     def find(name: str) -> Path:
