@@ -13,11 +13,12 @@ from lmx.cli.console import is_terminal
 from lmx.cli.facts import human_bytes
 from lmx.core.conversation import Turn
 from lmx.core.errors import UsageError
+from lmx.core.text.safe import safe_line
 
 if TYPE_CHECKING:
     from lmx.cli.repl import Repl
 
-_SNIPPET = 60
+_SNIPPET = 40
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,9 @@ class Commands:
         if rest:
             session.switch(_number(rest, "/branches", 1) - 1)
         for number, head in enumerate(session.branches):
-            mark = "*" if number == session.branch else " "
+            mark = " (here)" if number == session.branch else ""
             what = "nothing was said yet" if head is None else f"{head.depth} messages, the last: {_snippet(head)}"
-            self._repl.say(f"{mark} {number + 1}: {what}")
+            self._repl.say(f"branch {number + 1}{mark}: {what}")
 
     def _save(self, name: str) -> None:
         if not name:
@@ -197,6 +198,6 @@ def _number(text: str, command: str, default: int | None) -> int:
 
 
 def _snippet(turn: Turn) -> str:
-    """The beginning of what the person said."""
-    said = " ".join(next((m.content for m in reversed(turn.messages) if m.role == "user"), "").split())
-    return said if len(said) <= _SNIPPET else said[:_SNIPPET] + "..."
+    """The beginnings of what the person said and of the answer."""
+    said = next((message.content for message in reversed(turn.messages) if message.role == "user"), "")
+    return f"{safe_line(said, _SNIPPET)} - {safe_line(turn.messages[-1].content, _SNIPPET)}"

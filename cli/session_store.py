@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmx.core.errors import NotFoundError
+from lmx.core.errors import ConflictError, NotFoundError
 from lmx.core.saved_session import OtherModelError, SavedSession, list_sessions, session_folder
 from lmx.core.snapshots import default_bytes
 from lmx.core.user_folders import data_folder
@@ -43,11 +43,15 @@ class SessionStore:
 
     def save(self, session: "ChatSession", name: str) -> None:
         """Save the conversation under a new name. Raises ConflictError, UsageError, ResourceError."""
+        if session.saved is not None and session.saved.name == name:
+            raise ConflictError(f"the conversation is saved as {name} already", "go on: so is each turn")
         identity = self._running.identity
         session.save_to(SavedSession.create(sessions_folder(), name, identity, state_bytes=default_bytes()))
 
     def load(self, session: "ChatSession", name: str) -> None:
         """Go on with a saved conversation. Raises NotFoundError, ConflictError, UsageError, OtherModelError."""
+        if session.saved is not None and session.saved.name == name:
+            raise ConflictError(f"{name} is the conversation that is open", "go on with it, or load another one")
         try:
             session.resume(self._open(name, self._reread))
         except OtherModelError as error:
