@@ -31,8 +31,11 @@ PROMPT_CHUNK = 512
 """Prompt tokens a forward pass: bounds the memory of a long prompt, and how long a cancel waits."""
 
 
-def check_prompt(model: "LanguageModel", prompt_ids: Sequence[int]) -> None:
-    """Raise `InputError` for a prompt that is empty, longer than the context, or not of the model's vocabulary."""
+def check_prompt(model: "LanguageModel", prompt_ids: Sequence[int], known: int = 0) -> None:
+    """Raise `InputError` for a prompt that is empty, longer than the context, or not of the model's vocabulary.
+
+    known: tokens at its beginning that the model has taken before.
+    """
     if not prompt_ids:
         raise InputError("the prompt is empty", "give at least one token: this tokenizer adds none of its own")
     if model.context_length is not None and len(prompt_ids) > model.context_length:
@@ -41,8 +44,9 @@ def check_prompt(model: "LanguageModel", prompt_ids: Sequence[int]) -> None:
             f"shorten it: the model's context is {model.context_length:,} tokens",
         )
     vocab = model.config.vocab_size
-    if min(prompt_ids) < 0 or max(prompt_ids) >= vocab:
-        bad = next(index for index in prompt_ids if not 0 <= index < vocab)
+    new_ids = prompt_ids[known:] or prompt_ids
+    if min(new_ids) < 0 or max(new_ids) >= vocab:
+        bad = next(index for index in new_ids if not 0 <= index < vocab)
         raise InputError(f"the prompt holds the token id {bad}", f"the model's ids are 0 to {vocab - 1}")
 
 
@@ -76,8 +80,8 @@ def generate(
     Raises, at the first event and before computing: `InputError` for a bad prompt (see `check_prompt`), `UsageError`
     for bad options; while computing: `InputError` if the model produces NaN.
     """
-    check_prompt(model, prompt_ids)
     state = model.make_state(1) if state is None else state
+    check_prompt(model, prompt_ids, min(state.length, len(prompt_ids)))
     if state.length >= len(prompt_ids):
         raise UsageError(
             f"the state holds {state.length} tokens and the prompt only {len(prompt_ids)}",

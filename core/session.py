@@ -346,7 +346,7 @@ class ChatSession:
         if not added or added[-1].role != "user":
             raise InputError("the conversation does not end with a user's message", "add a message with the role user")
         prompt, left_out = self._encode(head, added)
-        check_prompt(self._model, prompt.ids)
+        check_prompt(self._model, prompt.ids, prompt.start)
         alive = conversation.alive()
         siblings = [turn for turn in alive.values() if turn.parent is head and turn.was_read]
         self._ids = list(prompt.ids)

@@ -115,7 +115,7 @@ def test_every_command(family: str, start: Start, tmp_path: Path) -> None:
     assert new < whole - 30
 
     bottom = [text for text in terminal.screen.splitlines() if text.strip()][-1]
-    pattern = rf" .*checkpoints/{family} · fp32 · context [\d,]+( of 4,096)? · [\d.]+ tokens/s · [\d.]+ MB · one · branch 5 of 5"
+    pattern = rf" .*/{family} · fp32 · context \d+( of 4,096)? · [\d.]+ tokens/s · [\d.]+ MB · one · branch 5 of 5"
     assert re.fullmatch(pattern, bottom)
 
     line("/copy\r")

@@ -225,7 +225,7 @@ def tokenizer_of() -> Iterator[Callable[[str], Tokenizer]]:
             loaded[family] = Tokenizer.load(SHARED / "checkpoints" / family)
         return loaded[family]
 
-    yield load
+    return load
 
 
 @needs_shared
