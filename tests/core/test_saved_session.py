@@ -1,50 +1,21 @@
 """Conversations kept on a disk, and gone back in: what is computed again, and that the answers are the same bits."""
 
-import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from support import SHARED, needs_shared
+from saved_sessions import FAMILIES, IDENTITY, WORDS, Box, bits, fresh, last, new_tokens, say, session_with
+from support import needs_shared
 
-from lmx.core.answer import Finished
-from lmx.core.checkpoint import Checkpoint
 from lmx.core.conversation import Conversation
 from lmx.core.errors import ConflictError, InputError, NotFoundError, UsageError
-from lmx.core.loader import load_model
-from lmx.core.sampling import Sampling
 from lmx.core.saved_session import OtherModelError, SavedSession, list_sessions, read_session, remove_session
 from lmx.core.session import ChatSession
-from lmx.core.session_record import Identity
-from lmx.core.text.engine import TextEngine
-
-FAMILIES = ("dbrx", "falcon_mamba", "mixtral", "olmoe", "recurrent_gemma")
-IDENTITY = Identity("model", "r1", "float32", "t1")
-WORDS = ("Hello!", "My name is Ada.", "What is my name?", "Say it again, please.", "Thank you.")
 
 pytestmark = needs_shared
-
-
-class Box:
-    """A trained checkpoint and conversations with it."""
-
-    def __init__(self, family: str) -> None:
-        folder = SHARED / "checkpoints" / family
-        self.model = load_model(Checkpoint.open(folder), dtype=torch.float32)
-        self.engine = TextEngine.open(folder, chat=True)
-        self.stop_ids = frozenset(json.loads((folder / "expected.json").read_text())["stop_ids"])
-
-    def chat(self, **options: int) -> ChatSession:
-        options = {"max_new_tokens": 24} | options
-        return ChatSession(self.model, self.engine, Sampling(), stop_ids=self.stop_ids, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -52,37 +23,6 @@ def box(request: pytest.FixtureRequest) -> Iterator[Box]:
     made = Box(request.param)
     yield made
     made.engine.close()
-
-
-def say(session: ChatSession, words: str) -> Finished:
-    return last(session.ask(words))
-
-
-def last(events: object) -> Finished:
-    finished = list(events)[-1]  # type: ignore[call-overload]
-    assert isinstance(finished, Finished)
-    return finished
-
-
-def fresh(box: Box, session: ChatSession) -> Finished:
-    """The last answer by a session that reads the whole conversation at once."""
-    other = box.chat()
-    other.load_messages(session.messages[:-1])
-    finished = last(other.answer())
-    assert finished.computed_prompt_tokens == finished.prompt_tokens
-    return finished
-
-
-def bits(session: ChatSession) -> list[bytes]:
-    state = session._keeper.live
-    assert state is not None
-    tensors = [tensor for layer in state.layers for tensor in layer.tensors(state.length).values()]
-    return [tensor.contiguous().numpy().tobytes() for tensor in tensors]
-
-
-def new_tokens(session: ChatSession, kept: int) -> int:
-    """Tokens of the last prompt behind the first `kept`; at least one has to be fed for its logits."""
-    return len(session.prompt_ids) - min(kept, len(session.prompt_ids) - 1)
 
 
 def test_undo_regen_edit_and_fork_compute_only_what_is_new(box: Box) -> None:
@@ -119,13 +59,14 @@ def test_undo_regen_edit_and_fork_compute_only_what_is_new(box: Box) -> None:
     assert other.token_ids == fresh(box, session).token_ids
 
 
-def test_a_resumed_session_goes_on_to_the_same_bits(box: Box, tmp_path: Path) -> None:
-    through, saved = box.chat(), box.chat()
+@pytest.mark.parametrize("most", [24, 3], ids=["whole answers", "cut off"])
+def test_a_resumed_session_goes_on_to_the_same_bits(box: Box, most: int, tmp_path: Path) -> None:
+    through, saved = box.chat(max_new_tokens=most), box.chat(max_new_tokens=most)
     saved.save_to(SavedSession.create(tmp_path, "a", IDENTITY))
     for words in WORDS[:3]:
         assert say(through, words).token_ids == say(saved, words).token_ids
     saved.detach()
-    resumed = box.chat()
+    resumed = box.chat(max_new_tokens=most)
     resumed.resume(SavedSession.open(tmp_path, "a", IDENTITY))
     assert (resumed.messages, resumed.ids) == (through.messages, through.ids)
     for words in WORDS[3:]:
@@ -134,8 +75,9 @@ def test_a_resumed_session_goes_on_to_the_same_bits(box: Box, tmp_path: Path) ->
         assert (continued.token_ids, continued.logprobs) == (expected.token_ids, expected.logprobs)
         assert continued.computed_prompt_tokens == new_tokens(resumed, kept)
     assert bits(resumed) == bits(through)
-    assert say(resumed, "Bye").token_ids == fresh(box, resumed).token_ids
+    assert say(resumed, "Bye").token_ids == fresh(box, resumed, most).token_ids
     resumed.undo(3)
+    assert len(list((tmp_path / "a").glob("turn-*"))) == len(resumed.turns) == 3
     kept = resumed.turns[-1].held
     assert say(resumed, "Hello?").computed_prompt_tokens <= new_tokens(resumed, kept)
     resumed.detach()
@@ -160,13 +102,6 @@ def test_saving_a_conversation_later_keeps_all_of_it(box: Box, tmp_path: Path) -
         resumed.switch(1)
         resumed.detach()
     assert last_bits == bits(session_with(box, WORDS[:3]))
-
-
-def session_with(box: Box, words: tuple[str, ...]) -> ChatSession:
-    session = box.chat()
-    for text in words:
-        say(session, text)
-    return session
 
 
 def test_past_the_bound_older_states_come_from_the_disk_or_are_read_again(box: Box, tmp_path: Path) -> None:
@@ -201,56 +136,6 @@ def test_whole_states_past_their_bound_are_removed_from_the_disk(box: Box, tmp_p
     session.detach()
 
 
-CHILD = """
-import runpy, sys
-from pathlib import Path
-here = runpy.run_path(sys.argv[3])
-session = here["Box"](sys.argv[1]).chat()
-session.save_to(here["SavedSession"].create(Path(sys.argv[2]), "a", here["IDENTITY"]))
-for words in here["WORDS"][:2]:
-    here["say"](session, words)
-for event in session.ask(here["WORDS"][2]):
-    print(type(event).__name__, flush=True)
-print("done", flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.mark.parametrize("after", ["PromptProcessed", "Token", "Finished", "done"])
-@pytest.mark.parametrize("family", ["falcon_mamba", "mixtral"])
-def test_kill_9_costs_at_most_the_answer_that_was_being_given(family: str, after: str, tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-    child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(CHILD), family, str(tmp_path), __file__],
-        stdout=subprocess.PIPE,
-        stdin=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"},
-    )
-    with child:
-        assert child.stdout is not None
-        for line in child.stdout:
-            if line.strip() == after:
-                break
-        child.send_signal(signal.SIGKILL)
-    box = Box(family)
-    with box.engine:
-        through = session_with(box, WORDS[: 3 if after in ("Finished", "done") else 2])
-        resumed = box.chat()
-        resumed.resume(SavedSession.open(tmp_path, "a", IDENTITY))
-        if after not in ("Finished", "done"):
-            assert [message.content for message in resumed.messages[-1:]] == [WORDS[2]], "what was asked is not lost"
-            resumed.undo()
-        assert (resumed.messages, resumed.ids) == (through.messages, through.ids)
-        kept = through._keeper.live.length  # type: ignore[union-attr]
-        expected, continued = say(through, WORDS[3]), say(resumed, WORDS[3])
-        assert (continued.token_ids, continued.logprobs) == (expected.token_ids, expected.logprobs)
-        assert continued.computed_prompt_tokens == new_tokens(resumed, kept)
-        assert bits(resumed) == bits(through)
-        assert continued.token_ids == fresh(box, resumed).token_ids
-        resumed.detach()
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[tuple[Box, ChatSession]]:
     box = Box("mixtral")
@@ -276,7 +161,8 @@ def test_a_record_torn_anywhere_in_its_last_line_loses_that_line_alone(
         saved = SavedSession.open(tmp_path, "a", IDENTITY)
         assert len(saved.conversation.head.path()) == 1  # type: ignore[union-attr]
         saved.close()
-        assert read_session(tmp_path, "a").record.whole  # type: ignore[union-attr]  # tidied up
+        assert record.read_bytes().endswith(b"\n"), "tidied up: what is appended begins a line of its own"
+        assert read_session(tmp_path, "a").record.whole  # type: ignore[union-attr]
     shutil.rmtree(tmp_path / "a")
 
 
