@@ -1,6 +1,7 @@
 """kill -9 at any moment of a saved conversation."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,3 +66,52 @@ def test_kill_9_costs_at_most_the_answer_that_was_being_given(family: str, after
         assert bits(resumed) == bits(through)
         assert continued.token_ids == fresh(box, resumed).token_ids
         resumed.detach()
+
+
+@pytest.mark.parametrize("family", ["falcon_mamba", "mixtral"])
+def test_whatever_was_on_the_disk_when_it_ended_can_be_continued(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder as it was before and after each write that must last, and each such copy opened as a session."""
+    box, folder, copies = Box(family), tmp_path / "now" / "a", tmp_path / "copies"
+    sync, replace = os.fsync, Path.replace
+
+    def keep() -> None:
+        shutil.copytree(folder, copies / f"{len(list(copies.iterdir())):03}" / "a")
+
+    def synced(descriptor: int) -> None:
+        keep()
+        sync(descriptor)
+
+    def replaced(path: Path, target: Path) -> Path:
+        keep()
+        return replace(path, target)
+
+    copies.mkdir()
+    with box.engine:
+        session = box.chat()
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", synced)
+            patched.setattr(Path, "replace", replaced)
+            session.save_to(SavedSession.create(tmp_path / "now", "a", IDENTITY))
+            for words in WORDS[:2]:
+                say(session, words)
+            session.undo()
+            say(session, WORDS[2])
+        session.detach()
+        lengths = []
+        for copy in sorted(copies.iterdir()):
+            if not (copy / "a" / "session.jsonl").exists():
+                continue  # killed before there was a session: nothing was said yet
+            resumed = box.chat()
+            resumed.resume(SavedSession.open(copy, "a", IDENTITY))
+            if resumed.waiting:
+                resumed.undo()
+            lengths.append(len(resumed.turns))
+            kept = resumed.turns[-1].held if resumed.turns else 0
+            finished = say(resumed, WORDS[3])
+            assert finished.computed_prompt_tokens == new_tokens(resumed, kept)
+            assert finished.token_ids == fresh(box, resumed).token_ids
+            resumed.detach()
+        assert len(lengths) >= 12
+        assert sorted(set(lengths)) == [0, 1, 2]
