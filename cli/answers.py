@@ -11,6 +11,13 @@ from types import FrameType
 
 from lmx.core.answer import Event, Finished, PromptProcessed, Token
 
+MERGED = "The template has no system role: the system's message went into the first of yours."
+
+
+def left_out(messages: int) -> str:
+    """What a person should know where the context is full."""
+    return f"The context is full: the model no longer reads the first {messages} messages."
+
 
 def answer_object(model: str, prompt_ids: Sequence[int], finished: Finished) -> dict[str, object]:
     """The object of `lmx generate --json` and `lmx chat --json` (docs/cli.md)."""

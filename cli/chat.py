@@ -182,4 +182,4 @@ def _talk(
         SessionStore(running, reread=saving.reread).load_or_save(session, saving.session, script.system)
         if session.waiting:  # what a killed run was about to answer: the script says what it wants
             session.undo()
-    answer_script(running.name, session, script.history, script.turns, output)
+    answer_script(running.name, session, script.history, script.turns, output, quiet=common.quiet)

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import closing
 
-from lmx.cli.answers import cancel_on_interrupt, resident_memory_bytes
+from lmx.cli.answers import MERGED, cancel_on_interrupt, left_out, resident_memory_bytes
 from lmx.cli.commands import Commands
 from lmx.cli.console import dim, note, write
 from lmx.cli.facts import human_bytes, human_count
@@ -112,7 +112,7 @@ class Repl:
 
     def status_line(self) -> str:
         """The line at the bottom: model, scheme, context, speed, memory."""
-        parts = [self._running.name, self._running.scheme, self.context()]
+        parts = [self._running.name.rstrip("/").rpartition("/")[2], self._running.scheme, self.context()]
         if self.last is not None:
             parts.append(f"{self.last.generated_tokens_per_second:.1f} tokens/s")
         parts.append(human_bytes(resident_memory_bytes()))
@@ -168,9 +168,9 @@ class Repl:
         session = self.session
         if session.system_merged and not self.merge_told:
             self.merge_told = True
-            self.say("The template has no system role: the system's message went into the first of yours.")
+            self.say(MERGED)
         if session.left_out > self._left_out_told:
-            self.say(f"The context is full: the model no longer reads the first {session.left_out} messages.")
+            self.say(left_out(session.left_out))
         self._left_out_told = session.left_out
         if session.save_error is not None:
             note(f"lmx: error: {session.save_error.message}")

@@ -117,7 +117,7 @@ class StateKeeper:
 
     def _live_has(self, turn: Turn) -> bool:
         """Whether the live state still has all of a turn's part: a later turn may have taken some of it back."""
-        if self.live is None or not turn.held <= self.live.length:
+        if self.live is None or not turn.base < turn.held <= self.live.length:
             return False
         ids = self._ids[turn.start : turn.held]
         return turn in path_of(self._turn) and list(ids) == list(turn.ids[: turn.held - turn.start])

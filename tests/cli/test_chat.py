@@ -70,13 +70,15 @@ def test_messages_answer_the_last_turn(answers: Chat, reference: Any, tmp_path: 
 
 
 def test_a_system_message_is_merged_where_the_template_has_no_such_role(
-    answers: Chat, reference: Any, tmp_path: Path
+    lmx: Any, checkpoint: Path, answers: Chat, reference: Any, tmp_path: Path
 ) -> None:
     merged = reference([{"role": "user", "content": "Be brief\n\nHello"}])
     file = tmp_path / "system.txt"
     file.write_text("Be brief\n")
-    assert answers("-p", "Hello", "--system", "Be brief", "-n", 0)[0]["prompt_ids"] == merged
-    assert answers("-p", "Hello", "--system-file", file, "-n", 0)[0]["prompt_ids"] == merged
+    assert answers("-p", "Hello", "--system", "Be brief", "-n", 0, "-q")[0]["prompt_ids"] == merged
+    assert answers("-p", "Hello", "--system-file", file, "-n", 0, "-q")[0]["prompt_ids"] == merged
+    ran = lmx("chat", checkpoint, "-p", "Hello", "--system", "Be brief", "-n", 0)
+    assert "no system role" in ran.err
 
 
 def test_plain_output_is_a_line_an_answer(lmx: Any, answers: Chat, checkpoint: Path) -> None:
@@ -114,6 +116,16 @@ def test_without_n_the_answer_may_fill_the_context(answers: Chat) -> None:
     assert answer["finish_reason"] in ("length", "stop")
     if answer["finish_reason"] == "length":
         assert answer["prompt_tokens"] + answer["generated_tokens"] == 2048
+
+
+def test_on_full_drop_goes_on_where_stop_refuses(lmx: Any, answers: Chat, checkpoint: Path) -> None:
+    turns = [word for _ in range(3) for word in ("-p", "a b " * 330)]  # some 800 tokens of 2,048 each
+    stopped = lmx("chat", checkpoint, *turns, *SHORT)
+    assert (stopped.code, "tokens long" in stopped.err) == (3, True)
+    ran = lmx("chat", checkpoint, *turns, *SHORT, "--on-full", "drop", "--json")
+    assert ran.code == 0
+    assert len(ran.out.splitlines()) == 3
+    assert "no longer reads the first" in ran.err
 
 
 REFUSED = [
