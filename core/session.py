@@ -13,18 +13,13 @@ state that went through "Hel", "lo" would have to be recomputed; so what follows
 
 import threading
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from lmx.core.answer import Event, Finished, StopStrings, Token
-from lmx.core.context_end import first_kept
+from lmx.core.answer import Event
 from lmx.core.conversation import Conversation, Message, Turn, as_turns, path_of
-from lmx.core.errors import InputError, LmxError, UsageError
-from lmx.core.generate import check_prompt, generate
+from lmx.core.errors import LmxError, UsageError
 from lmx.core.sampling import Sampling
-from lmx.core.snapshots import default_bytes
-from lmx.core.state_keeper import StateKeeper
-from lmx.core.turn_encoder import Prompt, TurnEncoder
+from lmx.core.turn_runner import OnFull, Options, Question, TurnRunner
 
 if TYPE_CHECKING:
     from lmx.core.model import LanguageModel
@@ -33,21 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatSession", "Message", "OnFull"]
 
-OnFull = Literal["stop", "drop"]
-"""Where the context is full: end there, or leave out the oldest turns and read the others again."""
-
 _NEARLY_FULL = 8  # a warning is due when less than an eighth of the context is left
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A turn that is being answered."""
-
-    number: int
-    head: Turn | None
-    added: tuple[Message, ...]
-    prompt: Prompt
-    left_out: int
 
 
 class ChatSession:
@@ -82,16 +63,11 @@ class ChatSession:
         self.save_error: LmxError | None = None
         """Why the last turn could not be saved, if so; the conversation then goes on without being saved."""
         self._model = model
-        self._text_engine = text_engine
-        self._stop_ids = stop_ids | frozenset(text_engine.info.end_of_turn_ids)
-        self._encoder = TurnEncoder(text_engine, self._stop_ids)
-        self._keeper = StateKeeper(model, default_bytes() if snapshot_bytes is None else snapshot_bytes)
+        self._runner = TurnRunner(model, text_engine, stop_ids, snapshot_bytes)
+        self._keeper = self._runner.keeper
         self._conversation = Conversation()
         self._system = system
         self._waiting: tuple[Message, ...] = ()  # loaded messages behind the last answer
-        self._ids: list[int] = []
-        self._prompt_length = 0
-        self._system_merged = False
         self._answering = False
         self._saved: SavedSession | None = None
 
@@ -120,12 +96,12 @@ class ChatSession:
     @property
     def ids(self) -> list[int]:
         """All tokens of the conversation as the model saw or produced them; during an answer, those of it so far."""
-        return list(self._ids)
+        return list(self._runner.ids)
 
     @property
     def prompt_ids(self) -> list[int]:
         """The tokens that the last answer followed."""
-        return self._ids[: self._prompt_length]
+        return self._runner.prompt_ids
 
     @property
     def system(self) -> str | None:
@@ -135,7 +111,7 @@ class ChatSession:
     @property
     def system_merged(self) -> bool:
         """Whether the last turn's template had no system role, so that its text went into the first user message."""
-        return self._system_merged
+        return self._runner.system_merged
 
     @property
     def waiting(self) -> list[Message]:
@@ -151,7 +127,7 @@ class ChatSession:
     @property
     def context_used(self) -> int:
         """Tokens of the conversation so far."""
-        return len(self._ids)
+        return len(self._runner.ids)
 
     @property
     def context_length(self) -> int | None:
@@ -256,7 +232,7 @@ class ChatSession:
         self._check_idle()
         self.detach()
         self._conversation, self._waiting = Conversation(), ()
-        self._ids, self._prompt_length = [], 0
+        self._runner.go_to(None)
         self._keeper.clear()
 
     def save_to(self, saved: "SavedSession") -> None:
@@ -294,11 +270,8 @@ class ChatSession:
 
     def _moved(self) -> None:
         """The head is another turn: drop what belongs to no branch any more, and say so on the disk."""
-        head = self._conversation.head
-        self._ids = [] if head is None else head.all_ids()
-        self._prompt_length = 0 if head is None else head.prompt_length
-        alive = self._conversation.alive()
-        self._keeper.snapshots.keep_only(alive)
+        self._runner.go_to(self._conversation.head)
+        self._keeper.snapshots.keep_only(self._conversation.alive())
         self._save(lambda saved: saved.write_branches(self._conversation))
 
     def _check_idle(self) -> None:
@@ -308,121 +281,34 @@ class ChatSession:
     def _ask_again(self, added: tuple[Message, ...], cancel: threading.Event | None) -> Generator[Event, None, None]:
         """Answer on a branch of its own, which goes away again if it comes to nothing."""
         before, head = self.branch, self._last_turn()
-        ids, length = self._ids, self._prompt_length
         self._conversation.fork(head.parent)
-        self._ids = [] if head.parent is None else head.parent.all_ids()
+        self._runner.go_to(head.parent)
         try:
             yield from self._answer(added, cancel)
         finally:
             if self._conversation.head is head.parent:
                 self._conversation.remove_branch(self.branch)
                 self._conversation.switch(before)
-                self._ids, self._prompt_length = ids, length
+                self._runner.go_to(head)
 
     def _answer(self, added: tuple[Message, ...], cancel: threading.Event | None) -> Generator[Event, None, None]:
         self._check_idle()
-        before = self._ids, self._prompt_length
-        draft = self._begin(added)
+        added = (*self._waiting, *added)
+        conversation = self._conversation
+        question = Question(conversation.next_number, conversation.head, added, self._system, conversation.alive())
+        options = Options(self.sampling, self.max_new_tokens, self.stop_strings, self.on_full)
+        draft = self._runner.begin(question, options)
+        self._save(lambda saved: saved.write_question(added))
         self._answering = True
         try:
-            yield from self._events(draft, cancel)
-        except GeneratorExit:
-            if self._conversation.next_number == draft.number:
-                self._end(draft)
-            raise
-        except BaseException:
-            # The model may have been stopped between two layers: only a copy from before it ran is sure to be whole.
-            self._ids, self._prompt_length = before
-            self._keeper.lose()
-            self._keeper.snapshots.forget(draft.number)
-            raise
+            yield from self._runner.events(draft, cancel, self._add)
         finally:
             self._answering = False
 
-    def _begin(self, added: tuple[Message, ...]) -> _Draft:
-        """Bring ids and state to where the answer begins; whatever can be wrong with the messages is raised first."""
-        conversation = self._conversation
-        head, added = conversation.head, (*self._waiting, *added)
-        if not added or added[-1].role != "user":
-            raise InputError("the conversation does not end with a user's message", "add a message with the role user")
-        prompt, left_out = self._encode(head, added)
-        check_prompt(self._model, prompt.ids, prompt.start)
-        alive = conversation.alive()
-        siblings = [turn for turn in alive.values() if turn.parent is head and turn.was_read]
-        self._ids = list(prompt.ids)
-        self._prompt_length = len(prompt.ids)
-        self._keeper.bring(self._ids, prompt.start, head, siblings, alive)
-        self._system_merged = prompt.system_merged
-        self._save(lambda saved: saved.write_question(added))
-        return _Draft(conversation.next_number, head, added, prompt, left_out)
-
-    def _encode(self, head: Turn | None, added: tuple[Message, ...]) -> tuple[Prompt, int]:
-        """The prompt, and how many messages are left out of it: as before, or more if they no longer fit."""
-        left_out = 0 if head is None else head.left_out
-        prompt = self._encoder.encode(head, self._ids, self._system, left_out, added)
-        length = self.context_length
-        if self.on_full == "stop" or length is None or len(prompt.ids) + self._room(length) <= length:
-            return prompt, left_out
-        for more in first_kept(self.turns, left_out, added, len(prompt.ids), length // 2):
-            prompt, left_out = self._encoder.encode(head, self._ids, self._system, more, added), more
-            if len(prompt.ids) + self._room(length) <= length:
-                break
-        return prompt, left_out
-
-    def _room(self, context_length: int) -> int:
-        """Tokens that should be left for an answer."""
-        most = context_length // 4
-        return most if self.max_new_tokens is None else min(most, self.max_new_tokens)
-
-    def _events(self, draft: _Draft, cancel: threading.Event | None) -> Generator[Event, None, None]:
-        """Generate, keeping `ids` in step with the state."""
-        state = self._keeper.live
-        for event in generate(
-            self._model,
-            self._text_engine,
-            self.prompt_ids,
-            sampling=self._seeded(draft.number),
-            max_new_tokens=self.max_new_tokens,
-            stop_strings=self.stop_strings,
-            stop_ids=self._stop_ids,
-            state=state,
-            cancel=cancel,
-            before_last=None if state is None or state.rewinds else self._keeper.keep_question(draft.number),
-        ):
-            if isinstance(event, Token):
-                self._ids.append(event.id)
-            if isinstance(event, Finished):
-                self._end(draft)
-            yield event
-
-    def _seeded(self, number: int) -> Sampling:
-        if self.sampling.seed is None:
-            return self.sampling
-        return replace(self.sampling, seed=(self.sampling.seed + number) % 2**63)
-
-    def _end(self, draft: _Draft) -> None:
-        """Put the answer, as far as it came, into the conversation."""
-        reply = self._ids[self._prompt_length :]
-        by_token = bool(reply) and reply[-1] in self._stop_ids
-        stops = StopStrings(self.stop_strings)
-        content = stops.push(self._text_engine.decode(reply[:-1] if by_token else reply)) + stops.finish()
-        prompt = draft.prompt
-        turn = Turn(
-            draft.number,
-            draft.head,
-            (*draft.added, Message("assistant", content)),
-            self._system,
-            draft.left_out,
-            prompt.start,
-            tuple(self._ids[prompt.start :]),
-            self._prompt_length,
-            0 if self._keeper.live is None else self._keeper.live.length,
-            prompt.text_start,
-            prompt.text,
-        )
+    def _add(self, turn: Turn) -> None:
+        """An answer is over: its turn is the branch's last one."""
         self._conversation.add(turn)
         self._waiting = ()
-        self._keeper.settle(turn)
         self._save(lambda saved: saved.write_turn(turn, self._conversation, self._keeper.state_of(turn)))
 
     def _save(self, write: "Callable[[SavedSession], None]") -> None:

@@ -126,7 +126,6 @@ def test_every_command(family: str, start: Start, tmp_path: Path) -> None:
     terminal.send("Hello!\r")
     terminal.until(r"\.[^\n]*\x1b\[\?25h")  # the second line of the message
     shown = line("\x1b\r")
-    assert "Hello! How can I help you?" in shown
     assert computed(shown)[1] > whole
     assert "Enter sends" in line("/multiline\r")
 

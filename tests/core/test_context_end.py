@@ -34,14 +34,15 @@ def chat(text: ToyText, **options: object) -> ChatSession:
 
 def test_stop_says_so_before_and_at_the_end(text: ToyText) -> None:
     session = chat(text)
-    warned = 0
-    for number in range(9):
-        list(session.ask(f"Hello {number}"))
-        warned += session.is_nearly_full
+    turns = 0
+    while not session.is_nearly_full:
+        finished = list(session.ask(f"Hello {turns}"))[-1]
+        assert isinstance(finished, Finished)
+        turns += 1
+    assert CONTEXT * 7 / 8 < session.context_used < CONTEXT
     with pytest.raises(InputError, match="tokens long"):
-        list(session.ask("one two three " * 60))
-    assert warned >= 1
-    assert session.left_out == 0
+        list(session.ask("one two three " * 20))
+    assert (len(session.turns), session.left_out) == (turns, 0)
 
 
 def test_drop_leaves_the_oldest_turns_out_and_keeps_the_system(text: ToyText) -> None:
