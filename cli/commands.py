@@ -146,6 +146,8 @@ class Commands:
     def _load(self, name: str) -> None:
         if not name:
             raise UsageError("/load has no name", "/sessions lists what there is")
+        if self._repl.session.turns and self._repl.session.saved is None:
+            raise UsageError("this conversation is not saved", "/save NAME keeps it, /clear lets it go; then load")
         self._repl.store.load(self._repl.session, name)
         self._repl.tell_resumed()
 
