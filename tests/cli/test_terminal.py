@@ -1,5 +1,6 @@
 """The interactive chat through a pseudo-terminal, as a person meets it."""
 
+import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,3 +121,23 @@ def test_history_reaches_into_the_next_run_and_ctrl_c_stops_an_answer(start: Sta
     terminal.until(EDITING)
     terminal.send("\x04")
     assert terminal.leave() == 0
+
+
+# What prompt_toolkit and Rich write: colours, cursor moves by a number, erasing, and the modes that they set.
+OWN = re.compile(r"\x1b\[[0-9;]*[mABCDHJK]|\x1b\[\?(?:7|12|25|2004)[hl]")
+
+
+def test_random_bytes_of_a_model_do_not_reach_the_terminal_as_control(start: Start) -> None:
+    """A hot model of random weights says each of the 256 bytes."""
+    terminal = start("-n", "120", "--temperature", "50", "--seed", "3")
+    terminal.until(EDITING)
+    for _ in range(10):
+        terminal.send("Hello\r")
+        terminal.until(STATUS)
+        terminal.until(EDITING)
+    terminal.send("/exit\r")
+    assert terminal.leave() == 0
+    raw = "".join(terminal.raw)
+    assert re.search("[\u2400-\u2421]", raw), "the model did write control characters"
+    left = OWN.sub("", raw).replace("\r", "").replace("\n", "").replace("\b", "")
+    assert not re.search("[\x00-\x1f\x7f-\x9f\u202a-\u202e]", left)
