@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol, Self
 
 from lmx.cli.console import may_decorate, write
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from markdown_it.token import Token
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.live import Live
+    from rich.segment import Segment
 
 _REDRAW_SECONDS = 1 / 12
 
@@ -81,21 +83,22 @@ class MarkdownScreen:
         if now - self._drawn < _REDRAW_SECONDS:
             return
         self._drawn = now
-        finished = _finished(self._parser, self._pending)
+        *finished, rest = _blocks(self._parser, self._pending)
         if finished:
             self._stop()
-            self._print(self._pending[:finished])
-            self._pending = self._pending[finished:]
+            self._print("".join(finished))
+            self._pending = rest
         if self._pending.strip():
             self._draw()
 
     def _print(self, text: str) -> None:
-        if not text.strip():
-            return
-        if self._printed:
-            self._console.print()
-        self._console.print(_Markdown(self._parser, text))
-        self._printed = True
+        """Print blocks, each on its own, so that they look the same however they came."""
+        for block in _blocks(self._parser, text):
+            if block.strip():
+                if self._printed:
+                    self._console.print()
+                self._console.print(_Markdown(self._parser, block))
+                self._printed = True
 
     def _draw(self) -> None:
         """Show the unfinished block, of a tall one its end."""
@@ -143,14 +146,20 @@ class _Markdown:
         from rich.segment import Segment
 
         lines = list(Segment.split_lines(console.render(self._markdown, options)))
-        while lines and not "".join(segment.text for segment in lines[0]).strip():
+        while lines and _is_blank(lines[0]):
             lines.pop(0)
+        while lines and _is_blank(lines[-1]):
+            lines.pop()
         if self._space_above:
             lines.insert(0, [])
         for line in lines[-self._last_lines :] if self._last_lines else lines:
             for segment in line:
                 yield segment if segment.control else Segment(safe_text(segment.text), segment.style)
             yield Segment.line()
+
+
+def _is_blank(line: "list[Segment]") -> bool:
+    return not "".join(segment.text for segment in line).strip()
 
 
 def _parser() -> "MarkdownIt":
@@ -160,12 +169,13 @@ def _parser() -> "MarkdownIt":
     return MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
 
 
-def _finished(parser: "MarkdownIt", text: str) -> int:
-    """How many characters of `text` belong to blocks that nothing to come can change: all but the last block."""
+def _blocks(parser: "MarkdownIt", text: str) -> list[str]:
+    """A text cut into its blocks. Nothing that is to come can change any of them but the last."""
     starts = [token.map[0] for token in parser.parse(text) if token.level == 0 and token.map is not None]
-    if len(starts) < 2:
-        return 0
-    return sum(len(line) + 1 for line in text.split("\n")[: max(starts)])
+    lines = text.split("\n")
+    borders = [0, *sorted(set(starts) - {0}), len(lines)] if len(starts) > 1 else [0, len(lines)]
+    pieces = ["\n".join(lines[a:b]) for a, b in pairwise(borders)]
+    return [*(piece + "\n" for piece in pieces[:-1]), pieces[-1]]
 
 
 def _breaking(tokens: "Iterable[Token]") -> "list[Token]":
