@@ -165,6 +165,14 @@ class KVCache(AttentionCache):
         """Take over the slots of `tensors()`."""
         return cls(*_pair(tensors, "kv"))
 
+    def part(self, start: int, end: int) -> Self:
+        """The slots of these tokens."""
+        return type(self)(self.keys[:, :, start:end].clone(), self.values[:, :, start:end].clone())
+
+    def extend(self, part: Self, held: int) -> None:
+        """Fill the slots behind those in use."""
+        self.update(part.keys, part.values, Span(held, part.keys.shape[2]))
+
     def truncate(self, length: int, held: int) -> None:
         """Nothing to do: slots past the state's length are never seen, and are written over."""
 
