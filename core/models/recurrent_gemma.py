@@ -166,10 +166,11 @@ class RecurrentBlock(nn.Module):
             branch = compaction.pack(branch)
             reset = compaction.pack(reset.expand(x.shape[:2]))
         branch, conv = causal_conv(branch, self.conv_weight.squeeze(1), self.conv_bias, before.conv, lengths)
-        branch, lru = self.rg_lru(branch, reset, compaction, before.hidden)
+        packed = None if compaction is not None else gate
+        branch, lru = self.rg_lru(branch, packed, reset, compaction, before.hidden)
         if state is not None:
             state.keep(conv, lru)
-        return self.linear_out(gate * (branch if compaction is None else compaction.unpack(branch)))
+        return self.linear_out(branch if compaction is None else gate * compaction.unpack(branch))
 
 
 class GatedMLP(nn.Module):

@@ -151,11 +151,6 @@ LMX_FORCE Floats sigmoid_of(Floats x) { return 1.0f / (1.0f + exp2_of(x * -LOG2_
 
 LMX_FORCE Floats silu_of(Floats x) { return x / (1.0f + exp2_of(x * -LOG2_E)); }
 
-LMX_FORCE Floats gelu_tanh_of(Floats x) {
-    const Floats inner = 0.7978845608f * fused(0.044715f * x * x, x, x);
-    return x / (1.0f + exp2_of(inner * (-2 * LOG2_E)));  // (1 + tanh(i)) / 2 = sigmoid(2 i)
-}
-
 // log(1 + e^x) = max(x, 0) + log1p(e^-|x|), and log1p(u) = 2 artanh(u / (2 + u)) by a polynomial good to 4e-9.
 LMX_FORCE Floats softplus_of(Floats x) {
     const Floats away = x < 0 ? x : -x;

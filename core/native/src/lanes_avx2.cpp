@@ -10,7 +10,7 @@
 namespace lmx {
 
 extern const Lanes avx2_lanes;
-const Lanes avx2_lanes{norm, nullptr, nullptr, nullptr};
+const Lanes avx2_lanes{norm, conv, scan, recurrence};
 
 }  // namespace lmx
 

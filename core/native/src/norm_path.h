@@ -2,6 +2,13 @@
 namespace lmx {
 namespace {
 
+// x in the precision that the answer has.
+template <typename Stored, typename Given>
+LMX_FORCE Floats taken(const Given* x, int64_t count) {
+    const Floats some = load_some(x, count);
+    return sizeof(Given) == sizeof(Stored) ? some : rounded(some, Stored{});
+}
+
 template <typename Given, typename Stored>
 LMX_TARGET void norm_rows(const Norm& n, int64_t first, int64_t last) {
     const auto* weight = static_cast<const Stored*>(n.weight);
@@ -10,14 +17,14 @@ LMX_TARGET void norm_rows(const Norm& n, int64_t first, int64_t last) {
         Stored* y = static_cast<Stored*>(n.y) + row * n.y_stride;
         Floats sums[4] = {};
         for (int64_t i = 0, part = 0; i < n.width; i += LANES, part = (part + 1) % 4) {
-            const Floats some = rounded(load_some(x + i, n.width - i), Stored{});
+            const Floats some = taken<Stored>(x + i, n.width - i);
             sums[part] = fused(some, some, sums[part]);
         }
         const float square = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
         const float factor = 1.0f / std::sqrt(square / static_cast<float>(n.width) + n.eps);
         for (int64_t i = 0; i < n.width; i += LANES) {
             const int64_t left = n.width - i;
-            Floats some = rounded(load_some(x + i, left), Stored{}) * factor;
+            Floats some = taken<Stored>(x + i, left) * factor;
             if (n.offset) some *= 1.0f + load_some(weight + i, left);
             else if (weight) some = rounded(some, Stored{}) * load_some(weight + i, left);
             store_some(some, y + i, left);
