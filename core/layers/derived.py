@@ -22,7 +22,7 @@ class _Kept:
 
 
 class Derived:
-    """`compute(weight)`, computed again only for another weight, or where gradients or a compiled graph want to see it."""
+    """`compute(weight)`, computed again only for another weight, or where autograd or a compiled graph must see it."""
 
     def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
         self._compute = compute

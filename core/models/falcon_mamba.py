@@ -15,7 +15,7 @@ from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS, SILU_NAMES
 from lmx.core.layers.conv import causal_conv
 from lmx.core.layers.derived import Derived
 from lmx.core.layers.initialise import initialise_normal
-from lmx.core.layers.linear import FewVectors, Linear
+from lmx.core.layers.linear import Linear, linear
 from lmx.core.layers.norm import RMSNorm, rms_normalise_parts
 from lmx.core.layers.padding import Compaction
 from lmx.core.layers.scan import selective_scan
@@ -122,7 +122,7 @@ class Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(inner, states))
         self.D = nn.Parameter(torch.empty(inner))
         self.out_proj = Linear(inner, config.hidden_size, bias=config.use_bias)
-        self._A, self._few_steps = Derived(_rates), FewVectors()
+        self._A = Derived(_rates)
         self._conv_has_silu = config.activation in SILU_NAMES
 
     def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> MambaState:
@@ -146,15 +146,13 @@ class Mixer(nn.Module):
             state.keep(conv, ssm)
         return self.out_proj(y if compaction is None else compaction.unpack(y))
 
-    def _scan(
-        self, x: Tensor, gate: Tensor, compaction: Compaction | None, hidden: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _scan(self, x: Tensor, gate: Tensor, compaction: Compaction | None, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The gated answer of the scan [batch, length, inner] and its new state.
 
         The gate is silu whatever `hidden_act` says, as in Mamba's kernels and transformers 5.
         """
         dt, B, C = rms_normalise_parts(self.x_proj(x), self.sizes, self.eps)
-        raw, bias = self._few_steps.multiply(dt, self.dt_proj.weight), self.dt_proj.bias
+        raw, bias = linear(dt, self.dt_proj.weight), self.dt_proj.bias
         A = self._A.of(self.A_log)
         if can_scan(x, raw, bias, self.D, A, hidden):
             lengths = None if compaction is None else compaction.lengths
