@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lmx.core.native.matrix import dequantize_rows, has_panels, multiply_many
-from lmx.core.native.operation import DTYPE_CODES
-from lmx.core.native.vector import MatrixTable, are_few, wants_gradient
+from lmx.core.native.vector import MatrixTable, are_few, can_take
 from lmx.quant import four_bit, int8, quanto
 from lmx.quant.chunks import for_chunks
 from lmx.quant.four_bit import NESTED_BLOCK_SIZE, FourBit
@@ -56,16 +55,19 @@ def dequantize(q: QuantMatrix, dtype: torch.dtype | None = None) -> Tensor:
 
 def _native_product(table: MatrixTable, q: Matrix, many: Product, x: Tensor) -> Tensor:
     """Multiply by the kernels where they are quicker, else by `many`: x [..., columns] -> [..., rows]."""
-    vectors = x.numel() // table.columns
-    if vectors and are_few(x, vectors):
-        return table.multiply(x.reshape(vectors, table.columns)).view(*x.shape[:-1], table.rows)
-    if isinstance(q, Tensor | Quanto) or not vectors or x.dtype not in DTYPE_CODES or wants_gradient(x):
+    if not can_take(x, table.columns):
         return many(x)
-    flat = x.reshape(vectors, table.columns)
-    # Ours is quicker than torch's with dequantized rows for any number of vectors: 3.2 ms against 12 for 8 vectors times
-    # a 14336 x 4096 matrix in NF4, 18 against 28 for 64, 141 against 148 for 512 (two cores of Zen 4).
-    panels = x.dtype == torch.bfloat16 and has_panels()
-    out = multiply_many(table, flat) if panels else _multiply_tiles(table, flat)
+    flat = x.reshape(-1, table.columns)
+    if are_few(x, table.columns):
+        out = table.multiply(flat)
+    elif isinstance(q, Tensor | Quanto):
+        return many(x)
+    # Quicker than torch's product of dequantized rows for any number of vectors: 3.2 ms against 12 for 8 of them times a
+    # 14336 x 4096 matrix in NF4, 18 against 28 for 64, 141 against 148 for 512 (two cores of Zen 4).
+    elif x.dtype == torch.bfloat16 and has_panels():
+        out = multiply_many(table, flat)
+    else:
+        out = _multiply_tiles(table, flat)
     return out.view(*x.shape[:-1], table.rows)
 
 

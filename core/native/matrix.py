@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lmx.core.native.library import library
 from lmx.core.native.operation import DTYPE_CODES, define
-from lmx.core.native.vector import ExpertTable, MatrixTable
+from lmx.core.native.vector import ACTIVATION_CODES, ExpertTable, MatrixTable
 
 
 def has_panels() -> bool:
@@ -25,9 +25,12 @@ def multiply_many(table: MatrixTable, x: Tensor) -> Tensor:
 
 
 def answer_many(table: ExpertTable, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """`ExpertTable.answer` for any number of tokens of bf16; experts add up in the order of their numbers."""
+    """`ExpertTable.answer` for any number of tokens of bf16; experts add up in the order of their numbers.
+
+    Raises IndexError for the id of no expert.
+    """
     call = _answer if torch.compiler.is_compiling() else _answer_cpu
-    out: Tensor = call(table.words, x, ids, weights, table.activation)
+    out: Tensor = call(table.words, x, ids, weights, ACTIVATION_CODES[table.activation])
     return out
 
 
@@ -61,8 +64,9 @@ def _multiply_cpu(table: Tensor, x: Tensor, rows: int) -> Tensor:
 
 
 def _answer_cpu(table: Tensor, x: Tensor, ids: Tensor, weights: Tensor, activation: int) -> Tensor:
-    x, weights = x.contiguous(), weights.contiguous()
-    flat = ids.flatten()
+    x, weights, flat = x.contiguous(), weights.float().contiguous(), ids.flatten().long()
+    if int(flat.min()) < 0 or int(flat.max()) >= len(table):
+        raise IndexError(f"experts {int(flat.min())} to {int(flat.max())} of a bank of {len(table)}")
     order = flat.argsort(stable=True)  # [tokens * top_k], by expert
     counts = torch.bincount(flat, minlength=len(table))
     out = torch.empty_like(x)
