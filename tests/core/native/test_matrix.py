@@ -49,7 +49,7 @@ def test_dequantized_rows_are_torchs_to_the_bit(quantizer, shape):
 def test_product_is_torchs(quantizer, shape):
     q = quantizer(random(*shape))
     table = MatrixTable([stored_matrix(q)])
-    for vectors in (5, 6, 7, 8, 64, 96, 97, 200):
+    for vectors in (*range(1, 15), 17, 64, 70, 257, 513):
         x = random(vectors, shape[1], seed=vectors).bfloat16()
         assert relative_error(multiply_many(table, x), x.double() @ values(q).T) < 3e-3
 
@@ -57,7 +57,7 @@ def test_product_is_torchs(quantizer, shape):
 @needs_panels
 def test_threads_and_company_do_not_change_a_bit(quantizer):
     table = MatrixTable([stored_matrix(quantizer(random(515, 320)))])
-    x = random(120, 320, seed=1).bfloat16()
+    x = random(300, 320, seed=1).bfloat16()
     before = torch.get_num_threads()
     answers = []
     for threads in (1, 2, 3):
@@ -66,7 +66,7 @@ def test_threads_and_company_do_not_change_a_bit(quantizer):
     torch.set_num_threads(before)
     assert torch.equal(answers[0], answers[1])
     assert torch.equal(answers[0], answers[2])
-    assert torch.equal(answers[0][7:80], multiply_many(table, x[7:80]))
+    assert torch.equal(answers[0][7:280], multiply_many(table, x[7:280]))
 
 
 @needs_panels
@@ -88,16 +88,14 @@ def test_experts_answer_as_few_tokens_do(quantizer, hidden, inner):
     shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
     bank = [tuple(stored_matrix(quantizer(random(*s, seed=9 * e + i))) for i, s in enumerate(shapes)) for e in range(6)]
     table = ExpertTable(bank, "silu")
-    tokens = 150
+    tokens = 2200
     x = (random(tokens, hidden) / hidden**0.5).bfloat16()
     weights, ids = random(tokens, 6, seed=1).softmax(-1).topk(2)
-    ids[:120, 0], ids[120:, 0] = 4, 5  # one expert of more than a panel; expert 0 may have none
+    ids[:600, 0], ids[600:, 0] = 4, 5  # experts of more than a panel, more than a batch in all, and expert 0 has none
     ids[:, 1] = ids[:, 1] % 3 + 1
-    expected = torch.cat(
-        [table.answer(x[i : i + 1].float(), ids[i : i + 1], weights[i : i + 1]) for i in range(tokens)]
-    )
+    expected = [table.answer(*part) for part in zip(x.float().split(4), ids.split(4), weights.split(4), strict=True)]
     got = answer_many(table, x, ids, weights)
-    assert relative_error(got, expected.double()) < 5e-3
+    assert relative_error(got, torch.cat(expected).double()) < 5e-3
     before = torch.get_num_threads()
     torch.set_num_threads(before % 2 + 1)
     assert torch.equal(answer_many(table, x, ids, weights), got)
