@@ -79,7 +79,7 @@ def _base(
         yield None
         return
     progress = may_animate() and not common.quiet
-    with OpenedModel.open(name, offline=runtime.offline, show_progress=progress) as opened:
+    with OpenedModel.open(name, offline=runtime.offline, watch=pull_watcher(common.quiet)) as opened:
         dtype = running.model.decoder.embed.weight.dtype
         yield opened.load(device=runtime.device, dtype=dtype, attention=runtime.attention)
 

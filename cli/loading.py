@@ -42,7 +42,7 @@ def loaded(
         model,
         revision=runtime.revision,
         offline=runtime.offline,
-        show_progress=may_animate() and not common.quiet,
+        watch=pull_watcher(common.quiet),
         chat=talk is not None,
     )
     with opened:

@@ -94,7 +94,7 @@ def quantize_command(
         force=force,
         revision=revision,
         offline=offline,
-        show_progress=may_animate() and not common.quiet,
+        watch=pull_watcher(common.quiet),
         headers_only=dry_run,
     )
     started = time.perf_counter()

@@ -35,7 +35,7 @@ def show_command(
     progress = may_animate() and not common.quiet
     from lmx.describe import describe, open_described
 
-    checkpoint = open_described(model, revision=revision, offline=offline, show_progress=progress)
+    checkpoint = open_described(model, revision=revision, offline=offline, watch=pull_watcher(common.quiet))
     description = describe(model_name(model, revision), checkpoint)
     if json:
         write_json(asdict(description) | {"memory_to_run": description.memory_to_run})
