@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmx.api import OpenedModel, import_runtime, limit_gpu_memory, limit_threads
-from lmx.cli.console import may_animate
 from lmx.cli.options import CommonOptions, RuntimeOptions
+from lmx.cli.pull_progress import pull_watcher
 from lmx.core.text.types import Message
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import lmx
-from lmx.cli import chat, convert, evaluate, generate, quantize, show
+from lmx.cli import cache, chat, convert, evaluate, generate, pull, quantize, show
 
 app = typer.Typer(
     help="Run FalconMamba, RecurrentGemma, OLMoE, DBRX and Mixtral on the machine you have.",
@@ -35,3 +35,5 @@ generate.register(app)
 quantize.register(app)
 evaluate.register(app)
 show.register(app)
+pull.register(app)
+cache.register(app)

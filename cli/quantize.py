@@ -13,6 +13,7 @@ from lmx.api import limit_threads
 from lmx.cli.console import is_terminal, may_animate, may_decorate, note, write, write_json
 from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.options import CommonOptions, parse_size, spread_groups
+from lmx.cli.pull_progress import pull_watcher
 from lmx.core.errors import UsageError
 from lmx.core.text.safe import safe_line
 from lmx.quantization import Checked, Finished, Progress, Quantization, Report

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lmx.api import model_name
-from lmx.cli.console import may_animate, write_json
+from lmx.cli.console import write_json
 from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.options import CommonOptions, ModelArgument, spread_groups
+from lmx.cli.pull_progress import pull_watcher
 from lmx.cli.rows import write_rows
 from lmx.core.text.safe import safe_line
 
@@ -32,7 +33,6 @@ def show_command(
     common: CommonOptions,
 ) -> None:
     """Show what a model is and what it needs, reading no weights."""
-    progress = may_animate() and not common.quiet
     from lmx.describe import describe, open_described
 
     checkpoint = open_described(model, revision=revision, offline=offline, watch=pull_watcher(common.quiet))

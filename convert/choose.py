@@ -93,7 +93,7 @@ def _needed(names: Sequence[str]) -> set[str]:
     """What a run needs: files beside each other at the top, and of the weights one copy."""
     top = [name for name in names if "/" not in name]
     weights = _one_copy(top)
-    patterns = _SMALL
+    patterns: tuple[str, ...] = _SMALL
     if "tokenizer.json" not in top or any(name.startswith("consolidated") for name in weights):
         patterns += _OTHER_TOKENIZERS
     if weights and "config.json" not in top:

@@ -20,7 +20,7 @@ from lmx.convert.listing import RemoteFile
 from lmx.core.errors import InputError, LmxError, NetworkError
 
 if TYPE_CHECKING:
-    from httpx2 import Client, Response
+    from httpx2 import Client, Request, Response
 
 THREAD_PREFIX = "lmx-pull"
 """What the names of all threads that fetch begin with: what is logged there is dropped."""
@@ -31,7 +31,7 @@ _RETRIED_CODES = (408, 416, 425, 429)
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
-class Unlucky(Exception):
+class UnluckyError(Exception):
     """A request failed in a way that may pass. `seconds`: what the server asks to wait; `kind`: the error if it stays.
 
     `ignores_ranges`: the server answered a request for a range with the whole file.
@@ -54,7 +54,7 @@ class HubFiles:
 
     def __init__(self, repo: str, commit: str, token: str | bool | None) -> None:
         from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         self._base = f"{constants.ENDPOINT}/{repo}/resolve/{commit}/"
         self._origin = _origin(self._base)
@@ -69,7 +69,7 @@ class HubFiles:
         """Bytes from `start` to `stop`, or fewer. whole: of a server that knows no ranges, all of the file.
 
         Raises:
-            Unlucky: it may work another time.
+            UnluckyError: it may work another time.
             HfHubHTTPError: the hub refuses.
 
         """
@@ -105,13 +105,11 @@ class HubFiles:
                 url = self._next(url, response)
             finally:
                 response.close()
-        raise Unlucky("the hub redirects without end")
+        raise UnluckyError("the hub redirects without end")
 
-    def _request(self, client: "Client", url: str, headers: Mapping[str, str]) -> object:
+    def _request(self, client: "Client", url: str, headers: Mapping[str, str]) -> "Request":
         secret = self._secret if _origin(url) == self._origin else {}
-        return client.build_request(
-            "GET", url, headers={**self._headers, **headers, **secret}, timeout=self._timeout
-        )
+        return client.build_request("GET", url, headers={**self._headers, **headers, **secret}, timeout=self._timeout)
 
     def _next(self, url: str, response: "Response") -> str:
         """Where a redirect leads. Raises InputError for a place that is no web server, or less safe than the hub."""
@@ -132,33 +130,33 @@ class HubFiles:
         if status in _RETRIED_CODES or status >= 500:
             if status == 416:
                 self._addresses.pop(file.name, None)
-            raise Unlucky(f"HTTP {status}", retry_after(response.headers))
+            raise UnluckyError(f"HTTP {status}", retry_after(response.headers))
         if _origin(url) != self._origin:
             # A signed address has run out: the hub gives a new one
             self._addresses.pop(file.name, None)
-            raise Unlucky(f"HTTP {status} from where the hub keeps its files")
-        from huggingface_hub.utils import hf_raise_for_status
+            raise UnluckyError(f"HTTP {status} from where the hub keeps its files")
+        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
         with _transport_errors():
             hf_raise_for_status(response)
-        raise Unlucky(f"HTTP {status}")
+        raise UnluckyError(f"HTTP {status}")
 
 
 def _check_answer(response: "Response", file: RemoteFile, start: int, stop: int) -> None:
-    """Raise Unlucky unless the body will be bytes from `start` on of a file of the right size, as they are."""
+    """Raise UnluckyError unless the body will be bytes from `start` on of a file of the right size, as they are."""
     if response.headers.get("content-encoding", "identity") != "identity":
-        raise Unlucky("the answer is compressed")
+        raise UnluckyError("the answer is compressed")
     if response.status_code == 206:
         match = _RANGE.fullmatch(response.headers.get("content-range", ""))
         if match is None or int(match[1]) != start or int(match[2]) >= stop:
-            raise Unlucky("the answer is another range")
+            raise UnluckyError("the answer is another range")
         total = match[3]
     else:
         if (start, stop) != (0, file.size):
-            raise Unlucky("the answer to a range is the whole file", ignores_ranges=True)
+            raise UnluckyError("the answer to a range is the whole file", ignores_ranges=True)
         total = response.headers.get("content-length", "*")
     if total not in ("*", str(file.size)):
-        raise Unlucky(f"the file has {total:.20} bytes there, not {file.size:,}", kind=InputError)
+        raise UnluckyError(f"the file has {total:.20} bytes there, not {file.size:,}", kind=InputError)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -177,13 +175,13 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 @contextmanager
 def _transport_errors() -> Iterator[None]:
-    """What the connection suffers, as Unlucky; without its cause, which may know the signed address."""
+    """What the connection suffers, as UnluckyError; without its cause, which may know the signed address."""
     try:
         yield
     except Exception as error:
         if not is_transport_error(error):
             raise
-        raise Unlucky(type(error).__name__) from None
+        raise UnluckyError(type(error).__name__) from None
 
 
 def _silence_logs() -> None:

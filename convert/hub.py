@@ -7,7 +7,7 @@ The folder of a hub id is a snapshot of the cache that all Hugging Face tools sh
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,37 @@ class HubId:
         return cls(match[1], revision or match[2])
 
 
+@dataclass(frozen=True)
+class Wish:
+    """What is to be pulled. include, exclude: globs over file names. token: None is the one that is configured.
+
+    local_dir: a folder to put the files in under their names, in place of the cache.
+    """
+
+    hub_id: HubId
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    token: str | None = None
+    local_dir: Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        repo: str,
+        revision: str | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        token: str | None = None,
+        local_dir: str | Path | None = None,
+    ) -> "Wish":
+        """A wish by the names that users give. Raises UsageError for a `repo` that is no hub id."""
+        hub_id = HubId.parse(repo, revision)
+        if hub_id is None:
+            raise UsageError(f"{quoted(repo)} is no model of the hub", "give ORG/NAME or ORG/NAME@REVISION")
+        folder = None if local_dir is None else Path(local_dir).expanduser()
+        return cls(hub_id, tuple(include), tuple(exclude), token, folder)
+
+
 def is_offline() -> bool:
     """Whether the environment forbids the network, by the variable that all Hugging Face tools obey."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
@@ -68,7 +99,7 @@ def find_model(
     if isinstance(found, Path):
         return found
     check_online(found, offline)
-    from lmx.convert.pull import Wish, pull
+    from lmx.convert.pull import pull
 
     return watch(pull(Wish(found))).folder
 

@@ -1,4 +1,4 @@
-"""What a repository of the hub holds at one commit: names, sizes and digests, none of them trusted before it is checked.
+"""What a repository of the hub holds at one commit: names, sizes and digests, checked before they are trusted.
 
 The digests are those that git and Git LFS know the files by (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md):
 SHA-256 of a large file, git's blob id (SHA-1 over a header and the content) of a small one.
@@ -80,7 +80,7 @@ def _checked(name: object, size: object, digest: object) -> RemoteFile:
         fault = _fault(name) if isinstance(name, str) else "is no text"
         raise InputError(f"a file name of the repository {fault}: {quoted(str(name))}", _HINT)
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _LARGEST_FILE:
-        raise InputError(f"the hub says that {quoted(name)} has {str(size):.40} bytes", _HINT)
+        raise InputError(f"the hub says that {quoted(name)} has {size!s:.40} bytes", _HINT)
     if not isinstance(digest, str) or not is_digest(digest):
         raise InputError(f"the hub's digest of {quoted(name)} is none: {quoted(str(digest))}", _HINT)
     return RemoteFile(name, size, digest)
@@ -106,7 +106,7 @@ def _fault(name: str) -> str | None:
 
 
 def _check_apart(names: list[str]) -> None:
-    """No name twice, and none that is another one's folder: the first would be a link, the second written through it."""
+    """No name twice, and none that is another one's folder: the second would be written through the first, a link."""
     known = set(names)
     if len(known) != len(names):
         twice = next(name for position, name in enumerate(names) if name in names[:position])

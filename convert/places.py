@@ -16,7 +16,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -67,13 +67,16 @@ class CachePlace:
 
     @property
     def folder(self) -> Path:
+        """The snapshot."""
         return self._repo / "snapshots" / self._commit
 
     @property
     def parts(self) -> Path:
+        """The repository's blobs."""
         return self._repo / "blobs"
 
     def has(self, file: RemoteFile) -> bool:
+        """By its size: the snapshot is of one commit, so the name can have had no other content."""
         return _size(self.folder / file.name) == file.size
 
     def lock_path(self, digest: str) -> Path:
@@ -81,9 +84,11 @@ class CachePlace:
         return self._locks / f"{digest}.lock"
 
     def blob(self, digest: str) -> Path:
+        """Under the digest, where all snapshots find it."""
         return self.parts / digest
 
     def prepare(self) -> None:
+        """Make the repository's folders, and that of its locks."""
         for folder in (self.folder, self.parts, self._locks):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -98,6 +103,7 @@ class CachePlace:
         beside.replace(pointer)
 
     def finish(self, revision: str | None) -> None:
+        """Let the branch or tag mean this snapshot, now that it is whole."""
         ref = self._repo / "refs" / (revision or "main")
         if revision == self._commit or _text(ref) == self._commit:
             return
@@ -113,10 +119,12 @@ class FolderPlace:
 
     @property
     def folder(self) -> Path:
+        """The user's folder."""
         return self._folder
 
     @property
     def parts(self) -> Path:
+        """huggingface_hub's own place for this."""
         return self._folder / ".cache" / "huggingface" / "download"
 
     def has(self, file: RemoteFile) -> bool:
@@ -130,15 +138,19 @@ class FolderPlace:
         return False
 
     def lock_path(self, digest: str) -> Path:
+        """Beside the parts; removed by `finish`."""
         return self.parts / f"{digest}.lmx.lock"
 
     def blob(self, digest: str) -> Path:
+        """For as long as `finish` has not removed it."""
         return self.parts / f"{digest}.lmx.whole"
 
     def prepare(self) -> None:
+        """Make the folder."""
         self.parts.mkdir(parents=True, exist_ok=True)
 
     def put(self, file: RemoteFile) -> None:
+        """Give the file its name, in place of any other content, and take a note of it."""
         path, note = self._folder / file.name, self._note(file)
         for parent in (path.parent, note.parent):
             parent.mkdir(parents=True, exist_ok=True)
@@ -188,8 +200,8 @@ def locked(path: Path, go_on: Callable[[], bool], on_wait: Callable[[], None] = 
         time.sleep(_POLL_SECONDS)
 
 
-def sweep(place: Place, listed: set[str]) -> None:
-    """Remove what has begun to arrive and will not go on: of content that is not `listed` any more, or is here whole."""
+def sweep(place: Place, listed: Set[str]) -> None:
+    """Remove what has begun to arrive and will not go on: of content that is not `listed` now, or is here whole."""
     for digest in part_digests(place.parts):
         if digest in listed and not place.blob(digest).exists():
             continue

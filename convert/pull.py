@@ -4,18 +4,17 @@ Metadata comes through huggingface_hub, file bodies by `lmx.convert.transfer`. I
 pulled.
 """
 
-import errno
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lmx.convert.choose import choose
 from lmx.convert.fetch import HubFiles, retry_after
-from lmx.convert.hub import HubId, hub_errors, is_transport_error
-from lmx.convert.listing import Listing, RemoteFile
+from lmx.convert.hub import HubId, Wish, hub_errors, is_transport_error
+from lmx.convert.listing import Listing
 from lmx.convert.part_file import resumable_bytes
 from lmx.convert.places import CachePlace, FolderPlace, Place, sweep
 from lmx.convert.pull_events import Event, Planned, Pulled
@@ -34,20 +33,6 @@ _METADATA_ATTEMPTS = 4
 _MOST_FILES = 100_000
 _SPARE_BYTES = 16 << 20  # for folders, journals and what others write meanwhile
 _DAMAGED = "try again; if it stays so, what answers is not the hub: check HF_ENDPOINT and any proxy"
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What is to be pulled. include, exclude: globs over file names. token: None is the one that is configured.
-
-    local_dir: a folder to put the files in under their names, in place of the cache.
-    """
-
-    hub_id: HubId
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    token: str | None = None
-    local_dir: Path | None = None
 
 
 def plan(wish: Wish) -> Planned:

@@ -9,17 +9,17 @@ import os
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from lmx.convert.fetch import THREAD_PREFIX, HubFiles, Unlucky
+from lmx.convert.fetch import THREAD_PREFIX, HubFiles, UnluckyError
 from lmx.convert.listing import RemoteFile
 from lmx.convert.part_file import PartFile
 from lmx.convert.places import Place, locked
 from lmx.convert.pull_events import Arrived, Checking, FileEvent, Installed, Restarted, Retrying, Waiting
-from lmx.core.errors import InputError, NetworkError
+from lmx.core.errors import InputError
 from lmx.core.files import quoted
 
 CONNECTIONS = 8
@@ -184,9 +184,9 @@ class Transfer:
                     position += len(data)
                     self._count(job, len(data))
                 if position == before:
-                    raise Unlucky("the answer is empty")
+                    raise UnluckyError("the answer is empty")
                 misses = 0
-            except Unlucky as bad:
+            except UnluckyError as bad:
                 misses = 1 if position > before else misses + 1
                 if bad.ignores_ranges and self._is_without_ranges(job):
                     return self._fetch_whole(job, part)
@@ -208,7 +208,7 @@ class Transfer:
                 reached = len(missing)
                 try:
                     self._stream(job, part)
-                except Unlucky as bad:
+                except UnluckyError as bad:
                     misses = 1 if len(part.missing) < reached else misses + 1
                     self._pause(job, bad, misses)
                 else:
@@ -229,9 +229,9 @@ class Transfer:
                 piece += 1
             job.done = max(job.done, position)
         if position < job.file.size:
-            raise Unlucky("the answer ends early")
+            raise UnluckyError("the answer ends early")
 
-    def _pause(self, job: _Job, bad: Unlucky, misses: int) -> bool:
+    def _pause(self, job: _Job, bad: UnluckyError, misses: int) -> bool:
         """Wait before the next attempt; whether to make it. Raises what stays wrong."""
         asked_too_much = bad.seconds is not None and bad.seconds > self._patience.longest_asked
         if misses >= self._patience.attempts or asked_too_much:
@@ -273,7 +273,7 @@ class Transfer:
             return
         part.discard()
         raise InputError(
-            f"{quoted(job.name)} came with other content than the hub's {job.file.kind} digest says; it was thrown away",
+            f"{quoted(job.name)} came with other content than its {job.file.kind} digest says; it was thrown away",
             "try again; if it stays so, the repository or whoever answers for the hub is broken",
         )
 

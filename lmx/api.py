@@ -159,10 +159,7 @@ def open_checkpoint(
     model: str | Path | None, *, revision: str | None = None, offline: bool = False, watch: Watcher = unwatched
 ) -> Checkpoint:
     """Find a model and check its headers. None is the demo. Raises as `load`."""
-    if model is None:
-        folder = demo_path()
-    else:
-        folder = find_model(model, revision=revision, offline=offline, watch=watch)
+    folder = demo_path() if model is None else find_model(model, revision=revision, offline=offline, watch=watch)
     checkpoint = open_folder(folder)
     check_runnable(checkpoint)
     return checkpoint

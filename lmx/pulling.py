@@ -1,11 +1,10 @@
 """`lmx.pull`: a model from the hub into the cache, and what such a pull would do. Importing this imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lmx.convert.choose import LeftOut
-from lmx.convert.hub import HubId, check_online, find_cached
+from lmx.convert.hub import Wish, check_online, find_cached
 from lmx.convert.listing import RemoteFile
 from lmx.convert.pull_events import (
     Arrived,
@@ -20,11 +19,7 @@ from lmx.convert.pull_events import (
     Watcher,
     unwatched,
 )
-from lmx.core.errors import NotFoundError, UsageError
-from lmx.core.files import quoted
-
-if TYPE_CHECKING:
-    from lmx.convert.pull import Wish
+from lmx.core.errors import NotFoundError
 
 __all__ = [
     "Arrived",
@@ -39,9 +34,11 @@ __all__ = [
     "Retrying",
     "Waiting",
     "Watcher",
+    "Wish",
     "find_pulled",
     "plan_pull",
     "pull",
+    "pull_events",
     "unwatched",
 ]
 
@@ -73,57 +70,30 @@ def pull(
         ResourceError: the disk is full, or cannot be written.
 
     """
+    return watch(pull_events(Wish.of(repo, revision, include, exclude, token, local_dir))).folder
+
+
+def pull_events(wish: Wish) -> Iterator[Event]:
+    """Pull, and tell how it goes: `Planned` first, `Pulled` last. Raises as `pull`."""
     from lmx.convert import pull as hub
 
-    wish = _wish(repo, revision, include, exclude, token, local_dir)
     check_online(wish.hub_id, offline=False)
-    return watch(hub.pull(wish)).folder
+    return hub.pull(wish)
 
 
-def plan_pull(
-    repo: str,
-    *,
-    revision: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    token: str | None = None,
-    local_dir: str | Path | None = None,
-) -> Planned:
-    """What `pull` would do; writes nothing. Raises as `pull`."""
+def plan_pull(wish: Wish) -> Planned:
+    """What a pull would do; writes nothing. Raises as `pull`."""
     from lmx.convert import pull as hub
 
-    wish = _wish(repo, revision, include, exclude, token, local_dir)
     check_online(wish.hub_id, offline=False)
     return hub.plan(wish)
 
 
 def find_pulled(repo: str, *, revision: str | None = None) -> Path:
     """The folder of a model that is in the cache, whole. Asks nobody. Raises NotFoundError, UsageError."""
-    hub_id = hub_id_of(repo, revision)
+    hub_id = Wish.of(repo, revision).hub_id
     folder = find_cached(hub_id)
     if folder is None:
         check_online(hub_id, offline=True)
         raise NotFoundError(f"{hub_id} is not in the cache", "pull it without --offline")
     return folder
-
-
-def hub_id_of(repo: str, revision: str | None = None) -> HubId:
-    """`org/name[@revision]`. Raises UsageError for anything else."""
-    hub_id = HubId.parse(repo, revision)
-    if hub_id is None:
-        raise UsageError(f"{quoted(repo)} is no model of the hub", "give ORG/NAME or ORG/NAME@REVISION")
-    return hub_id
-
-
-def _wish(
-    repo: str,
-    revision: str | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    token: str | None,
-    local_dir: str | Path | None,
-) -> "Wish":
-    from lmx.convert.pull import Wish
-
-    folder = None if local_dir is None else Path(local_dir).expanduser()
-    return Wish(hub_id_of(repo, revision), tuple(include), tuple(exclude), token, folder)
