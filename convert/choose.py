@@ -25,7 +25,7 @@ _SMALL = (
 )
 # Read only where there is no tokenizer.json, or beside the publisher's own weights
 _OTHER_TOKENIZERS = ("tokenizer.model*", "*.tiktoken", "vocab.json", "merges.txt", "tekken.json")
-_OWN_CONFIG = ("params.json",)
+_OWN_CONFIG = ("params.json", "config.yaml")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|npz|tflite|mlmodel|pdparams|llamafile)"
@@ -93,10 +93,11 @@ def _needed(names: Sequence[str]) -> set[str]:
     """What a run needs: files beside each other at the top, and of the weights one copy."""
     top = [name for name in names if "/" not in name]
     weights = _one_copy(top)
+    is_own = any(name.startswith("consolidated") for name in weights)
     patterns: tuple[str, ...] = _SMALL
-    if "tokenizer.json" not in top or any(name.startswith("consolidated") for name in weights):
+    if is_own or "tokenizer.json" not in top:
         patterns += _OTHER_TOKENIZERS
-    if weights and "config.json" not in top:
+    if is_own or "config.json" not in top:
         patterns += _OWN_CONFIG
     return weights | {name for name in top if any(fnmatchcase(name, pattern) for pattern in patterns)}
 

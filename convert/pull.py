@@ -154,7 +154,7 @@ def _patiently(ask: Callable[[], T]) -> T:
         attempt += 1
         try:
             return ask()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             # huggingface_hub takes the answer apart without a look at what it is
             raise InputError(f"the hub's listing cannot be understood: {type(error).__name__}", _DAMAGED) from error
         except Exception as error:

@@ -45,7 +45,9 @@ class Hub(ThreadingHTTPServer):
     ranged requests; `sent` counts the bytes of files that went out. `elsewhere`: files are answered by a redirect to
     another host, as the hub does for large ones (those are, in any case, where `signed` is another server); `tokens`
     is what each host was shown. `answers`: statuses and headers of the next requests for large files, in order.
-    `wrong`: what comes in place of a file's content. `entries` replaces the files of the listing.
+    `ignored_ranges`: so many requests for ranges get the whole file. `file_answer`: a status and an `X-Error-Code` for
+    every file. `wrong`: what comes in place of a file's content. `entries` replaces the files of the listing, and
+    `without_metadata` takes their sizes and digests away.
     """
 
     daemon_threads = True
@@ -66,6 +68,8 @@ class Hub(ThreadingHTTPServer):
         self.wrong: dict[str, bytes] = {}
         self.entries: list[dict[str, Any]] | None = None
         self.without_metadata = False
+        self.file_answer: tuple[int, str] | None = None
+        self.ignored_ranges = 0
         self.faults: list[Fault] = []
         self.ended = threading.Event()
         self.lock = threading.Lock()
@@ -127,6 +131,10 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.server
         name = path.partition(f"/resolve/{hub.commit}/")[2]
         data = hub.files.get(name)
+        if hub.file_answer is not None:
+            status, code = hub.file_answer
+            self._send(b"", False, {"X-Error-Code": code}, status)
+            return
         if data is None:
             self._send(b"", False, {"X-Error-Code": "EntryNotFound"}, 404)
             return
@@ -172,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
     def _send_file(self, data: bytes, send_body: bool, headers: dict[str, str]) -> None:
         wanted = self.headers.get("Range", "").removeprefix("bytes=")
         status, body = 200, memoryview(data)
-        if send_body and self.server.ranges and wanted:
+        if send_body and wanted and self._honours_ranges(data):
             first, last = wanted.split("-")
             start, stop = int(first), min(len(data), int(last) + 1)
             if start >= len(data):
@@ -191,6 +199,13 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(block)
             with self.server.lock:
                 self.server.sent += len(block)
+
+    def _honours_ranges(self, data: bytes) -> bool:
+        with self.server.lock:
+            if self.server.ignored_ranges and len(data) >= LARGE_BYTES:
+                self.server.ignored_ranges -= 1
+                return False
+        return self.server.ranges
 
     def _suffer(self, fault: Fault) -> None:
         if fault.kind == "stall":
