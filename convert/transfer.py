@@ -8,6 +8,7 @@ stopped.
 import os
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from lmx.core.files import quoted
 
 CONNECTIONS = 8
 _TICK_SECONDS = 0.1
+_LEAVE_SECONDS = 0.5
 _WHOLE_AFTER = 3  # answers without ranges, before a file is taken as a whole
 
 
@@ -102,8 +104,9 @@ class Transfer:
             yield from self._news(shown, 0)
         finally:
             self._stop.set()
-            for thread in threads:
-                thread.join(0.5)  # one that waits for the network ends by itself, and changes nothing any more
+            end = time.monotonic() + _LEAVE_SECONDS
+            for thread in threads:  # one that still waits for the network ends by itself, and writes nothing any more
+                thread.join(max(0.0, end - time.monotonic()))
         if self._failure is not None:
             raise self._failure
 

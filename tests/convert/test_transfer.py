@@ -6,11 +6,14 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from hub_server import Fault, Hub, wait_until
+from huggingface_hub.utils import WeakFileLock
 from pulls import AT_RISK_BYTES, WEIGHTS, hub_with, left_overs, repository, sha256, start_pull
 
 import lmx
@@ -18,7 +21,7 @@ from lmx.convert import part_file
 from lmx.convert.hub import Wish
 from lmx.convert.part_file import PIECE_BYTES
 from lmx.convert.pull import pull
-from lmx.convert.pull_events import Arrived, Pulled, Restarted, Retrying
+from lmx.convert.pull_events import Arrived, Pulled, Restarted, Retrying, Waiting
 from lmx.convert.transfer import CONNECTIONS
 from lmx.core.errors import InputError, NetworkError, ResourceError
 
@@ -271,6 +274,37 @@ def test_a_disk_that_fills_up_midway(hubs: tuple[Hub, Hub], tmp_path: Path, monk
     before = store.sent
     assert sha256(lmx.pull("org/tiny") / WEIGHTS) == digest(hub.files)
     assert store.sent - before <= SIZE - 18_000_000 + AT_RISK_BYTES
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_pull_soon_even_where_nothing_comes(
+    hubs: tuple[Hub, Hub], tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    hub, store = hubs
+    store.faults = [Fault("stall", 3_000_000 + number) for number in range(100)]
+    child = start_pull(hub, tmp_path / "cache", env={"HF_HUB_DOWNLOAD_TIMEOUT": "30"})
+    wait_until(lambda: len(store.faults) <= 92)
+    began = time.monotonic()
+    child.send_signal(number)
+    _, err = child.communicate(timeout=20)
+    assert child.returncode == code, err
+    assert time.monotonic() - began < 3
+    assert "Traceback" not in err
+
+
+def test_huggingface_hub_is_waited_for(hubs: tuple[Hub, Hub], tmp_path: Path) -> None:
+    """It takes the same lock for the same content."""
+    hub, _ = hubs
+    lock = tmp_path / "cache" / ".locks" / "models--org--tiny" / f"{digest(hub.files)}.lock"
+    lock.parent.mkdir(parents=True)
+    with ExitStack() as held:
+        held.enter_context(WeakFileLock(lock))
+        events = pull(Wish.of("org/tiny"))
+        for event in events:
+            if event == Waiting(WEIGHTS):
+                held.close()
+        assert isinstance(event, Pulled)
+    assert sha256(event.folder / WEIGHTS) == digest(hub.files)
 
 
 def test_files_of_the_same_content_come_once(hubs: tuple[Hub, Hub]) -> None:
