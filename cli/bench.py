@@ -12,9 +12,11 @@ from lmx.cli.bench_tables import Earlier, Printer, make_printer
 from lmx.cli.console import may_animate
 from lmx.cli.counts import parse_counts, parse_pair
 from lmx.cli.options import CommonOptions, RuntimeOptions, spread_groups
+from lmx.cli.pull_progress import pull_watcher
 from lmx.core.errors import UsageError
 from lmx.core.text.safe import safe_line
 from lmx.device import limit_gpu_memory, limit_threads
+from lmx.pulling import Watcher
 
 _EXAMPLE = "Example: lmx bench allenai/OLMoE-1B-7B-0924 --dummy --4bit --head int8 -p 512 -n 128 -d 0,3968"
 
@@ -76,11 +78,12 @@ def bench_command(
     limit_threads(runtime.threads)
     limit_gpu_memory(nbytes, runtime.device)
     workloads = [(p, n, d) for d in depths for p, n in tests]
-    setting = _setting(runtime, dummy, double_quant, show=may_animate() and not common.quiet)
-    _print(_events(models or [None], workloads, repetitions, setting), printer, setting.show_progress)
+    setting = _setting(runtime, dummy, double_quant, pull_watcher(common.quiet))
+    events = _events(models or [None], workloads, repetitions, setting)
+    _print(events, printer, may_animate() and not common.quiet)
 
 
-def _setting(runtime: RuntimeOptions, dummy: bool, double_quant: bool, *, show: bool) -> Setting:
+def _setting(runtime: RuntimeOptions, dummy: bool, double_quant: bool, watch: Watcher) -> Setting:
     return Setting(
         device=runtime.device,
         dtype=runtime.dtype,
@@ -91,7 +94,7 @@ def _setting(runtime: RuntimeOptions, dummy: bool, double_quant: bool, *, show: 
         dummy=dummy,
         revision=runtime.revision,
         offline=runtime.offline or dummy,
-        show_progress=show,
+        watch=watch,
     )
 
 

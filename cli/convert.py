@@ -9,6 +9,7 @@ import typer
 from lmx.cli.console import may_animate, note, write_json
 from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.options import CommonOptions, parse_size, spread_groups
+from lmx.cli.pull_progress import pull_watcher
 from lmx.conversion import Finished, Progress, convert, predict_conversion
 
 
@@ -60,7 +61,7 @@ def convert_command(
             force=force,
             revision=revision,
             offline=offline,
-            show_progress=show,
+            watch=pull_watcher(common.quiet),
         )
         finished = _watch(steps, show)
     if json:

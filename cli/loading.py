@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lmx.api import OpenedModel, import_runtime
-from lmx.cli.console import may_animate
 from lmx.cli.options import CommonOptions, RuntimeOptions
+from lmx.cli.pull_progress import pull_watcher
 from lmx.core.text.types import Message
 from lmx.device import limit_gpu_memory, limit_threads
 
@@ -54,7 +54,7 @@ def loaded(
         model,
         revision=runtime.revision,
         offline=runtime.offline,
-        show_progress=may_animate() and not common.quiet,
+        watch=pull_watcher(common.quiet),
         chat=talk is not None,
     )
     with opened:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lmx.api import check_runnable, open_checkpoint, open_headers
 from lmx.convert.events import Finished, Progress
+from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import Checkpoint, Source
 from lmx.core.errors import UsageError
 from lmx.core.files import quoted
@@ -28,7 +29,7 @@ def convert(
     force: bool = False,
     revision: str | None = None,
     offline: bool = False,
-    show_progress: bool = False,
+    watch: Watcher = unwatched,
 ) -> Iterator[Progress | Finished]:
     """Write a model as a plain checkpoint under the hub's names; a quantized one is dequantized matrix by matrix.
 
@@ -38,7 +39,7 @@ def convert(
     from lmx.convert.plain import write_plain
 
     kind = _torch_dtype(dtype)
-    checkpoint = open_checkpoint(model, revision=revision, offline=offline, show_progress=show_progress)
+    checkpoint = open_checkpoint(model, revision=revision, offline=offline, watch=watch)
     options = _options(checkpoint, kind, max_shard_bytes, force)
     yield from write_plain(_plain_source(checkpoint, kind), Path(target), options)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lmx.api import open_folder, open_headers
 from lmx.convert.hub import HubId, find_model
+from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, UsageError
 from lmx.core.shards import DEFAULT_SHARD_BYTES
@@ -104,7 +105,7 @@ class Quantization:
         force: bool = False,
         revision: str | None = None,
         offline: bool = False,
-        show_progress: bool = False,
+        watch: Watcher = unwatched,
         headers_only: bool = False,
     ) -> "Quantization":
         """Find the model, or pull it. headers_only: fetch no weights, which is enough to `predict`.
@@ -119,7 +120,7 @@ class Quantization:
         if headers_only:
             source = open_headers(model, revision=revision, offline=offline)
         else:
-            source = open_folder(find_model(model, revision=revision, offline=offline, show_progress=show_progress))
+            source = open_folder(find_model(model, revision=revision, offline=offline, watch=watch))
         folder = source.folder
         target = Path(output) if output is not None else Path(f"{_stem(model, folder, revision)}-{scheme}")
         options = Options(
