@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import lmx
-from lmx.cli import bench, chat, convert, evaluate, generate, quantize, show
+from lmx.cli import bench, chat, convert, evaluate, generate, quantize, sessions, show
 
 app = typer.Typer(
     help="Run FalconMamba, RecurrentGemma, OLMoE, DBRX and Mixtral on the machine you have.",
@@ -36,3 +36,4 @@ quantize.register(app)
 evaluate.register(app)
 bench.register(app)
 show.register(app)
+sessions.register(app)

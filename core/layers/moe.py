@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmx.core.layers.activation import ACTIVATIONS
+from lmx.core.native.router import can_route, route_natively
 from lmx.core.native.vector import ExpertTable, StoredMatrix, are_few, can_multiply
 
 
@@ -17,6 +18,8 @@ def route(router_logits: Tensor, top_k: int, normalize: float | None) -> tuple[T
     router_logits: [tokens, experts]; normalize: the p of the norm, or None to leave the probabilities as they are.
     Returns the experts' ids [tokens, top_k] and their weights [tokens, top_k] in float32.
     """
+    if can_route(router_logits, normalize):
+        return route_natively(router_logits, top_k, normalize)
     probabilities = F.softmax(router_logits.float(), dim=-1)
     weights, ids = torch.topk(probabilities, top_k, dim=-1)
     if normalize is not None:

@@ -113,9 +113,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        query, key, value = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
-        return self.o(call.attend(query, key, value, cache, self.dropout if self.training else 0.0))
+        dropout = self.dropout if self.training else 0.0
+        return self.o(call.attend(self.q(x), self.k(x), self.v(x), cache, self.head_dim, dropout=dropout))
 
 
 class SparseMLP(nn.Module):
