@@ -1,7 +1,8 @@
 """`lmx bench`: how fast models run here, and how far from what this machine can do."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -107,32 +108,21 @@ def _events(
 
 
 def _print(events: Iterator[Event], printer: Printer, show: bool) -> None:
-    with _telling(show) as tell:
+    try:
         for event in events:
             if isinstance(event, Step):
-                tell(f"{event.model}: {event.doing}")
+                _tell(f"{event.model}: {event.doing}", show)
             else:
-                tell(None)
+                _tell("", show)  # makes room for the row
                 printer.row(event)
+    finally:
+        _tell("", show)
     printer.finish()
 
 
-@contextmanager
-def _telling(show: bool) -> Iterator[Callable[[str | None], None]]:
-    """What says on stderr what is being done; None takes the line away, to make room for a row."""
-    if not show:
-        yield lambda text: None
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    with Console(stderr=True).status("") as status:
-
-        def tell(text: str | None) -> None:
-            if text is None:
-                status.stop()
-            else:
-                status.update(Text(safe_line(text)))
-                status.start()
-
-        yield tell
+def _tell(text: str, show: bool) -> None:
+    """Put one line on stderr in the place of the last. No animation: it would take the CPU from what is timed."""
+    if show:
+        room = shutil.get_terminal_size().columns - 1
+        sys.stderr.write(f"\r\x1b[2K{safe_line(text)[:room]}")
+        sys.stderr.flush()

@@ -151,3 +151,13 @@ def test_what_cannot_be_has_an_error_and_a_hint(lmx: Any, args: tuple[str, ...],
 
 def test_help_has_an_example(lmx: Any) -> None:
     assert "Example: lmx bench " in lmx("bench", "--help").out
+
+
+def test_a_person_sees_what_is_being_done_and_no_trace_of_it_stays(lmx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmx.cli.bench.may_animate", lambda: True)
+    ran = lmx("bench", "-p", "4", "-n", "0", "-r", "2")
+    shown = ran.err.split("\r\x1b[2K")
+    assert "demo: measuring the machine" in shown
+    assert shown[-5:] == ["demo: pp4 0/2", "demo: pp4 1/2", "demo: pp4 2/2", "", ""]
+    assert "\x1b" not in ran.out
+    assert lmx("bench", "-p", "4", "-n", "0", "-r", "2", "--quiet").err == ""
