@@ -22,7 +22,7 @@ class _Kept:
 
 
 class Derived:
-    """`compute(weight)`, computed again only for another weight, or where gradients or a compiled graph want to see it."""
+    """`compute(weight)`, kept; computed anew for another weight, under autograd and in a compiled graph."""
 
     def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
         self._compute = compute

@@ -146,9 +146,7 @@ class Mixer(nn.Module):
             state.keep(conv, ssm)
         return self.out_proj(y if compaction is None else compaction.unpack(y))
 
-    def _scan(
-        self, x: Tensor, gate: Tensor, compaction: Compaction | None, hidden: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _scan(self, x: Tensor, gate: Tensor, compaction: Compaction | None, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The gated answer of the scan [batch, length, inner] and its new state.
 
         The gate is silu whatever `hidden_act` says, as in Mamba's kernels and transformers 5.

@@ -63,7 +63,7 @@ def recur_step(
     state: Tensor,
     gate: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`recur` for one token a row, gates included: each a weight [heads, width of one, same] and a bias [heads, same]."""
+    """`recur` for one token a row, gates included: of each the weight [heads, width, width] and bias [heads, width]."""
     weights = [parameter.contiguous() for parameter in (*input_gate, *recurrent_gate)]
     gates = None, None, *(weight.data_ptr() for weight in weights)
     return _run(x, gates, rate, reset, state, gate, None, (weights[0].shape[0], weights[0].shape[1]))
