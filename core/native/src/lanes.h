@@ -24,6 +24,15 @@ struct Norm {
     bool offset;
 };
 
+// sum = left + right for each row of `width`, in float, rounded once; a right_stride of 0 adds one row to all. Both are of
+// the sum's dtype, or of a narrower one; not a float one on the right of a narrower one.
+struct Add {
+    const void *left, *right;
+    void* sum;
+    int64_t right_stride, width;
+    Dtype left_dtype, right_dtype, sum_dtype;
+};
+
 // y_t = bias + sum_j weight[j] x_{t - kernel + 1 + j}, silu of it if asked for; bias: or null.
 // x and y [batch, length, channels], weight [channels, kernel], state [batch, channels, kernel - 1], all of one dtype.
 // Here and below the state is read from one place and written to another, which may be the same.
@@ -64,6 +73,7 @@ struct Recurrence {
 };
 
 struct Lanes {
+    void (*add)(const Add&, int64_t first, int64_t last);
     void (*norm)(const Norm&, Dtype, int64_t first, int64_t last);
     void (*conv)(const Conv&, Dtype, int64_t first, int64_t last);
     void (*scan)(const Scan&, Dtype, int64_t first, int64_t last);

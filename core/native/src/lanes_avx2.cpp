@@ -10,7 +10,7 @@
 namespace lmx {
 
 extern const Lanes avx2_lanes;
-const Lanes avx2_lanes{norm, conv, scan, recurrence};
+const Lanes avx2_lanes{add, norm, conv, scan, recurrence};
 
 }  // namespace lmx
 

@@ -5,6 +5,7 @@
 
 #include "floats.h"
 
+#include "add_path.h"
 #include "conv_path.h"
 #include "norm_path.h"
 #include "recurrence_path.h"
