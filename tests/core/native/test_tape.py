@@ -10,7 +10,7 @@ from lmx.core.native.add import add, can_add
 from lmx.core.native.norm import rms_norm
 from lmx.core.native.tape import recording
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.usefixtures("path")]
 
 
 def chain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -72,14 +72,14 @@ def test_other_threads_and_failures_leave_no_trace() -> None:
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.bfloat16,) * 3])
 @pytest.mark.parametrize("shape", [(1, 1, 7), (3, 130), (2, 5, 64), (70, 1030)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_sums_are_torchs(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], bias: bool, path: str) -> None:  # noqa: F811
+def test_sums_are_torchs(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], bias: bool) -> None:
     x, y = torch.randn(shape, dtype=dtypes[0]), torch.randn(shape[-1:] if bias else shape, dtype=dtypes[1])
     y.view(-1)[0], x.view(-1)[-1] = torch.nan, torch.inf
     assert can_add(x, y)
     assert torch.equal(add(x, y, dtypes[2]).nan_to_num(7.0), (x + y).nan_to_num(7.0))
 
 
-def test_a_narrow_sum_may_be_wide(path: str) -> None:
+def test_a_narrow_sum_may_be_wide() -> None:
     x, y = torch.randn(3, 70).bfloat16(), torch.randn(3, 70).bfloat16()
     assert torch.equal(add(x, y, torch.float32), x.float() + y)
     assert torch.equal(add(x.float(), y, torch.float32), x.float() + y)
