@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from lmx.convert.listing import is_digest
-from lmx.convert.part_file import digest_of, part_digests
-from lmx.convert.places import CachePlace, locked
+from lmx.convert.part_file import digest_of
+from lmx.convert.places import locked
 from lmx.core.errors import ConflictError, InputError, NotFoundError, ResourceError
 from lmx.core.files import open_regular, quoted
 
@@ -208,12 +208,9 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _check_idle(repo: Repository) -> None:
-    """Raise ConflictError where something is arriving just now."""
-    if repo.kind != "model":
-        return
-    place = CachePlace(repo.folder.parent, repo.name, "")
-    for digest in part_digests(place.parts):
-        with suppress(FileNotFoundError), locked(place.lock_path(digest), lambda: False) as held:
+    """Raise ConflictError where somebody holds a lock of this repository: something is arriving just now."""
+    for path in (repo.folder.parent / ".locks" / repo.folder.name).glob("*.lock"):
+        with suppress(FileNotFoundError), locked(path) as held:
             if not held:
                 raise ConflictError(f"{repo.name} is being pulled by another process", "wait for it to end, or stop it")
 

@@ -175,6 +175,7 @@ def _cached(hub_id: HubId) -> Path | None:
 @contextmanager
 def hub_errors(hub_id: HubId) -> Iterator[None]:
     """Every way that a pull can fail, as ours. No message of the hub is passed on: they hold URLs with signatures."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -188,7 +189,7 @@ def hub_errors(hub_id: HubId) -> Iterator[None]:
     except GatedRepoError as error:
         raise NotFoundError(
             f"{hub_id} is gated",
-            f"accept its terms at https://huggingface.co/{hub_id.repo}, then set HF_TOKEN or run `hf auth login`",
+            f"accept its terms at {constants.ENDPOINT}/{hub_id.repo}, then set HF_TOKEN or run `hf auth login`",
         ) from error
     except RevisionNotFoundError as error:
         raise NotFoundError(f"{hub_id.repo} has no revision {hub_id.revision}", "check the revision") from error

@@ -13,7 +13,7 @@ from hub_server import Hub, ask_here, environment, random_bytes, serving_two
 from huggingface_hub import constants
 
 from lmx.convert import pull
-from lmx.convert.transfer import Patience
+from lmx.convert.patience import Patience
 
 WEIGHTS = "model.safetensors"
 SMALL = {"config.json": b'{"model_type": "mixtral"}', "tokenizer.json": b"{}", "README.md": b"---\nlicense: mit\n---\n"}
