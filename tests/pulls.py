@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,3 +63,26 @@ def left_overs(cache: Path) -> list[str]:
         if not path.is_symlink():
             strange.append(str(path.relative_to(cache)))
     return strange
+
+
+@contextmanager
+def readable_to_all() -> Iterator[Path]:
+    """A temporary folder that other users can enter, unlike pytest's."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        cache = Path(folder) / "cache"
+        cache.mkdir()
+        yield cache
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """root may read and write anywhere: be somebody else for the block."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)

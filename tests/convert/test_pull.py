@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import huggingface_hub
 import pytest
 from hub_server import COMMIT, LARGE_BYTES, Hub, random_bytes, tree_of
 from huggingface_hub import constants
-from pulls import SMALL, WEIGHTS, hub_with, left_overs, repository, sha256
+from pulls import SMALL, WEIGHTS, as_nobody, hub_with, left_overs, readable_to_all, repository, sha256
 
 import lmx
 from lmx.convert import pull as pulling
@@ -293,33 +292,6 @@ def test_a_cache_that_cannot_be_written(hubs: tuple[Hub, Hub], monkeypatch: pyte
         lmx.pull("org/tiny")
         with as_nobody():  # all is there: nothing needs to be written
             assert (lmx.pull("org/tiny", revision="v1") / WEIGHTS).is_file()
-
-
-class readable_to_all:  # noqa: N801
-    """A temporary folder that other users can enter, unlike pytest's."""
-
-    def __enter__(self) -> Path:
-        self._folder = tempfile.TemporaryDirectory()
-        path = Path(self._folder.name)
-        path.chmod(0o755)
-        (path / "cache").mkdir()
-        return path / "cache"
-
-    def __exit__(self, *exc: object) -> None:
-        self._folder.cleanup()
-
-
-class as_nobody:  # noqa: N801
-    """root may write anywhere: be somebody else for the block."""
-
-    def __enter__(self) -> None:
-        self._is_root = os.geteuid() == 0
-        if self._is_root:
-            os.seteuid(65534)
-
-    def __exit__(self, *exc: object) -> None:
-        if self._is_root:
-            os.seteuid(0)
 
 
 @pytest.mark.parametrize("how", ["environment", "option"])
