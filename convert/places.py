@@ -175,6 +175,7 @@ class FolderPlace:
         except OSError:
             _copy(self.blob(file.digest), beside)
         beside.replace(path)
+        beside.unlink(missing_ok=True)  # where both were links to one file, before a death, a rename does nothing
         sync_folder(path.parent)  # before the note, which would else tell of what a power cut has taken back
         # huggingface_hub's own form of it: commit, digest, and when that was so
         _replace(_beside(note, file), note, f"{self._commit}\n{file.digest}\n{time.time()}\n")

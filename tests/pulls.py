@@ -53,16 +53,20 @@ def sha256(path: Path) -> str:
 
 
 def left_overs(cache: Path) -> list[str]:
-    """Everything in a cache that is neither a blob with the name of its digest, a link, a ref nor a lock."""
-    strange = []
-    for path in cache.rglob("*"):
-        if path.is_dir() or path.parent.name == "refs" or path.suffix == ".lock":
-            continue
-        if path.parent.name == "blobs" and len(path.name) in (40, 64):
-            continue
-        if not path.is_symlink():
-            strange.append(str(path.relative_to(cache)))
-    return strange
+    """Everything in a cache that is neither a blob with the name of its digest, a file of a snapshot, a ref nor a lock.
+
+    Where files are copied, a snapshot holds no links.
+    """
+    paths = [path.relative_to(cache) for path in cache.rglob("*") if not path.is_dir()]
+    return [str(path) for path in paths if path.name.startswith(".") or not _has_its_place(path)]
+
+
+def _has_its_place(path: Path) -> bool:
+    if path.parts[0] == ".locks":
+        return path.suffix == ".lock" and len(path.stem) in (40, 64)
+    if path.parts[1] == "blobs":
+        return len(path.name) in (40, 64)
+    return path.parts[1] in ("snapshots", "refs")
 
 
 @contextmanager
