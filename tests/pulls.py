@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,3 +90,21 @@ def as_nobody() -> Iterator[None]:
     finally:
         if is_root:
             os.seteuid(0)
+
+
+def numbered(pattern: str, count: int) -> Iterable[str]:
+    return (pattern.format(number, count) for number in range(1, count + 1))
+
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+# mistralai/Mixtral-8x7B-Instruct-v0.1 and mistralai/Mixtral-8x7B-v0.1, joined: every form that the weights had there
+MIXTRAL = [
+    *(".gitattributes", "README.md", "config.json", "generation_config.json", "LICENSE", "params.json"),
+    *TOKENIZER,
+    *(f"consolidated.{number:02}.pt" for number in range(8)),
+    *numbered("model-{:05}-of-{:05}.safetensors", 19),
+    "model.safetensors.index.json",
+    *numbered("pytorch_model-{:05}-of-{:05}.bin", 19),
+    "pytorch_model.bin.index.json",
+    "original/model.safetensors",
+]
