@@ -196,7 +196,7 @@ def _read_entry(cursor: _Cursor) -> TensorEntry:
     shape = tuple(cursor.number("Q") for _ in range(rank))[::-1]
     # A product of huge factors would cost time, so each is looked at first
     if not shape or not all(0 < size <= MAX_ELEMENTS for size in shape) or prod(shape) > MAX_ELEMENTS:
-        raise cursor.error(f"tensor {quoted(name)} has the shape {str(list(shape)):.80}")
+        raise cursor.error(f"tensor {quoted(name)} has the shape {list(shape)!s:.80}")
     return TensorEntry(name, shape, cursor.number("I"), cursor.number("Q"))
 
 
