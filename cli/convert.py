@@ -9,23 +9,28 @@ import typer
 from lmx.cli.console import may_animate, note, write_json
 from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.options import CommonOptions, parse_size, spread_groups
-from lmx.conversion import Finished, Progress, convert, predict_conversion
+from lmx.conversion import Finished, Format, Progress, convert, predict_conversion
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command("convert", epilog="Example: lmx convert ./mixtral-nf4 ./mixtral --dtype bf16")(
+    app.command("convert", epilog="Example: lmx convert ./mixtral-nf4 ./mixtral.gguf --to gguf --dtype q8_0")(
         spread_groups(convert_command)
     )
 
 
 def convert_command(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's folder, or a hub id.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The new folder.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's folder, a GGUF, or a hub id.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The new folder; or file, NAME.gguf.")],
     *,
+    to: Annotated[
+        Format | None, typer.Option(help="The format. Without it: gguf where DST ends in .gguf, else hf.")
+    ] = None,
     dtype: Annotated[
-        Literal["bf16", "fp16", "fp32"] | None,
-        typer.Option(help="Of all weights. Without it: as stored; of quantized ones, as before."),
+        Literal["bf16", "fp16", "fp32", "q8_0", "q4_0"] | None,
+        typer.Option(
+            help="Of all weights; q8_0 and q4_0 of a GGUF's. Without it: as stored; of quantized ones, as before."
+        ),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The most bytes of a file.")] = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")] = False,
@@ -35,7 +40,7 @@ def convert_command(
     revision: Annotated[str | None, typer.Option(help="A hub model's branch, tag or commit.")] = None,
     common: CommonOptions,
 ) -> None:
-    """Write a model as a plain checkpoint in the Hugging Face layout. A quantized one is dequantized.
+    """Write a model as a plain checkpoint in the Hugging Face layout, or as a GGUF. A quantized one is dequantized.
 
     A run that was stopped goes on where it stopped when the same command is given again.
     """
@@ -44,6 +49,7 @@ def convert_command(
         finished = predict_conversion(
             source,
             target,
+            to=to,
             dtype=dtype,
             max_shard_bytes=shard_bytes,
             force=force,
@@ -55,6 +61,7 @@ def convert_command(
         steps = convert(
             source,
             target,
+            to=to,
             dtype=dtype,
             max_shard_bytes=shard_bytes,
             force=force,

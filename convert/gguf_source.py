@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 from lmx.convert.gguf_config import Architecture, Metadata, architecture_of, config_of
 from lmx.convert.gguf_header import Header, TensorEntry, Value, aligned, read_header
-from lmx.convert.gguf_layout import BY_ID, UNREAD, BlockLayout
+from lmx.convert.gguf_layout import BY_ID, LAYOUTS, UNREAD, BlockLayout
 from lmx.convert.gguf_names import Change
 from lmx.convert.gguf_vocabulary import generation_config_of, tokenizer_files
 from lmx.core.checkpoint import Checkpoint
@@ -117,6 +117,12 @@ class GGUFCheckpoint(Checkpoint):
         for _, part in self._parts.values():
             counted[part.layout.name] = counted.get(part.layout.name, 0) + part.nbytes
         return counted
+
+    @property
+    def quantization(self) -> str | None:
+        """What a GGUF of blocks is called by: the type of most of them; None for plain weights."""
+        blocks = {name: size for name, size in self.layouts.items() if LAYOUTS[name].plain is None}
+        return f"{max(blocks, key=lambda name: blocks[name])} (GGUF)" if blocks else None
 
     def mapped_bytes(self, dtype: str) -> int:
         """The bytes that stay where they lie in the file when the model runs in a dtype; all others are made anew."""

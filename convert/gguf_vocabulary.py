@@ -213,9 +213,8 @@ class _Vocabulary:
     def config(self) -> Json:
         """tokenizer_config.json."""
         named = {key: self.special(name) for key, name in _NAMED.items()}
-        return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | {
-            key: text for key, text in named.items() if text is not None
-        }
+        config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        return config | {key: text for key, text in named.items() if text is not None}
 
 
 def _byte_level(vocabulary: _Vocabulary, model_type: str) -> Json:
