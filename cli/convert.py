@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
@@ -10,6 +10,9 @@ from lmx.cli.console import may_animate, note, write_json
 from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.options import CommonOptions, parse_size, spread_groups
 from lmx.conversion import Finished, Format, Progress, convert, predict_conversion
+from lmx.core.errors import InputError
+
+Last = TypeVar("Last")
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +36,9 @@ def convert_command(
         ),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The most bytes of a file.")] = "5GB",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read both again and compare every weight, the vocabulary and logits.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace DST if it exists.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -69,16 +75,27 @@ def convert_command(
             offline=offline,
             show_progress=show,
         )
-        finished = _watch(steps, show)
-    if json:
-        facts = {"source": source, "output": str(target), "parameters": finished.parameters}
-        write_json(facts | {"output_bytes": finished.output_bytes})
+        finished = _watch(steps, Finished, show)
     size = f"{human_count(finished.parameters)} parameters in {human_bytes(finished.output_bytes)}"
     note(f"{target}: {size}{' (predicted)' * dry_run}", quiet=common.quiet)
+    facts: dict[str, object] = {"source": source, "output": str(target), "parameters": finished.parameters}
+    facts["output_bytes"] = finished.output_bytes
+    failures: tuple[str, ...] = ()
+    if verify and not dry_run:
+        from lmx.verification import Verification, describe, verify_conversion
+
+        checks = verify_conversion(source, target, dtype=dtype, revision=revision, offline=offline)
+        report = _watch(checks, Verification, may_animate() and not common.quiet)
+        facts["verification"], failures = report.to_json(), report.failures
+        note(describe(report, str(target)), quiet=common.quiet)
+    if json:
+        write_json(facts)
+    if failures:
+        raise InputError(f"{target} is not the model of {source}: {failures[0]}", "do not use it, and report this")
 
 
-def _watch(steps: Iterator[Progress | Finished], show: bool) -> Finished:
-    """Take all steps, with a bar where a person watches stderr."""
+def _watch(steps: Iterator[Progress | Last], kind: type[Last], show: bool) -> Last:
+    """Take all steps, with a bar where a person watches stderr, and return the last."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -87,7 +104,8 @@ def _watch(steps: Iterator[Progress | Finished], show: bool) -> Finished:
     with Bar(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
         task = bar.add_task("convert", total=None)
         for step in steps:
-            if isinstance(step, Finished):
+            if isinstance(step, kind):
                 return step
-            bar.update(task, completed=step.parameters, total=step.total)
+            if isinstance(step, Progress):
+                bar.update(task, completed=step.parameters, total=step.total)
     raise RuntimeError("a conversion ended without a result")

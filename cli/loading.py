@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lmx.api import OpenedModel, import_runtime, limit_gpu_memory, limit_threads
-from lmx.cli.console import may_animate
+from lmx.api import GGUFCheckpoint, OpenedModel, import_runtime, limit_gpu_memory, limit_threads
+from lmx.cli.console import may_animate, note
+from lmx.cli.facts import human_bytes
 from lmx.cli.options import CommonOptions, RuntimeOptions
 from lmx.core.text.types import Message
 
@@ -49,7 +50,20 @@ def loaded(
         _import_while_rendering(opened, talk)
         limit_threads(runtime.threads)
         limit_gpu_memory(nbytes, runtime.device)
+        _say_memory(opened, runtime, common)
         yield Loaded(opened, load_as(opened, runtime))
+
+
+def _say_memory(opened: OpenedModel, runtime: RuntimeOptions, common: CommonOptions) -> None:
+    """Of a GGUF, whose blocks become numbers in memory, say how much that is. Raises ResourceError for too much."""
+    if not isinstance(opened.checkpoint, GGUFCheckpoint):
+        return
+    from lmx.memory import check_memory, made_bytes
+
+    needed = made_bytes(opened.checkpoint, runtime.dtype, runtime.quantize)
+    kind = runtime.quantize or runtime.dtype or opened.checkpoint.main_dtype.lower()
+    note(f"{opened.name}: its weights take {human_bytes(needed)} of memory as {kind}", quiet=common.quiet)
+    check_memory(opened.checkpoint, needed)
 
 
 def load_as(opened: OpenedModel, runtime: RuntimeOptions) -> "LanguageModel":

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -66,7 +66,8 @@ class GGUFFile:
 class GGUFCheckpoint(Checkpoint):
     """A GGUF, or all files of a split one, opened by its header; implements `Source`.
 
-    A tensor of blocks is returned in float32. `main_dtype` is what to run or write the model in.
+    A tensor of blocks is returned in float32, unless `read_blocks_as` says otherwise. `main_dtype` is what to run or
+    write the model in.
     """
 
     def __init__(self, files: Sequence[GGUFFile], metadata: Metadata, architecture: Architecture) -> None:
@@ -74,6 +75,7 @@ class GGUFCheckpoint(Checkpoint):
         self._temporary = tempfile.TemporaryDirectory(prefix="lmx-gguf-")
         super().__init__(Path(self._temporary.name), files)
         self.architecture, self.header = architecture, metadata
+        self._block_dtype = "F32"
         self._parts = {name: (file.data, part) for file in files for name, part in file.parts.items()}
         self._write_small_files()
 
@@ -129,6 +131,15 @@ class GGUFCheckpoint(Checkpoint):
         kept = (part for _, part in self._parts.values() if part.layout.plain == dtype)
         return sum(part.nbytes for part in kept if part.change in (Change.NOTHING, Change.CONVOLUTION))
 
+    def read_blocks_as(self, dtype: str) -> None:
+        """From now on return dequantized tensors in another dtype than F32, and say so in `infos`."""
+        blocks = {name for name, (_, part) in self._parts.items() if part.layout.plain is None}
+        self._block_dtype = dtype
+        self.infos = {
+            name: replace(info, dtype=dtype, nbytes=info.parameters * ITEM_SIZES[dtype]) if name in blocks else info
+            for name, info in self.infos.items()
+        }
+
     def layout_of(self, name: str) -> BlockLayout:
         """How a tensor is stored. Raises InputError for an unknown name."""
         return self._parts[self._info(name).name][1].layout
@@ -138,7 +149,7 @@ class GGUFCheckpoint(Checkpoint):
         from lmx.convert.gguf_tensors import read_part
 
         data, part = self._parts[self._info(name).name]
-        tensor = read_part(data, part, f"{self.label}: {quoted(name)}")
+        tensor = read_part(data, part, self._block_dtype, f"{self.label}: {quoted(name)}")
         if part.layout.plain is None:  # its bytes are not needed again
             data.advise(Advice.DONT_NEED, part.offset, part.nbytes)
         return tensor

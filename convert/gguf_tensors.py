@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lmx.convert.gguf_names import Change
@@ -13,13 +14,20 @@ if TYPE_CHECKING:
     from lmx.convert.gguf_source import Part
 
 
-def read_part(data: FileMap, part: "Part", what: str) -> Tensor:
-    """A weight as the hub has it. what: names it in errors. Raises InputError for numbers that cannot be."""
+_BLOCKS_AS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_part(data: FileMap, part: "Part", dtype: str, what: str) -> Tensor:
+    """A weight as the hub has it. dtype: of what is made of blocks; what: names it in errors.
+
+    Raises InputError for numbers that cannot be.
+    """
     layout = part.layout
     if layout.plain is not None:
         stored = data.view(layout.plain, part.shape, part.offset, part.nbytes)
     else:
-        stored = dequantize(layout, data.view("U8", (part.nbytes,), part.offset, part.nbytes)).view(part.shape)
+        blocks = data.view("U8", (part.nbytes,), part.offset, part.nbytes)
+        stored = dequantize(layout, blocks, _BLOCKS_AS[dtype]).view(part.shape)
     return undo(stored, part.change, part.heads, what)
 
 

@@ -121,6 +121,8 @@ class Quantization:
             source = open_headers(model, revision=revision, offline=offline)
         else:
             source = open_folder(find_model(model, revision=revision, offline=offline, show_progress=show_progress))
+        if isinstance(source, GGUFCheckpoint):
+            source.read_blocks_as("BF16")  # what is kept, the new checkpoint holds in 16 bits, too
         folder = source.folder
         target = Path(output) if output is not None else Path(f"{model_stem(model, source, revision)}-{scheme}")
         options = Options(

@@ -1,5 +1,6 @@
 """GGUFs that lmx writes and reads: bit-equal where the formats allow it, within a block's rounding where not."""
 
+import itertools
 import json
 import struct
 
@@ -45,7 +46,9 @@ def logits_of(model):
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back_is_bit_equal(family, dtype, tmp_path):
-    source = Checkpoint.open(write_family(tmp_path / "source", family, dtype))
+    # transformers runs DBRX with the rotary base of a top-level key alone, which a config made by lmx has
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}} if family == "dbrx" else {}
+    source = Checkpoint.open(write_family(tmp_path / "source", family, dtype, **rope))
     to_gguf(source, tmp_path / "x.gguf", KINDS[dtype])
     opened = GGUFCheckpoint.open(tmp_path / "x.gguf")
     assert main_dtype(opened) == KINDS[dtype]
@@ -100,7 +103,7 @@ def test_plain_tensors_are_views_of_the_file(tmp_path):
     to_gguf(source, tmp_path / "x.gguf", "BF16")
     opened = GGUFCheckpoint.open(tmp_path / "x.gguf")
     experts = [opened.tensor(f"model.layers.0.mlp.experts.{n}.up_proj.weight") for n in range(4)]
-    distances = {b.data_ptr() - a.data_ptr() for a, b in zip(experts, experts[1:], strict=False)}
+    distances = {b.data_ptr() - a.data_ptr() for a, b in itertools.pairwise(experts)}
     assert distances == {64 * 64 * 2}
     assert opened.mapped_bytes("BF16") > 0.9 * opened.total_bytes
 

@@ -1,4 +1,4 @@
-"""Runs in a Python that has llama_cpp, which need not be that of the tests: one JSON task on stdin, the answer on stdout.
+"""Runs in a Python that has llama_cpp, which need not be that of the tests: a JSON task on stdin, an answer on stdout.
 
 {"greedy": {"model", "prompts", "count"}} -> the greedy ids of each prompt; {"encode": {"model", "texts"}} -> ids;
 {"quantize": {"model", "output", "types"}} -> null, after writing a file of each type, `output` with the type in it.

@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from yardstick import ask_llama_cpp, needs_llama_cpp
+from families import write_family
 from support import SHARED, needs_shared
+from torch import Tensor
+from yardstick import ask_llama_cpp, needs_llama_cpp
 
+from lmx.convert.gguf_names import Change
 from lmx.convert.gguf_source import GGUFCheckpoint
 from lmx.convert.gguf_target import Options, write_gguf
+from lmx.convert.gguf_tensors import apply
 from lmx.core.checkpoint import Checkpoint
+from lmx.core.loader import load_model
 from lmx.core.text.engine import TextEngine
 
 pytestmark = [needs_llama_cpp]
@@ -56,3 +61,53 @@ def test_vocabulary(family: str, tmp_path: Path) -> None:
     with TextEngine.open(opened.folder, keep=opened) as again:
         assert [again.encode(text) for text in texts] == wanted
     assert ask_llama_cpp("encode", model=str(target), texts=texts) == wanted
+
+
+TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25}
+WIDE = {
+    "mixtral": {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1},
+    "olmoe": {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1},
+    "dbrx": {
+        "d_model": 256,
+        "n_layers": 1,
+        "ffn_config": {"ffn_hidden_size": 256, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "falcon_mamba": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_llama_cpp_quantizes_loads_back(family: str, tmp_path: Path) -> None:
+    """Every type, on rows wide enough for the K-quants, against the `gguf` package's reader and arithmetic."""
+    gguf = pytest.importorskip("gguf")
+    source = write_family(tmp_path / "source", family, torch.float32, **WIDE[family])
+    list(write_gguf(Checkpoint.open(source), tmp_path / "x.gguf", Options("F32", source)))
+    pattern = str(tmp_path / "{}.gguf")
+    ask_llama_cpp("quantize", model=str(tmp_path / "x.gguf"), output=pattern, types=TYPES)
+    plain = GGUFCheckpoint.open(tmp_path / "x.gguf")
+    for kind in TYPES:
+        opened = GGUFCheckpoint.open(Path(pattern.format(kind)))
+        assert opened.infos.keys() == plain.infos.keys()
+        assert kind in opened.layouts
+        seen = set()
+        for entry in gguf.GGUFReader(pattern.format(kind)).tensors:
+            theirs = torch.from_numpy(gguf.quants.dequantize(entry.data, entry.tensor_type).copy())
+            seen.add(entry.tensor_type.name)
+            for name, ours in as_stored(opened, entry.name, theirs.shape[0]):
+                assert torch.equal(ours, theirs if name is None else theirs[name]), (kind, entry.name)
+        assert kind in seen
+        model = load_model(opened, dtype=torch.float32)
+        assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def as_stored(opened: GGUFCheckpoint, name: str, experts: int) -> list[tuple[int | None, Tensor]]:
+    """The numbers that lmx reads of a tensor of the file, in the file's own order; of experts, each."""
+    match = opened.architecture.table.match(name)
+    if match.change is Change.EXPERTS:
+        return [(expert, opened.tensor(match.hub(expert))) for expert in range(experts)]
+    hub = opened.tensor(match.hub())
+    heads = {Change.QUERY_PAIRS: 4, Change.KEY_PAIRS: 2}.get(match.change, 1)
+    stored = apply(hub, match.change, heads)
+    if match.change is Change.DECAY:  # through a logarithm: not the last bit
+        return []
+    return [(None, stored)]
