@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lmx.api import GGUFCheckpoint, OpenedModel, import_runtime, limit_gpu_memory, limit_threads
+from lmx.api import OpenedModel, import_runtime, limit_gpu_memory, limit_threads
 from lmx.cli.console import may_animate, note
 from lmx.cli.facts import human_bytes
 from lmx.cli.options import CommonOptions, RuntimeOptions
@@ -55,15 +55,14 @@ def loaded(
 
 
 def _say_memory(opened: OpenedModel, runtime: RuntimeOptions, common: CommonOptions) -> None:
-    """Of a GGUF, whose blocks become numbers in memory, say how much that is. Raises ResourceError for too much."""
-    if not isinstance(opened.checkpoint, GGUFCheckpoint):
-        return
+    """Of a GGUF, whose blocks become numbers in memory, say how much they take. Raises ResourceError for too much."""
     from lmx.memory import check_memory, made_bytes
 
     needed = made_bytes(opened.checkpoint, runtime.dtype, runtime.quantize)
-    kind = runtime.quantize or runtime.dtype or opened.checkpoint.main_dtype.lower()
-    note(f"{opened.name}: its weights take {human_bytes(needed)} of memory as {kind}", quiet=common.quiet)
-    check_memory(opened.checkpoint, needed)
+    if needed:
+        kind = runtime.quantize or runtime.dtype or opened.checkpoint.config["dtype"]
+        note(f"{opened.name}: its weights take {human_bytes(needed)} of memory as {kind}", quiet=common.quiet)
+        check_memory(opened.checkpoint, needed)
 
 
 def load_as(opened: OpenedModel, runtime: RuntimeOptions) -> "LanguageModel":

@@ -93,9 +93,10 @@ class GGUFCheckpoint(Checkpoint):
         where = quoted(str(folder))
         _check_splits(opened, where)
         architecture = architecture_of(metadata, where)
-        files = [_file(item, architecture, metadata, where) for item in opened]
+        files = [_file(item, architecture, metadata) for item in opened]
         if not any(file.tensors for file in files):
             raise InputError(f"{where} holds a vocabulary and no weights", "give the model's GGUF")
+        _check_counts(opened, architecture, where)
         return cls(files, metadata, architecture)
 
     @property
@@ -219,7 +220,20 @@ def _check_splits(opened: Sequence[_Opened], where: str) -> None:
             raise InputError(f"{where}: {quoted(item.path.name)} {what}", "keep the names that the files came with")
 
 
-def _file(item: _Opened, architecture: Architecture, metadata: Metadata, where: str) -> GGUFFile:
+def _check_counts(opened: Sequence[_Opened], architecture: Architecture, where: str) -> None:
+    """Raise InputError where the keys tell of more layers or experts than there are: building them would take long."""
+    entries = [entry for item in opened for entry in item.header.tensors]
+    layers = 1 + max((int(entry.name.split(".")[1]) for entry in entries if entry.name.startswith("blk.")), default=-1)
+    experts = {entry.shape[0] for entry in entries if entry.name.endswith("_exps.weight")}
+    metadata = opened[0].header.metadata
+    for key, counts in (("block_count", {layers}), ("expert_count", experts)):
+        value = metadata.get(f"{architecture.name}.{key}")
+        if counts and counts != {value}:
+            found = f"{architecture.name}.{key} is {value!r:.40}, there are {sorted(counts)}"
+            raise InputError(f"{where}: {found}", _DAMAGED)
+
+
+def _file(item: _Opened, architecture: Architecture, metadata: Metadata) -> GGUFFile:
     where = quoted(str(item.path))
     infos: dict[str, TensorInfo] = {}
     parts: dict[str, Part] = {}
