@@ -93,7 +93,7 @@ def read_header(fd: int, path: Path) -> Header:
 
 
 def write_header(metadata: Mapping[str, Value], tensors: tuple[TensorEntry, ...], alignment: int) -> bytes:
-    """The bytes before the tensors. Whole numbers become uint32 (int32 in lists), floats float32."""
+    """The bytes before the tensors. Whole numbers become uint32 (int32 in lists or below zero), floats float32."""
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     parts += [_text(key) + _value(value) for key, value in metadata.items()]
     parts += [_entry(entry) for entry in tensors]
@@ -214,7 +214,7 @@ def _value(value: Value) -> bytes:
         if kind == _TEXT:
             return start + b"".join(_text(str(item)) for item in value)
         return start + struct.pack(f"<{len(value)}{_CODES[kind]}", *value)
-    kind = _kind(value, 4)
+    kind = _kind(value, 5 if isinstance(value, int) and value < 0 else 4)
     return struct.pack(f"<I{_CODES[kind]}", kind, value)
 
 

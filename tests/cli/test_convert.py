@@ -131,14 +131,12 @@ def test_verify_of_plain_checkpoints(tmp_path):
 
 def test_a_failed_check_exits_with_3(tmp_path, monkeypatch, capsys):
     from lmx import verification
-    from lmx.cli import main
+    from lmx.cli.main import app
+    from lmx.cli.run import run as run_command
 
     source = write_family(tmp_path / "source", "olmoe")
     monkeypatch.setattr(verification, "_failures", lambda *args: ["the logits are far apart"])
-    monkeypatch.setattr("sys.argv", ["lmx", "convert", str(source), str(tmp_path / "m.gguf"), "--verify", "--json"])
-    with pytest.raises(SystemExit) as stopped:
-        main.main()
-    assert stopped.value.code == 3
+    assert run_command(app, ["convert", str(source), str(tmp_path / "m.gguf"), "--verify", "--json"]) == 3
     shown = capsys.readouterr()
     assert json.loads(shown.out)["verification"]["failures"] == ["the logits are far apart"]
     assert "is not the model of" in shown.err
