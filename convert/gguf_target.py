@@ -132,6 +132,8 @@ def _write(source: Source, target: _Target, file: ShardWriter) -> None:
         first += data.nbytes
         if piece.rows is None:  # else its neighbours in the same tensor come next
             source.advise(piece.hub, Advice.DONT_NEED)
+    for hub in {piece.hub for piece in target.parts if piece.rows is not None}:
+        source.advise(hub, Advice.DONT_NEED)
     file.write(target.slot.name, torch.zeros(target.slot.nbytes - first, dtype=torch.uint8), first)
 
 

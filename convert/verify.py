@@ -107,9 +107,8 @@ def _compare(source: Source, piece: Piece, target: Source, other: Piece) -> tupl
         verdict = "rounded"
     else:
         verdict = "different"
-    for checkpoint, part in ((source, piece), (target, other)):
-        if part.rows is None:  # else its neighbours in the same tensor come next
-            checkpoint.advise(part.hub, Advice.DONT_NEED)
+    source.advise(piece.hub, Advice.DONT_NEED)
+    target.advise(other.hub, Advice.DONT_NEED)
     return verdict, largest
 
 

@@ -3,6 +3,8 @@
 import itertools
 import json
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -263,3 +265,35 @@ def test_the_small_files_vanish_with_the_checkpoint(tmp_path):
     assert json.loads((folder / "config.json").read_text())["model_type"] == "olmoe"
     del opened
     assert not folder.exists()
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from lmx.conversion import Conversion
+from lmx.convert.verify import compare_weights
+from lmx.api import open_folder
+from lmx.quant.memory import peak_memory_bytes
+source, folder, tiny = map(Path, sys.argv[1:])
+list(Conversion(folder / "tiny.gguf", dtype="q8_0").run(open_folder(tiny), "x"))
+print(peak_memory_bytes())
+list(Conversion(folder / "m.gguf", dtype="q8_0").run(open_folder(source), "x"))
+list(Conversion(folder / "back").run(open_folder(folder / "m.gguf"), "x"))
+list(compare_weights(open_folder(folder / "m.gguf"), open_folder(folder / "back")))
+print(peak_memory_bytes())
+"""
+
+
+def test_memory_is_a_few_of_the_largest_tensors(tmp_path):
+    """Mapped pages counted: 200 MB there, back and compared, in tensors of 8 MB with 8 experts each."""
+    ffn = {"ffn_hidden_size": 1024, "moe_num_experts": 8, "moe_top_k": 2}
+    source = write_family(tmp_path / "source", "dbrx", d_model=512, n_layers=8, ffn_config=ffn)
+    largest = max(info.nbytes for info in Checkpoint.open(source).infos.values())
+    assert Checkpoint.open(source).total_bytes > 24 * largest
+    tiny = write_family(tmp_path / "tiny", "dbrx")
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(source), str(tmp_path), str(tiny)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert after - before < 4 * largest + (48 << 20)
