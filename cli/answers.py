@@ -6,9 +6,17 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from lmx.core.answer import Event, Finished, PromptProcessed, Token
+
+MERGED = "The template has no system role: the system's message went into the first of yours."
+
+
+def left_out(messages: int) -> str:
+    """What a person should know where the context is full."""
+    return f"The context is full: the model no longer reads the first {messages} messages."
 
 
 def answer_object(model: str, prompt_ids: Sequence[int], finished: Finished) -> dict[str, object]:
@@ -43,6 +51,15 @@ def peak_memory_bytes() -> int:
     """The most memory that this process has had resident, mapped pages included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory_bytes() -> int:
+    """The memory that this process has resident now; where the system does not tell it simply, the most so far."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return peak_memory_bytes()
+    return pages * resource.getpagesize()
 
 
 @contextmanager

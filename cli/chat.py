@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,8 +11,13 @@ from lmx.cli.console import is_terminal
 from lmx.cli.loading import Loaded, loaded
 from lmx.cli.options import CommonOptions, JsonOption, ModelArgument, RuntimeOptions, SamplingOptions, spread_groups
 from lmx.cli.prompts import read_messages, read_stdin, read_text, text_prompt
+from lmx.cli.session_store import sessions_folder
 from lmx.core.errors import InputError, UsageError
+from lmx.core.saved_session import session_folder
 from lmx.core.text.types import Message
+
+if TYPE_CHECKING:
+    from lmx.core.session import ChatSession
 
 
 def register(app: typer.Typer) -> None:
@@ -48,6 +53,18 @@ class OutputOptions:
             raise UsageError("--json and --jsonl exclude each other", "give one of them")
 
 
+@dataclass(frozen=True)
+class SessionOptions:
+    """Where the conversation is saved."""
+
+    session: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Save each turn under this name; go on with it if it exists.")
+    ] = None
+    reread: Annotated[
+        bool, typer.Option("--reread", help="Let this model read again what a session has from another one.")
+    ] = False
+
+
 def chat_command(
     model: ModelArgument = None,
     *,
@@ -60,8 +77,10 @@ def chat_command(
         typer.Option(metavar="FILE", help="Answer the last turn of a JSON list of role and content; - for stdin."),
     ] = None,
     system: SystemOptions,
+    saving: SessionOptions,
     on_full: Annotated[
-        Literal["stop", "drop"], typer.Option(help="What to do when the context is full. drop is not in this version.")
+        Literal["stop", "drop"],
+        typer.Option(help="Where the context is full: end the answer, or leave the oldest turns out."),
     ] = "stop",
     output: OutputOptions,
     sampling: SamplingOptions,
@@ -69,11 +88,23 @@ def chat_command(
     common: CommonOptions,
 ) -> None:
     """Talk with a model. What is piped in is answered as one message."""
-    if on_full == "drop":
-        raise UsageError("--on-full drop is not in this version of lmx", "leave it out: the answer stops there")
+    if saving.session is not None:
+        if messages is not None:
+            raise UsageError("--messages and --session exclude each other", "give one of them")
+        session_folder(sessions_folder(), saving.session)  # a name that cannot be is told before a model is loaded
     script = _script(prompt or [], messages, system.text(), output)
     with loaded(model, runtime, common, script.opening) as running:
-        _talk(running, script, sampling, output, common)
+        session = running.model.chat(
+            sampling=sampling.over(running.model.sampling),
+            system=script.system,
+            max_new_tokens=sampling.max_new_tokens,
+            stop=sampling.stop,
+            on_full=on_full,
+        )
+        try:
+            _talk(running, session, script, saving, output, common)
+        finally:
+            session.detach()
 
 
 @dataclass(frozen=True)
@@ -130,20 +161,25 @@ def _conversation(file: str) -> list[Message]:
 
 
 def _talk(
-    running: Loaded, script: Script, sampling: SamplingOptions, output: OutputOptions, common: CommonOptions
+    running: Loaded,
+    session: "ChatSession",
+    script: Script,
+    saving: SessionOptions,
+    output: OutputOptions,
+    common: CommonOptions,
 ) -> None:
     """Answer the script, or hand over to the person at the terminal."""
-    from lmx.cli.talk import answer_script
-
-    session = running.model.chat(
-        sampling=sampling.over(running.model.sampling),
-        system=script.system,
-        max_new_tokens=sampling.max_new_tokens,
-        stop=sampling.stop,
-    )
     if script.is_interactive:
         from lmx.cli.repl import Repl
 
-        Repl(running, session, plain=output.plain, quiet=common.quiet).run()
-    else:
-        answer_script(running.name, session, script.history, script.turns, output)
+        repl = Repl(running, session, plain=output.plain, quiet=common.quiet, reread=saving.reread)
+        repl.run(saving.session, script.system)
+        return
+    from lmx.cli.session_store import SessionStore
+    from lmx.cli.talk import answer_script
+
+    if saving.session is not None:
+        SessionStore(running, reread=saving.reread).load_or_save(session, saving.session, script.system)
+        if session.waiting:  # what a killed run was about to answer: the script says what it wants
+            session.undo()
+    answer_script(running.name, session, script.history, script.turns, output, quiet=common.quiet)

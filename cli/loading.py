@@ -4,15 +4,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from lmx.api import OpenedModel, import_runtime, limit_gpu_memory, limit_threads
+from lmx.api import OpenedModel, import_runtime
 from lmx.cli.console import may_animate, note
 from lmx.cli.facts import human_bytes
 from lmx.cli.options import CommonOptions, RuntimeOptions
 from lmx.core.text.types import Message
+from lmx.device import limit_gpu_memory, limit_threads
 
 if TYPE_CHECKING:
+    from lmx.core.session_record import Identity
     from lmx.language_model import LanguageModel
 
 
@@ -22,11 +25,20 @@ class Loaded:
 
     opened: OpenedModel
     model: "LanguageModel"
+    scheme: str
+    """How the weights are held, in short."""
 
     @property
     def name(self) -> str:
         """What to call the model."""
         return self.opened.name
+
+    @cached_property
+    def identity(self) -> "Identity":
+        """What a saved conversation with this model is tied to."""
+        from lmx.identity import identity_of
+
+        return identity_of(self.name, self.opened.checkpoint, self.scheme)
 
 
 @contextmanager
@@ -51,7 +63,15 @@ def loaded(
         limit_threads(runtime.threads)
         limit_gpu_memory(nbytes, runtime.device)
         _say_memory(opened, runtime, common)
-        yield Loaded(opened, load_as(opened, runtime))
+        running = load_as(opened, runtime)
+        yield Loaded(opened, running, _scheme(opened, running, runtime))
+
+
+def _scheme(opened: OpenedModel, running: "LanguageModel", runtime: RuntimeOptions) -> str:
+    from lmx.identity import scheme_of
+
+    dtype = running.decoder.embed.weight.dtype
+    return scheme_of(opened.checkpoint, dtype, runtime.quantize, runtime.head_scheme)
 
 
 def _say_memory(opened: OpenedModel, runtime: RuntimeOptions, common: CommonOptions) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import lmx
-from lmx.cli import chat, convert, evaluate, generate, quantize, show
+from lmx.cli import bench, chat, convert, evaluate, generate, quantize, sessions, show
 
 app = typer.Typer(
     help="Run FalconMamba, RecurrentGemma, OLMoE, DBRX and Mixtral on the machine you have.",
@@ -34,4 +34,6 @@ convert.register(app)
 generate.register(app)
 quantize.register(app)
 evaluate.register(app)
+bench.register(app)
 show.register(app)
+sessions.register(app)

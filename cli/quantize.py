@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lmx.api import limit_threads
 from lmx.cli.console import is_terminal, may_animate, may_decorate, note, write, write_json
 from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.options import CommonOptions, parse_size, spread_groups
 from lmx.core.errors import UsageError
 from lmx.core.text.safe import safe_line
+from lmx.device import limit_threads
 from lmx.quantization import Checked, Finished, Progress, Quantization, Report
 
 if TYPE_CHECKING:

@@ -1,16 +1,19 @@
-"""The conversation of a person at a terminal: lines in, answers streamed out, a few commands."""
+"""The conversation of a person at a terminal: messages in, answers streamed out, commands in between."""
 
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
 
-from lmx.cli.answers import cancel_on_interrupt, peak_memory_bytes
+from lmx.cli.answers import MERGED, cancel_on_interrupt, left_out, resident_memory_bytes
+from lmx.cli.commands import Commands
 from lmx.cli.console import dim, note, write
 from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.lines import open_reader
 from lmx.cli.loading import Loaded
-from lmx.core.answer import Finished, Token
+from lmx.cli.screen import open_screen, quiet_keys
+from lmx.cli.session_store import SessionStore
+from lmx.core.answer import Event, Finished, Token
 from lmx.core.errors import LmxError
 from lmx.core.session import ChatSession
 from lmx.core.text.safe import safe_line
@@ -18,53 +21,134 @@ from lmx.core.text.safe import safe_line
 HINT = "/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves"
 DEMO = "This is the small demo that comes with lmx. For a real model: lmx chat FOLDER, or lmx chat ORG/NAME"
 
-
-@dataclass(frozen=True)
-class Command:
-    """What a line that begins with a slash does. `run` takes what follows the command's name."""
-
-    usage: str
-    help: str
-    run: Callable[[str], None]
+Ask = Callable[[threading.Event], Generator[Event, None, None]]
 
 
 class Repl:
     """Reads what a person types and prints the model's answers, until they leave."""
 
-    def __init__(self, running: Loaded, session: ChatSession, *, plain: bool, quiet: bool) -> None:
-        self._running, self._session = running, session
-        self._plain, self._quiet = plain, quiet
-        self._leaving = False
-        self._merge_told = False
-        self._last: Finished | None = None
-        self._commands = {
-            "/help": Command("/help", "list the commands", self._help),
-            "/system": Command("/system [TEXT]", "show or replace the system's message", self._system),
-            "/clear": Command("/clear", "begin a new conversation", self._clear),
-            "/show": Command("/show", "what model this is", self._show),
-            "/stats": Command("/stats", "tokens, speed and memory so far", self._stats),
-            "/exit": Command("/exit", "leave; Ctrl-D does, too", self._exit),
-        }
+    def __init__(
+        self, running: Loaded, session: ChatSession, *, plain: bool, quiet: bool, reread: bool = False
+    ) -> None:
+        self.session = session
+        self.plain = plain
+        self.leaving = False
+        self.editing = False
+        """Whether the last message is being edited: what is sent next replaces it."""
+        self.merge_told = False
+        self.last: Finished | None = None
+        self.store = SessionStore(running, reread=reread, confirm=_confirm)
+        self._running, self._quiet = running, quiet
+        self._left_out_told, self._full_told = 0, False
+        self._commands = Commands(self)
+        self.reader = open_reader(plain=plain, commands=sorted(self._commands.by_name), status=self.status_line)
 
-    def run(self) -> None:
-        """Talk until the person leaves. Raises only what ends the process."""
+    def run(self, session_name: str | None = None, system: str | None = None) -> None:
+        """Talk until the person leaves; first go on with the session of this name, or begin it.
+
+        system: the system's message that was asked for, for a session that has another one.
+
+        Raises what opening the session raises, and otherwise only what ends the process.
+        """
+        existed = session_name is not None and self.store.load_or_save(self.session, session_name, system)
         self._greet()
-        read = open_reader(plain=self._plain)
-        while not self._leaving:
+        if existed:
+            self.tell_resumed()
+        while not self.leaving:
             try:
-                line = read()
+                line = self._read()
             except KeyboardInterrupt:
+                self.editing = False
                 continue
             except EOFError:
                 break
             if line.strip():
                 self._obey(line)
 
+    def say(self, text: str) -> None:
+        """A remark of ours, not the model's."""
+        line = safe_line(text)
+        sys.stdout.write((line if self.plain else dim(line)) + "\n")
+        sys.stdout.flush()
+
+    def stream(self, ask: Ask) -> None:
+        """Show an answer. Ctrl-C ends it where it is; what was said so far stays in the conversation."""
+        finished = None
+        with cancel_on_interrupt() as cancel, closing(ask(cancel)) as events, quiet_keys():
+            first = next(events, None)  # what is wrong with a message is told before anything is drawn
+            with open_screen(plain=self.plain) as screen:
+                for event in _behind(first, events):
+                    if isinstance(event, Token):
+                        screen.add(event.text)
+                    elif isinstance(event, Finished):
+                        screen.add(event.tail)
+                        finished = event
+        if finished is not None:
+            self.last = finished
+            self._tell(finished)
+
+    def summary(self, finished: Finished) -> str:
+        """An answer in numbers."""
+        parts = [f"{finished.generated_tokens} tokens, {finished.generated_tokens_per_second:.1f} tokens/s"]
+        parts.append(f"{finished.computed_prompt_tokens} of {finished.prompt_tokens} prompt tokens computed")
+        parts.append(self.context())
+        if finished.reason == "cancelled":
+            parts.insert(0, "stopped")
+        if finished.reason == "length":
+            parts.insert(0, "cut off at the limit")
+        return " · ".join(parts)
+
+    def context(self) -> str:
+        """How much of the context is used."""
+        used, length = self.session.context_used, self.session.context_length
+        return f"context {used:,}" if length is None else f"context {used:,} of {length:,}"
+
+    def facts(self) -> str:
+        """What model this is."""
+        model = self._running.model
+        parameters = human_count(sum(weight.numel() for weight in model.parameters()))
+        dtype = str(model.decoder.embed.weight.dtype).removeprefix("torch.")
+        return f"{self._running.name} ({model.family}, {parameters} parameters, {dtype} on {model.device.type})"
+
+    def status_line(self) -> str:
+        """The line at the bottom: model, scheme, context, speed, memory."""
+        parts = [self._running.name.rstrip("/").rpartition("/")[2], self._running.scheme, self.context()]
+        if self.last is not None:
+            parts.append(f"{self.last.generated_tokens_per_second:.1f} tokens/s")
+        parts.append(human_bytes(resident_memory_bytes()))
+        if self.session.saved is not None:
+            parts.append(self.session.saved.name)
+        if len(self.session.branches) > 1:
+            parts.append(f"branch {self.session.branch + 1} of {len(self.session.branches)}")
+        if self.reader.multiline:
+            parts.append(f"{self.reader.sends} sends")
+        return safe_line(" · ".join(parts))
+
+    def tell_resumed(self) -> None:
+        """What the conversation was about, and that it goes on."""
+        session = self.session
+        for message in session.messages[-2:]:
+            write(f"{'> ' if message.role == 'user' else ''}{message.content}\n")
+        turns, saved = len(session.turns), session.saved
+        if saved is not None and not self._quiet:
+            self.say(f"{saved.name} goes on: {turns} messages, {self.context()}, nothing is read again")
+        if session.waiting:
+            self.say("The last message was not answered: /regen answers it; anything else you say replaces it.")
+
+    def _read(self) -> str:
+        if not self.editing:
+            return self.reader.read()
+        said = [message.content for message in self.session.messages if message.role == "user"]
+        return self.reader.read(said[-1] if said else "")
+
     def _obey(self, line: str) -> None:
-        """One line: a command, or something to answer. What is wrong with it is told, and the conversation goes on."""
+        """One message: a command, or something to answer. What is wrong with it is told, and the talk goes on."""
+        editing, self.editing = self.editing, False
         try:
             if line.startswith("/"):
-                self._command(line)
+                self._commands.run(line)
+            elif editing:
+                self.stream(lambda cancel: self.session.edit(line, cancel))
             else:
                 self._answer(line)
         except LmxError as error:
@@ -72,100 +156,55 @@ class Repl:
             note(f"lmx: hint: {error.hint}")
         except KeyboardInterrupt:  # a second Ctrl-C: the session is as it was before the message
             write("\n")
-            self._say("Stopped at once. The conversation is as it was before your message.")
-
-    def _command(self, line: str) -> None:
-        name, _, rest = line.strip().partition(" ")
-        command = self._commands.get(name)
-        if command is None:
-            self._say(f"There is no {name}. {HINT}; begin with a space to send a text that begins with a slash.")
-        else:
-            command.run(rest.strip())
+            self.say("Stopped at once. The conversation is as it was before your message.")
 
     def _answer(self, text: str) -> None:
-        """Stream the answer. Ctrl-C ends it where it is; what was said so far stays in the conversation."""
-        finished = None
-        with cancel_on_interrupt() as cancel, closing(self._session.ask(text, cancel)) as events:
-            for event in events:
-                if isinstance(event, Token):
-                    write(event.text)
-                elif isinstance(event, Finished):
-                    finished = event
-        if finished is None:
-            return
-        write(finished.tail + "\n")
-        self._last = finished
-        self._status(finished)
+        if self.session.waiting:
+            self.session.undo()
+        self.stream(lambda cancel: self.session.ask(text, cancel))
 
-    def _status(self, finished: Finished) -> None:
-        if self._session.system_merged and not self._merge_told:
-            self._merge_told = True
-            self._say("The template has no system role: the system's message went into the first of yours.")
+    def _tell(self, finished: Finished) -> None:
+        """What a person should know after an answer."""
+        session = self.session
+        if session.system_merged and not self.merge_told:
+            self.merge_told = True
+            self.say(MERGED)
+        if session.left_out > self._left_out_told:
+            self.say(left_out(session.left_out))
+        self._left_out_told = session.left_out
+        if session.save_error is not None:
+            note(f"lmx: error: {session.save_error.message}")
+            note("lmx: hint: the conversation goes on and is no longer saved; /save NAME saves all of it elsewhere")
+            session.save_error = None
         if not self._quiet:
-            self._say(f"[{self._summary(finished)}]")
-
-    def _summary(self, finished: Finished) -> str:
-        parts = [f"{finished.generated_tokens} tokens, {finished.generated_tokens_per_second:.1f} tokens/s"]
-        parts.append(f"{finished.computed_prompt_tokens} of {finished.prompt_tokens} prompt tokens computed")
-        parts.append(self._context())
-        if finished.reason == "cancelled":
-            parts.insert(0, "stopped")
-        if finished.reason == "length":
-            parts.insert(0, "cut off at the limit")
-        return " · ".join(parts)
-
-    def _context(self) -> str:
-        used, length = self._session.context_used, self._session.context_length
-        return f"context {used:,}" if length is None else f"context {used:,} of {length:,}"
+            self.say(f"[{self.summary(finished)}]")
+        if session.is_nearly_full and not self._full_told:
+            self.say(
+                "The context is nearly full. /set on-full drop leaves the oldest messages out; /clear begins anew."
+                if session.on_full == "stop"
+                else "The context is nearly full: the oldest messages will be left out."
+            )
+        self._full_told = session.is_nearly_full
 
     def _greet(self) -> None:
         if self._quiet:
             return
-        self._say(f"lmx chat: {self._facts()}")
+        self.say(f"lmx chat: {self.facts()}")
         if self._running.opened.is_demo:
-            self._say(DEMO)
-        self._say(HINT)
+            self.say(DEMO)
+        self.say(HINT)
 
-    def _facts(self) -> str:
-        model = self._running.model
-        parameters = human_count(sum(weight.numel() for weight in model.parameters()))
-        dtype = str(model.decoder.embed.weight.dtype).removeprefix("torch.")
-        return f"{self._running.name} ({model.family}, {parameters} parameters, {dtype} on {model.device.type})"
 
-    def _say(self, text: str) -> None:
-        """A remark of ours, not the model's."""
-        line = safe_line(text)
-        sys.stdout.write((line if self._plain else dim(line)) + "\n")
-        sys.stdout.flush()
+def _behind(first: Event | None, others: Generator[Event, None, None]) -> Generator[Event, None, None]:
+    if first is not None:
+        yield first
+        yield from others
 
-    def _help(self, _rest: str) -> None:
-        for command in self._commands.values():
-            self._say(f"{command.usage} - {command.help}")
-        self._say(
-            "A line that ends with a backslash goes on in the next one"
-            + ("." if self._plain else "; so does Alt-Enter.")
-        )
 
-    def _system(self, text: str) -> None:
-        if text:
-            self._session.set_system(text)
-            self._merge_told = False
-        system = self._session.system
-        self._say("No system message is set." if system is None else f"System: {system}")
-
-    def _clear(self, _rest: str) -> None:
-        self._session.clear()
-        self._last = None
-        self._say("A new conversation begins.")
-
-    def _show(self, _rest: str) -> None:
-        self._say(self._facts())
-
-    def _stats(self, _rest: str) -> None:
-        if self._last is not None:
-            self._say(f"last answer: {self._summary(self._last)}")
-        answers = sum(message.role == "assistant" for message in self._session.messages)
-        self._say(f"{answers} answers, {self._context()}, at most {human_bytes(peak_memory_bytes())} of memory so far")
-
-    def _exit(self, _rest: str) -> None:
-        self._leaving = True
+def _confirm(question: str) -> bool:
+    """Ask the person at the terminal; anything but yes is no."""
+    try:
+        return input(safe_line(question) + " [y/N] ").strip().lower() in ("y", "yes")
+    except (EOFError, KeyboardInterrupt):
+        write("\n")
+        return False

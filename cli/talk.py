@@ -4,8 +4,8 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from lmx.cli.answers import answer_object, cancel_on_interrupt, event_object
-from lmx.cli.console import write, write_json
+from lmx.cli.answers import MERGED, answer_object, cancel_on_interrupt, event_object, left_out
+from lmx.cli.console import note, write, write_json
 from lmx.core.answer import Event, Finished, Token
 from lmx.core.session import ChatSession, Message
 from lmx.core.text import types
@@ -15,9 +15,17 @@ if TYPE_CHECKING:
 
 
 def answer_script(
-    name: str, session: ChatSession, history: Sequence[types.Message], turns: Sequence[str], output: "OutputOptions"
+    name: str,
+    session: ChatSession,
+    history: Sequence[types.Message],
+    turns: Sequence[str],
+    output: "OutputOptions",
+    *,
+    quiet: bool = False,
 ) -> None:
     """Answer the last turn of `history`, then each of `turns`. Ctrl-C ends the answer and the script.
+
+    quiet: do not say on stderr what the template or the end of the context did to the messages.
 
     Raises KeyboardInterrupt after an interrupted answer, and whatever the session raises.
     """
@@ -28,6 +36,12 @@ def answer_script(
         for text in turns:
             if not cancel.is_set():
                 _print(name, session, session.ask(text, cancel), output)
+        if session.system_merged:
+            note(f"lmx: {MERGED}", quiet=quiet)
+        if session.left_out:
+            note(f"lmx: {left_out(session.left_out)}", quiet=quiet)
+        if session.save_error is not None:
+            raise session.save_error
         if cancel.is_set():
             raise KeyboardInterrupt
 

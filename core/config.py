@@ -236,6 +236,11 @@ class ModelConfig:
         return 0
 
     @property
+    def attention_width(self) -> int:
+        """Channels of all query heads of an attention layer together; 0 in a family without such layers."""
+        return 0
+
+    @property
     def router_aux_loss_coef(self) -> float:
         """The weight of the router's load balancing loss beside the language modelling loss."""
         return 0.0

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from lmx.core.config import ModelConfig
 from lmx.core.kv_cache import AttentionCache, causal_visibility
-from lmx.core.layers.attention import Implementation, Visibility, attend
+from lmx.core.layers.attention import Implementation, Visibility, attend, clip
+from lmx.core.layers.norm import RMSNorm
 from lmx.core.layers.padding import Compaction
 from lmx.core.layers.rope import Rotary, rotary_tables, rotate
+from lmx.core.native.attention import AttentionStep, can_attend, can_step
 from lmx.core.state import LayerState, Span, State
 
 L = TypeVar("L", bound=LayerState)
@@ -58,27 +60,64 @@ class Call:
 
 @dataclass(frozen=True)
 class AttentionCall(Call):
-    """The same for a family with attention layers."""
+    """The same for a family with attention layers. step: where the CPU's kernels serve it, one token a row."""
 
     implementation: Implementation = field(kw_only=True)
     rotary: Rotary = field(kw_only=True)
     visibility: Visibility = field(kw_only=True)
+    step: AttentionStep | None = field(kw_only=True, default=None)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache | None, dropout: float = 0.0
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: AttentionCache | None,
+        head_dim: int,
+        *,
+        norms: tuple[RMSNorm, RMSNorm] | None = None,
+        limit: float | None = None,
+        dropout: float = 0.0,
     ) -> Tensor:
         """Rotary attention of one layer over its own keys, or over those that its cache holds as well.
 
-        query: [batch, length, heads, head_dim]; key, value: [batch, length, kv_heads, head_dim].
+        query: [batch, length, heads * head_dim]; key, value: [batch, length, kv_heads * head_dim]. norms: of the whole
+        query and the whole key, before they are split into heads. limit: all three are then kept within it.
         Returns the heads' answers side by side: [batch, length, heads * head_dim].
         """
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if self.step is not None and cache is not None:
+            answer = self._attend_natively(self.step, query, key, value, cache, norms, limit)
+            if answer is not None:
+                return answer
+        if norms is not None:
+            query, key = norms[0](query), norms[1](key)
+        query, key, value = (
+            clip(states, limit).unflatten(-1, (-1, head_dim)).transpose(1, 2)  # [batch, heads, length, head_dim]
+            for states in (query, key, value)
+        )
         query, key = rotate(query, self.rotary), rotate(key, self.rotary)
         if cache is not None:
             key, value = cache.update(key, value, self.span)
         answer, weights = attend(query, key, value, self.visibility, self.implementation, dropout)
         self.record.attention(weights)
         return answer
+
+    def _attend_natively(
+        self,
+        step: AttentionStep,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: AttentionCache,
+        norms: tuple[RMSNorm, RMSNorm] | None,
+        limit: float | None,
+    ) -> Tensor | None:
+        """The same in one call, or None where the kernel cannot read these tensors."""
+        cache.make_room(self.span)
+        scales = None if norms is None else (norms[0].scale, norms[1].scale)
+        if not can_attend(query, key, value, cache.keys, cache.values, scales):
+            return None
+        return step.attend(query, key, value, cache.keys, cache.values, scales, limit)
 
 
 @dataclass
@@ -106,8 +145,17 @@ def plan_attention(
     else:
         visibility = causal_visibility(span, window, device, inputs.positions if inputs.mask is None else None)
     rotary = rotary_tables(positions, rotary_width, theta)
+    step = None
+    if cache is not None and span.length == 1 and inputs.implementation == "sdpa" and can_step(rotary[0]):
+        step = AttentionStep(*rotary, *cache.step(span))
     return AttentionCall(
-        span, positions, inputs.record, implementation=inputs.implementation, rotary=rotary, visibility=visibility
+        span,
+        positions,
+        inputs.record,
+        implementation=inputs.implementation,
+        rotary=rotary,
+        visibility=visibility,
+        step=step,
     )
 
 

@@ -10,7 +10,7 @@ state stays as said above. An exception that strikes inside the model (KeyboardI
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -31,8 +31,11 @@ PROMPT_CHUNK = 512
 """Prompt tokens a forward pass: bounds the memory of a long prompt, and how long a cancel waits."""
 
 
-def check_prompt(model: "LanguageModel", prompt_ids: Sequence[int]) -> None:
-    """Raise `InputError` for a prompt that is empty, longer than the context, or not of the model's vocabulary."""
+def check_prompt(model: "LanguageModel", prompt_ids: Sequence[int], known: int = 0) -> None:
+    """Raise `InputError` for a prompt that is empty, longer than the context, or not of the model's vocabulary.
+
+    known: tokens at its beginning that the model has taken before.
+    """
     if not prompt_ids:
         raise InputError("the prompt is empty", "give at least one token: this tokenizer adds none of its own")
     if model.context_length is not None and len(prompt_ids) > model.context_length:
@@ -41,8 +44,9 @@ def check_prompt(model: "LanguageModel", prompt_ids: Sequence[int]) -> None:
             f"shorten it: the model's context is {model.context_length:,} tokens",
         )
     vocab = model.config.vocab_size
-    if min(prompt_ids) < 0 or max(prompt_ids) >= vocab:
-        bad = next(index for index in prompt_ids if not 0 <= index < vocab)
+    new_ids = prompt_ids[known:] or prompt_ids
+    if min(new_ids) < 0 or max(new_ids) >= vocab:
+        bad = next(index for index in new_ids if not 0 <= index < vocab)
         raise InputError(f"the prompt holds the token id {bad}", f"the model's ids are 0 to {vocab - 1}")
 
 
@@ -58,6 +62,7 @@ def generate(
     state: "AnyState | None" = None,
     stream_context: Sequence[int] = (),
     cancel: threading.Event | None = None,
+    before_last: Callable[[], None] | None = None,
     prompt_chunk: int = PROMPT_CHUNK,
 ) -> Iterator[Event]:
     """Continue `prompt_ids`: yields `PromptProcessed`, one `Token` for each token, then `Finished`.
@@ -69,12 +74,14 @@ def generate(
     stream_context: the ids that the answer's text follows on, so that its first space is decided as in one text;
     without them the text is what decoding the answer alone gives.
     cancel: ends the answer with the reason "cancelled" once it is set.
+    before_last: called when the state holds all of the prompt but its last token, which is then fed alone: a copy of
+    the state taken there answers the same prompt again, to the same bits.
 
     Raises, at the first event and before computing: `InputError` for a bad prompt (see `check_prompt`), `UsageError`
     for bad options; while computing: `InputError` if the model produces NaN.
     """
-    check_prompt(model, prompt_ids)
     state = model.make_state(1) if state is None else state
+    check_prompt(model, prompt_ids, min(state.length, len(prompt_ids)))
     if state.length >= len(prompt_ids):
         raise UsageError(
             f"the state holds {state.length} tokens and the prompt only {len(prompt_ids)}",
@@ -84,7 +91,11 @@ def generate(
     row = _Row(model, text_engine, prompt_ids, stream_context, options)
     run = _Run(model, state, cancel)
     if row.active:
-        run.read_prompt(torch.tensor([prompt_ids[state.length :]]), None, prompt_chunk)
+        new_ids = torch.tensor([prompt_ids[state.length :]])
+        if before_last is None:
+            run.read_prompt(new_ids, None, prompt_chunk)
+        else:
+            run.read_prompt_in_two(new_ids, before_last, prompt_chunk)
         row.computed_tokens = run.columns
     if run.prompt_is_read:
         yield PromptProcessed(len(prompt_ids), run.columns, run.prompt_seconds)
@@ -273,6 +284,18 @@ class _Run:
         if self._model.device.type != "cpu":
             torch.accelerator.synchronize(self._model.device)
         self.prompt_seconds = perf_counter() - start
+
+    def read_prompt_in_two(self, input_ids: Tensor, before_last: Callable[[], None], chunk: int) -> None:
+        """Feed [1, length] as `read_prompt` does, the last token by itself."""
+        self.read_prompt(input_ids[:, :-1], None, chunk)
+        if not self.prompt_is_read:
+            return
+        before_last()
+        columns, seconds = self.columns, self.prompt_seconds
+        self.columns = 0
+        self.read_prompt(input_ids[:, -1:], None, chunk)
+        self.columns += columns
+        self.prompt_seconds += seconds
 
     # no_grad rather than inference_mode: a state that grew in inference mode could not be continued outside of it.
     @torch.no_grad()

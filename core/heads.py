@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lmx.core.config import ModelConfig
 from lmx.core.errors import UsageError
-from lmx.core.layers.linear import FewVectors
+from lmx.core.layers.linear import linear
 
 HeadKind = Literal["causal", "none", "sequence", "token"]
 HEAD_KINDS: tuple[HeadKind, ...] = ("causal", "none", "sequence", "token")
@@ -23,12 +23,11 @@ class CausalHead(nn.Module):
         super().__init__()
         self.soft_cap = config.logits_soft_cap
         self.weight = None if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self._few = FewVectors()
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """hidden: [batch, length, hidden] -> [batch, length, vocab]."""
         weight = embedding if self.weight is None else self.weight
-        return self.capped(self._few.multiply(hidden.to(weight.dtype), weight))
+        return self.capped(linear(hidden.to(weight.dtype), weight))
 
     def capped(self, logits: Tensor) -> Tensor:
         """Logits squashed to (-soft_cap, soft_cap), where the config has one."""

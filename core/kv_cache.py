@@ -69,6 +69,17 @@ class AttentionCache(LayerState):
     def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Take in the span's keys and values [batch, kv_heads, length, head_dim]; return all that it may attend to."""
 
+    @abstractmethod
+    def make_room(self, span: Span) -> None:
+        """See that the buffers have a slot for every token of the span."""
+
+    @abstractmethod
+    def step(self, span: Span) -> tuple[Tensor, Tensor]:
+        """Where the one token of each row goes, and how many slots its query sees from the first on.
+
+        Two int64 [batch]; a slot is -1 for padding. To be written by a kernel, after `make_room`.
+        """
+
     @property
     def nbytes(self) -> int:
         """Bytes of both buffers, spare slots included."""
@@ -110,15 +121,27 @@ class KVCache(AttentionCache):
 
     def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Write behind what is there; return views of all slots in use."""
+        self.make_room(span)
         end = span.start + span.length
-        if end > self.keys.shape[2]:
-            self._grow(max(end, self.keys.shape[2] * 3 // 2))
         for buffer, new in ((self.keys, keys), (self.values, values)):
             if span.ordinals is None:
                 buffer[:, :, span.start : end] = new
             else:
                 _scatter(buffer, new, span.ordinals, span.ordinals)
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def make_room(self, span: Span) -> None:
+        """Grow by half when the slots are full."""
+        end = span.start + span.length
+        if end > self.keys.shape[2]:
+            self._grow(max(end, self.keys.shape[2] * 3 // 2))
+
+    def step(self, span: Span) -> tuple[Tensor, Tensor]:
+        """A token's slot is its number; it sees all before it."""
+        if span.ordinals is None:
+            slots = torch.full((len(self.keys),), span.start)
+            return slots, slots + 1
+        return span.ordinals[:, 0], span.ordinals[:, 0].clamp(min=0) + 1
 
     def nbytes_at(self, length: int) -> int:
         """Keys and values of `length` tokens."""
@@ -141,6 +164,14 @@ class KVCache(AttentionCache):
     def restore(cls, tensors: Mapping[str, Tensor]) -> Self:
         """Take over the slots of `tensors()`."""
         return cls(*_pair(tensors, "kv"))
+
+    def part(self, start: int, end: int) -> Self:
+        """The slots of these tokens."""
+        return type(self)(self.keys[:, :, start:end].clone(), self.values[:, :, start:end].clone())
+
+    def extend(self, part: Self, held: int) -> None:
+        """Fill the slots behind those in use."""
+        self.update(part.keys, part.values, Span(held, part.keys.shape[2]))
 
     def truncate(self, length: int, held: int) -> None:
         """Nothing to do: slots past the state's length are never seen, and are written over."""
@@ -205,6 +236,19 @@ class WindowKVCache(AttentionCache):
         seen = (keys, values) if fresh else (torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2))
         self._write(keys, values, span)
         return seen
+
+    def make_room(self, span: Span) -> None:
+        """The ring is whole from the start."""
+
+    def step(self, span: Span) -> tuple[Tensor, Tensor]:
+        """The token writes over the oldest and sees the ring, as far as it is filled."""
+        if span.ordinals is None:
+            batch = len(self.keys)
+            return torch.full((batch,), span.start % self.window), torch.full(
+                (batch,), min(span.start + 1, self.window)
+            )
+        numbers = span.ordinals[:, 0]
+        return torch.where(numbers < 0, -1, numbers % self.window), (numbers.clamp(min=0) + 1).clamp(max=self.window)
 
     def _write(self, keys: Tensor, values: Tensor, span: Span) -> None:
         for buffer, new in ((self.keys, keys), (self.values, values)):

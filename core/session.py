@@ -1,4 +1,4 @@
-"""A conversation over one kept state: each turn computes only the tokens that are new.
+"""A conversation over kept states: each turn computes only the tokens that are new, on whatever branch it is said.
 
 Example, a ChatML model. Upper line: the session's `ids` after a turn; the state holds all but the last of them, because
 a stop token is never fed. Lower line: the next turn, of which the state lacks what stands after the bar:
@@ -7,62 +7,35 @@ a stop token is never fed. Lower line: the next turn, of which the state lacks w
     <|im_start|>user Hi<|im_end|> <|im_start|>assistant Hel lo | <|im_end|> <|im_start|>user Bye<|im_end|> ...
 
 "Hel", "lo" are the tokens that the model produced. Rendered again, the conversation may well have "Hello" there, and a
-state that went through "Hel", "lo" would have to be recomputed; so what follows the reply is appended to what is kept.
+state that went through "Hel", "lo" would have to be recomputed; so what follows the reply is appended to what is kept
+(`lmx.core.turn_encoder` says when that may be done).
 """
 
 import threading
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING
 
-from lmx.core.answer import Event, Finished, StopStrings, Token
-from lmx.core.errors import InputError, UsageError
-from lmx.core.generate import check_prompt, generate
+from lmx.core.answer import Event
+from lmx.core.conversation import Conversation, Message, Turn, as_turns, path_of
+from lmx.core.errors import LmxError, UsageError
 from lmx.core.sampling import Sampling
-from lmx.core.state import StateError
+from lmx.core.turn_runner import OnFull, Options, Question, TurnRunner
 
 if TYPE_CHECKING:
-    from lmx.core.model import AnyState, LanguageModel
-    from lmx.core.text.types import EncodedChat, TextCodec
+    from lmx.core.model import LanguageModel
+    from lmx.core.saved_session import SavedSession
+    from lmx.core.text.types import TextCodec
 
+__all__ = ["ChatSession", "Message", "OnFull"]
 
-@dataclass(frozen=True)
-class Message:
-    """One message of a conversation; role: system, user or assistant."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """What must be known of the last answered turn to continue after it.
-
-    text: the rendered conversation up to the reply; ended_by_token: the kept ids end with a stop token;
-    as_shown: the reply's tokens say what its message says (a stop string is cut from the message alone).
-    """
-
-    text: str
-    ended_by_token: bool
-    as_shown: bool
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """A session's memory between turns, to go back to when a turn fails."""
-
-    messages: tuple[Message, ...] = ()
-    ids: tuple[int, ...] = ()
-    prompt_length: int = 0
-    turn: _Turn | None = None
+_NEARLY_FULL = 8  # a warning is due when less than an eighth of the context is left
 
 
 class ChatSession:
     """Talks with a model, turn by turn.
 
-    At every event and between turns the state holds the first tokens of `ids`, the conversation as the model saw it.
-    `sampling`, `max_new_tokens` (None: what is left of the context) and `stop_strings` may be changed between turns.
-    With a seed, the first answer draws with it, the next with seed + 1, and so on.
+    `sampling`, `max_new_tokens` (None: what is left of the context), `stop_strings` and `on_full` may be changed
+    between turns. With a seed, the first answer draws with it, the next with seed + 1, and so on.
     """
 
     def __init__(
@@ -75,57 +48,112 @@ class ChatSession:
         system: str | None = None,
         max_new_tokens: int | None = None,
         stop_strings: Sequence[str] = (),
+        on_full: OnFull = "stop",
+        snapshot_bytes: int | None = None,
     ) -> None:
-        """stop_ids: beside the text engine's own end-of-turn tokens, which always end an answer."""
+        """stop_ids: beside the text engine's own end-of-turn tokens, which always end an answer.
+
+        snapshot_bytes: the most memory for copies of the state to go back to; past it the oldest are forgotten, and
+        what they held is read again if it is needed. None: 2 GiB, or an eighth of the machine's memory.
+        """
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
         self.stop_strings = tuple(stop_strings)
+        self.on_full: OnFull = on_full
+        self.save_error: LmxError | None = None
+        """Why the last turn could not be saved, if so; the conversation then goes on without being saved."""
         self._model = model
-        self._text_engine = text_engine
-        self._stop_ids = stop_ids | frozenset(text_engine.info.end_of_turn_ids)
-        self._kept = _Kept()
-        self._ids: list[int] = []
-        self._state: AnyState | None = None
-        self._snapshot: AnyState | None = None  # of the last turn's start, where a state cannot be cut back to it
-        self._system_merged = False
+        self._runner = TurnRunner(model, text_engine, stop_ids, snapshot_bytes)
+        self._keeper = self._runner.keeper
+        self._conversation = Conversation()
+        self._system = system
+        self._waiting: tuple[Message, ...] = ()  # loaded messages behind the last answer
         self._answering = False
-        self.set_system(system)
+        self._saved: SavedSession | None = None
 
     @property
     def messages(self) -> list[Message]:
-        """The conversation so far, the system's message first if there is one."""
-        return list(self._kept.messages)
+        """The conversation so far on this branch, the system's message first if there is one."""
+        own = [Message("system", self._system)] if self._system is not None else []
+        head = self._conversation.head
+        return [*own, *(head.all_messages() if head else ()), *self._waiting]
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The answered turns of this branch."""
+        return path_of(self._conversation.head)
+
+    @property
+    def branches(self) -> list[Turn | None]:
+        """Each branch's last turn; None for one where nothing was said yet."""
+        return list(self._conversation.heads)
+
+    @property
+    def branch(self) -> int:
+        """Which of the branches is talked on, counted from 0."""
+        return self._conversation.current
 
     @property
     def ids(self) -> list[int]:
         """All tokens of the conversation as the model saw or produced them; during an answer, those of it so far."""
-        return list(self._ids)
+        return list(self._runner.ids)
 
     @property
     def prompt_ids(self) -> list[int]:
         """The tokens that the last answer followed."""
-        return self._ids[: self._kept.prompt_length]
+        return self._runner.prompt_ids
 
     @property
     def system(self) -> str | None:
         """The system's message."""
-        first = self._kept.messages[:1]
-        return first[0].content if first and first[0].role == "system" else None
+        return self._system
 
     @property
     def system_merged(self) -> bool:
         """Whether the last turn's template had no system role, so that its text went into the first user message."""
-        return self._system_merged
+        return self._runner.system_merged
+
+    @property
+    def waiting(self) -> list[Message]:
+        """Messages behind the last answer, which `answer` answers: of loaded ones, or of a session that was killed."""
+        return list(self._waiting)
+
+    @property
+    def left_out(self) -> int:
+        """How many of the oldest messages the model does not read any more (`on_full` "drop")."""
+        head = self._conversation.head
+        return 0 if head is None else head.left_out
 
     @property
     def context_used(self) -> int:
         """Tokens of the conversation so far."""
-        return len(self._ids)
+        return len(self._runner.ids)
 
     @property
     def context_length(self) -> int | None:
         """Tokens that the model was made for; None where it has no such limit."""
         return self._model.context_length
+
+    @property
+    def is_nearly_full(self) -> bool:
+        """Whether the conversation will soon reach the end of the context."""
+        length = self.context_length
+        return length is not None and (length - self.context_used) * _NEARLY_FULL < length
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Memory that the copies of states take now."""
+        return self._keeper.snapshots.nbytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory that the state takes now."""
+        return 0 if self._keeper.live is None else self._keeper.live.nbytes
+
+    @property
+    def saved(self) -> "SavedSession | None":
+        """Where the conversation is saved, turn by turn."""
+        return self._saved
 
     def ask(self, text: str, cancel: threading.Event | None = None) -> Generator[Event, None, None]:
         """Say `text` and yield the events of the answer.
@@ -140,130 +168,155 @@ class ChatSession:
         """Answer the user's message that a loaded conversation ends with; as `ask`."""
         return self._answer((), cancel)
 
+    def regenerate(self, cancel: threading.Event | None = None) -> Generator[Event, None, None]:
+        """Answer the last message once more, on a new branch; the first answer stays on its own. Else as `ask`."""
+        return self._ask_again(self._last_turn().messages[:-1], cancel)
+
+    def edit(self, text: str, cancel: threading.Event | None = None) -> Generator[Event, None, None]:
+        """Say `text` instead of the last message, on a new branch; the old one stays. Else as `ask`."""
+        return self._ask_again((*self._last_turn().messages[:-2], Message("user", text)), cancel)
+
+    def undo(self, count: int = 1) -> None:
+        """Take the last turns back. What no other branch has of them is forgotten. Raises UsageError.
+
+        Messages that wait for an answer count as a turn.
+        """
+        self._check_idle()
+        if self._waiting:
+            self._waiting, count = (), count - 1
+            self._moved()
+        if not count:
+            return
+        turn = self._conversation.turns_back(count)
+        self._conversation.heads[self.branch] = turn
+        self._moved()
+
+    def fork(self, turns: int | None = None) -> None:
+        """Begin a branch behind the first `turns` turns of this one, None for all, and go there. Raises UsageError."""
+        self._check_idle()
+        path = self.turns
+        count = len(path) if turns is None else turns
+        if not 0 <= count <= len(path):
+            raise UsageError(f"there is no turn {count}", f"this branch has {len(path)} turns")
+        self._conversation.fork(path[count - 1] if count else None)
+        self._waiting = ()
+        self._moved()
+
+    def switch(self, branch: int) -> None:
+        """Go on with another branch, counted from 0. Raises UsageError."""
+        self._check_idle()
+        self._conversation.switch(branch)
+        self._waiting = ()
+        self._moved()
+
     def load_messages(self, messages: Sequence[Message]) -> None:
-        """Replace the conversation. A system message among `messages` replaces the session's own.
+        """Replace the conversation and its branches. A system message among `messages` replaces the session's own.
 
         What the state has in common with the new conversation is used.
         """
         self._check_idle()
-        own = [Message("system", self.system)] if self.system is not None else []
         if messages and messages[0].role == "system":
-            own = []
-        self._kept = replace(self._kept, messages=(*own, *messages), turn=None)
+            self._system, messages = messages[0].content, messages[1:]
+        number = self._conversation.next_number
+        head, self._waiting = as_turns(messages, number)
+        self._conversation = Conversation([head], next_number=number if head is None else head.number + 1)
+        self._moved()
 
     def set_system(self, text: str | None) -> None:
         """Replace the system's message, None for none. The next turn reads the conversation again."""
         self._check_idle()
-        others = self._kept.messages if self.system is None else self._kept.messages[1:]
-        own = () if text is None else (Message("system", text),)
-        self._kept = replace(self._kept, messages=(*own, *others), turn=None)
+        self._system = text
 
     def clear(self) -> None:
-        """Forget the conversation but for the system's message, and free the state."""
+        """Forget the conversation but for the system's message, and free the states. What is saved stays saved."""
         self._check_idle()
-        system = self.system
-        self._kept, self._ids, self._state, self._snapshot = _Kept(), [], None, None
-        self.set_system(system)
+        self.detach()
+        self._conversation, self._waiting = Conversation(), ()
+        self._runner.go_to(None)
+        self._keeper.clear()
+
+    def save_to(self, saved: "SavedSession") -> None:
+        """Save the conversation in a new session, and from now on each turn. Raises ResourceError, ConflictError."""
+        self._check_idle()
+        saved.begin(self._conversation, self._keeper.state_of)
+        self.detach()
+        saved.load_state = self._model.load_state
+        self._saved = self._keeper.stored = saved
+        self.save_error = None
+
+    def resume(self, saved: "SavedSession") -> None:
+        """Go on with a saved conversation; each turn is saved there. Nothing of it is computed again."""
+        self.clear()
+        self._conversation, self._waiting = saved.conversation, saved.waiting
+        head = self._conversation.head
+        if head is not None:
+            self._system = head.system
+        saved.load_state = self._model.load_state
+        self._saved = self._keeper.stored = saved
+        self._moved()
+
+    def detach(self) -> None:
+        """Save no more; the session on the disk is free for others."""
+        if self._saved is not None:
+            self._saved.close()
+        self._saved = self._keeper.stored = None
+
+    def _last_turn(self) -> Turn:
+        self._check_idle()
+        head = self._conversation.head
+        if self._waiting or head is None or [m.role for m in head.messages[-2:]] != ["user", "assistant"]:
+            raise UsageError("there is no answered message", "say something first")
+        return head
+
+    def _moved(self) -> None:
+        """The head is another turn: drop what belongs to no branch any more, and say so on the disk."""
+        self._runner.go_to(self._conversation.head)
+        self._keeper.snapshots.keep_only(self._conversation.alive())
+        self._save(lambda saved: saved.write_branches(self._conversation))
 
     def _check_idle(self) -> None:
         if self._answering:
             raise UsageError("an answer is still being generated", "read its events to the end, or close the iterator")
 
+    def _ask_again(self, added: tuple[Message, ...], cancel: threading.Event | None) -> Generator[Event, None, None]:
+        """Answer on a branch of its own, which goes away again if it comes to nothing."""
+        before, head = self.branch, self._last_turn()
+        self._conversation.fork(head.parent)
+        self._runner.go_to(head.parent)
+        try:
+            yield from self._answer(added, cancel)
+        finally:
+            if self._conversation.head is head.parent:
+                self._conversation.remove_branch(self.branch)
+                self._conversation.switch(before)
+                self._runner.go_to(head)
+
     def _answer(self, added: tuple[Message, ...], cancel: threading.Event | None) -> Generator[Event, None, None]:
         self._check_idle()
-        before = self._kept
-        encoded = self._begin((*before.messages, *added))
+        added = (*self._waiting, *added)
+        conversation = self._conversation
+        question = Question(conversation.next_number, conversation.head, added, self._system, conversation.alive())
+        options = Options(self.sampling, self.max_new_tokens, self.stop_strings, self.on_full)
+        draft = self._runner.begin(question, options)
+        self._save(lambda saved: saved.write_question(added))
         self._answering = True
         try:
-            yield from self._events(encoded, cancel)
-        except GeneratorExit:
-            if self._kept.turn is None:
-                self._end(encoded)
-            raise
-        except BaseException:
-            # The model may have been stopped between two layers: only a copy from before it ran is sure to be whole.
-            self._kept, self._ids = before, list(before.ids)
-            self._state, self._snapshot = self._snapshot, None
-            raise
+            yield from self._runner.events(draft, cancel, self._add)
         finally:
             self._answering = False
 
-    def _begin(self, messages: tuple[Message, ...]) -> "EncodedChat":
-        """Bring ids and state to where the answer begins; whatever can be wrong with the messages is raised first."""
-        if not messages or messages[-1].role != "user":
-            raise InputError("the conversation does not end with a user's message", "add a message with the role user")
-        encoded = self._text_engine.encode_chat([{"role": m.role, "content": m.content} for m in messages])
-        ids = self._next_ids(encoded)
-        check_prompt(self._model, ids)
-        self._state = state = self._rewound(ids)
-        self._snapshot = state.clone() if state.length and not state.rewinds else None
-        self._ids = list(ids)
-        self._kept = _Kept(messages, tuple(ids), len(ids), None)
-        self._system_merged = encoded.system_merged
-        return encoded
+    def _add(self, turn: Turn) -> None:
+        """An answer is over: its turn is the branch's last one."""
+        self._conversation.add(turn)
+        self._waiting = ()
+        self._save(lambda saved: saved.write_turn(turn, self._conversation, self._keeper.state_of(turn)))
 
-    def _next_ids(self, encoded: "EncodedChat") -> list[int]:
-        """The tokens of the next prompt: what is kept and the new ones, or if that cannot be, all as rendered."""
-        turn = self._kept.turn
-        if turn is None or encoded.ids[: len(self._ids)] == self._ids:
-            return encoded.ids
-        if not turn.as_shown or encoded.reply_end is None or not encoded.text.startswith(turn.text):
-            return encoded.ids
-        # The stop token was never fed. The template says whether it stands after the reply.
-        kept = self._ids[:-1] if turn.ended_by_token else self._ids
-        return kept + encoded.ids[encoded.reply_end :]
-
-    def _rewound(self, ids: list[int]) -> "AnyState":
-        """The state that already holds the most of the beginning of `ids`, at least one token short of all."""
-        state, self._state = self._state, None
-        if state is None:
-            return self._model.make_state(1)
-        shared = min(_common_prefix(self._ids[: state.length], ids), len(ids) - 1)
+    def _save(self, write: "Callable[[SavedSession], None]") -> None:
+        """Write to the saved session, if there is one. What goes wrong there does not end the conversation."""
+        if self._saved is None:
+            return
         try:
-            state.truncate(shared)
-        except StateError:  # it may be cut in some layers now, and is not used again
-            earlier = self._snapshot
-            return earlier if earlier is not None and earlier.length <= shared else self._model.make_state(1)
-        return state
-
-    def _events(self, encoded: "EncodedChat", cancel: threading.Event | None) -> Generator[Event, None, None]:
-        """Generate, keeping `ids` in step with the state."""
-        for event in generate(
-            self._model,
-            self._text_engine,
-            self.prompt_ids,
-            sampling=self._seeded(),
-            max_new_tokens=self.max_new_tokens,
-            stop_strings=self.stop_strings,
-            stop_ids=self._stop_ids,
-            state=self._state,
-            cancel=cancel,
-        ):
-            if isinstance(event, Token):
-                self._ids.append(event.id)
-            if isinstance(event, Finished):
-                self._end(encoded)
-            yield event
-
-    def _seeded(self) -> Sampling:
-        if self.sampling.seed is None:
-            return self.sampling
-        answers = sum(message.role == "assistant" for message in self._kept.messages)
-        return replace(self.sampling, seed=(self.sampling.seed + answers) % 2**63)
-
-    def _end(self, encoded: "EncodedChat") -> None:
-        """Put the answer, as far as it came, into the conversation."""
-        reply = self._ids[self._kept.prompt_length :]
-        by_token = bool(reply) and reply[-1] in self._stop_ids
-        stops = StopStrings(self.stop_strings)
-        content = stops.push(self._text_engine.decode(reply[:-1] if by_token else reply)) + stops.finish()
-        self._kept = replace(
-            self._kept,
-            messages=(*self._kept.messages, Message("assistant", content)),
-            ids=tuple(self._ids),
-            turn=_Turn(encoded.text, ended_by_token=by_token, as_shown=not stops.found),
-        )
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            write(self._saved)
+        except LmxError as error:
+            self.save_error = error
+            self.detach()

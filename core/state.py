@@ -76,6 +76,14 @@ class LayerState(ABC):
     def truncate(self, length: int, held: int) -> None:
         """Forget all but the first `length` of `held` tokens. Raises StateError where they are no longer apart."""
 
+    def part(self, start: int, end: int) -> Self:
+        """A copy of what the tokens `start` to `end` have put in. Raises StateError where they are not kept apart."""
+        raise StateError(f"a {self.KIND} layer does not keep tokens apart", "Take a clone() of the whole state.")
+
+    def extend(self, part: Self, held: int) -> None:
+        """Put a `part` behind the `held` tokens. Raises StateError as `part` does."""
+        raise StateError(f"a {self.KIND} layer does not keep tokens apart", "Take a clone() of the whole state.")
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -101,6 +109,9 @@ def take(tensors: Mapping[str, Tensor], kind: str, **dimensions: int) -> list[Te
             f"saved state: a {kind} layer holds {sorted(tensors)!r:.80}", "The file is not a state of this model."
         )
     return [tensors[name] for name in dimensions]
+
+
+_PART_HINT = "Use parts of an unpadded state of the same model, within its length."
 
 
 @dataclass
@@ -162,6 +173,25 @@ class State(Generic[L]):
         ]
         lengths = None if self.lengths is None else self.lengths.clone()
         return type(self)(self.family, layers, self.batch_size, self.length, lengths)
+
+    def part(self, start: int, end: int) -> Self:
+        """A copy of what the tokens `start` to `end` have put in, as a state of its own, to `extend` another with.
+
+        For states that rewind, of rows without padding; raises StateError for any other.
+        """
+        if self.lengths is not None or not 0 <= start <= end <= self.length:
+            raise StateError(f"no part {start} to {end} can be had of a state of {self.length} tokens", _PART_HINT)
+        layers = [layer.part(start, end) for layer in self.layers]
+        return type(self)(self.family, layers, self.batch_size, end - start)
+
+    def extend(self, part: Self) -> None:
+        """Append a `part` that was cut where this state ends. Raises StateError where the two do not fit."""
+        part.check_fits(self.family, self.layers)
+        if self.lengths is not None or part.lengths is not None or part.batch_size != self.batch_size:
+            raise StateError("a part of other rows cannot be appended", _PART_HINT)
+        for layer, piece in zip(self.layers, part.layers, strict=True):
+            layer.extend(piece, self.length)
+        self.length += part.length
 
     @property
     def rewinds(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, cast
+from typing import TYPE_CHECKING, Self, cast
 
 from lmx.convert.gguf_source import GGUFCheckpoint, find_gguf
 from lmx.convert.hub import HubId, check_online, find_local, find_model
@@ -17,6 +17,7 @@ from lmx.core.errors import InputError, NotFoundError, UsageError
 from lmx.core.files import quoted
 from lmx.core.registry import model_type_of
 from lmx.core.text.engine import TextEngine
+from lmx.device import Device, choose_device
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from lmx.language_model import LanguageModel
     from lmx.quant.apply import HeadScheme
     from lmx.quant.spec import QuantSpec, Scheme
-
-Device = Literal["auto", "cpu", "cuda", "mps"]
 
 _DTYPES = {
     "bf16": "bfloat16",
@@ -252,20 +251,6 @@ def check_runnable(checkpoint: Checkpoint) -> None:
             )
 
 
-def choose_device(device: Device | None) -> "torch.device":
-    """The device by name; None and "auto" take CUDA, else MPS, else the CPU. Raises UsageError for an absent one."""
-    import torch
-
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device is None or device == "auto":
-        return torch.device(next(name for name, is_here in here.items() if is_here))
-    if device not in here:
-        raise UsageError(f"device {quoted(str(device))} is unknown", "give auto, cpu, cuda or mps")
-    if not here[device]:
-        raise UsageError(f"this machine, or this build of torch, has no {device} device", "use --device auto or cpu")
-    return torch.device(device)
-
-
 def choose_dtype(dtype: "torch.dtype | str | None", checkpoint: Checkpoint) -> "torch.dtype":
     """The dtype of all weights once loaded. Raises UsageError for an unknown name.
 
@@ -275,14 +260,22 @@ def choose_dtype(dtype: "torch.dtype | str | None", checkpoint: Checkpoint) -> "
 
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype is not None and dtype not in _DTYPES:
-        raise UsageError(f"dtype {quoted(dtype)} is unknown", "give bf16, fp16 or fp32")
-    if dtype is None and checkpoint.is_quantized:
+    if dtype is not None:
+        return dtype_by_name(dtype)
+    if checkpoint.is_quantized:
         from lmx.quant.stored import common_dtype, find_matrices, plain_infos
 
         return common_dtype(plain_infos(checkpoint, find_matrices(checkpoint)))
-    name = _STORED[main_dtype(checkpoint)] if dtype is None else _DTYPES[dtype]
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+    return dtype_by_name(_STORED[main_dtype(checkpoint)])
+
+
+def dtype_by_name(name: str) -> "torch.dtype":
+    """The dtype for "bf16", "bfloat16" and so on. Raises UsageError for an unknown name."""
+    import torch
+
+    if name not in _DTYPES:
+        raise UsageError(f"dtype {quoted(name)} is unknown", "give bf16, fp16 or fp32")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[_DTYPES[name]]
 
 
 def main_dtype(checkpoint: Source) -> str:
@@ -305,23 +298,3 @@ def import_runtime() -> None:
     """Import torch and what builds on it now, seconds before it is needed."""
     import_module("lmx.core.loader")
     import_module("lmx.language_model")
-
-
-def limit_threads(threads: int | None) -> None:
-    """Let torch use so many CPU threads; None leaves its own choice."""
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def limit_gpu_memory(nbytes: int | None, device: Device | None) -> None:
-    """Let this process take no more than so much of a GPU's memory. Raises UsageError where there is no CUDA device."""
-    if nbytes is None:
-        return
-    import torch
-
-    if choose_device(device).type != "cuda":
-        raise UsageError("--gpu-memory is for CUDA, and this runs elsewhere", "leave it out, or use --device cuda")
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total))

@@ -12,7 +12,7 @@ from lmx.core.answer import Event
 from lmx.core.errors import UsageError
 from lmx.core.generate import BatchResult, generate, generate_batch
 from lmx.core.sampling import Sampling
-from lmx.core.session import ChatSession
+from lmx.core.session import ChatSession, OnFull
 from lmx.core.text.types import TextCodec
 
 
@@ -108,8 +108,14 @@ class LanguageModel(core.LanguageModel):
         system: str | None = None,
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
+        on_full: OnFull = "stop",
+        snapshot_bytes: int | None = None,
     ) -> ChatSession:
-        """Begin a conversation. max_new_tokens: None goes on to the end of the context."""
+        """Begin a conversation. max_new_tokens: None goes on to the end of the context.
+
+        on_full: what to do there, "stop" or "drop" the oldest turns. snapshot_bytes: the most memory for copies of the
+        state to go back to (see `ChatSession`).
+        """
         self._check_causal()
         return ChatSession(
             self,
@@ -119,6 +125,8 @@ class LanguageModel(core.LanguageModel):
             system=system,
             max_new_tokens=max_new_tokens,
             stop_strings=stop,
+            on_full=on_full,
+            snapshot_bytes=snapshot_bytes,
         )
 
     def close(self) -> None:

@@ -74,7 +74,7 @@ def load_quantized(
         quantized[name] = (stored.matrices.get(piece.hub) or _quantize(source, piece, spec or QuantSpec())).to(here)
         done += model.get_parameter(name).numel()
         progress(done, total)
-    _install(model, quantized)
+    install(model, quantized)
     start_missing_head(model, dtype, here)
     if head_scheme is not None:
         _quantize_head(model, head_scheme)
@@ -117,7 +117,7 @@ def _quantize(source: Source, piece: Piece, spec: QuantSpec) -> QuantMatrix:
     return matrix
 
 
-def _install(model: LanguageModel, quantized: Mapping[str, QuantMatrix]) -> None:
+def install(model: LanguageModel, quantized: Mapping[str, QuantMatrix]) -> None:
     """Put modules on quantized matrices in the places of those on plain ones; every other weight is there already."""
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and f"{path}.weight" in quantized:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lmx.core.native.vector import MatrixTable, are_few
+from lmx.core.native.matrix import dequantize_rows, has_panels, multiply_many
+from lmx.core.native.vector import MatrixTable, are_few, can_take
 from lmx.quant import four_bit, int8, quanto
 from lmx.quant.chunks import for_chunks
 from lmx.quant.four_bit import NESTED_BLOCK_SIZE, FourBit
@@ -26,6 +27,10 @@ Product = Callable[[Tensor], Tensor]
 
 # Elements of a matrix that are dequantized at a time.
 _TILE = 1 << 18
+# The same where the kernels dequantize: enough for torch's product to run at its full speed.
+_NATIVE_TILE = 1 << 20
+# From so many vectors on, torch's product of dequantized rows is quicker than ours, which decodes them for each panel.
+_TORCH_WINS = 192
 # Activations beyond it are multiplied in 16 bits by LLM.int8() (arXiv 2208.07339, section 3.2).
 _OUTLIER_THRESHOLD = 6.0
 
@@ -40,7 +45,7 @@ def choose_product(q: Matrix) -> Product:
         return bitsandbytes_product(q)
     many = partial(plain_product, q) if isinstance(q, Tensor) else partial(tiled_product, q)
     table = matrix_table(q)
-    return many if table is None else partial(_native_product, table, many)
+    return many if table is None else partial(_native_product, table, q, many)
 
 
 def dequantize(q: QuantMatrix, dtype: torch.dtype | None = None) -> Tensor:
@@ -50,12 +55,30 @@ def dequantize(q: QuantMatrix, dtype: torch.dtype | None = None) -> Tensor:
     return four_bit.dequantize_4bit(q, dtype) if isinstance(q, FourBit) else int8.dequantize_int8(q, dtype)
 
 
-def _native_product(table: MatrixTable, many: Product, x: Tensor) -> Tensor:
-    """Multiply by the kernels if x is a few vectors, else by `many`: x [..., columns] -> [..., rows]."""
-    vectors = x.numel() // table.columns
-    if not vectors or not are_few(x, vectors):
+def _native_product(table: MatrixTable, q: Matrix, many: Product, x: Tensor) -> Tensor:
+    """Multiply by the kernels where they are quicker, else by `many`: x [..., columns] -> [..., rows]."""
+    if not can_take(x, table.columns):
         return many(x)
-    return table.multiply(x.reshape(vectors, table.columns)).view(*x.shape[:-1], table.rows)
+    flat = x.reshape(-1, table.columns)
+    if are_few(x, table.columns):
+        out = table.multiply(flat)
+    elif isinstance(q, Tensor | Quanto):
+        return many(x)
+    elif x.dtype == torch.bfloat16 and len(flat) < _TORCH_WINS and has_panels():
+        out = multiply_many(table, flat)
+    else:
+        out = _multiply_tiles(table, flat)
+    return out.view(*x.shape[:-1], table.rows)
+
+
+def _multiply_tiles(table: MatrixTable, x: Tensor) -> Tensor:
+    """X [vectors, columns] -> [vectors, rows], by torch, from rows that are dequantized a few at a time."""
+    out = x.new_empty(len(x), table.rows)
+    step = max(64, _NATIVE_TILE // table.columns)
+    for start in range(0, table.rows, step):
+        stop = min(start + step, table.rows)
+        out[:, start:stop] = linear(x, dequantize_rows(table, start, stop, x.dtype))
+    return out
 
 
 def plain_product(weight: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from lmx.core.config import ModelConfig
 from lmx.core.errors import InputError
 from lmx.core.heads import CausalHead
 from lmx.core.layers.activation import ACTIVATIONS
-from lmx.core.native.vector import are_few
+from lmx.core.native.matrix import answer_many, has_panels
+from lmx.core.native.vector import are_few, can_take, wants_gradient
 from lmx.quant.int8 import Int8
 from lmx.quant.matmul import Matrix, Product, QuantMatrix, choose_product, dequantize
 from lmx.quant.native import expert_table
@@ -102,11 +103,15 @@ class QuantExpertBank(nn.Module):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' answers, in the dtype of x.
 
-        Few tokens take one call of the CPU's kernels; many are sorted by expert, so that each expert that was hit is
-        dequantized once.
+        The CPU's kernels take all of it in one call. Else tokens are sorted by expert, so that each expert that was hit
+        is dequantized once.
         """
-        if self._table is not None and are_few(x, len(x)) and not (torch.is_grad_enabled() and weights.requires_grad):
-            return self._table.answer(x, ids, weights)
+        table = self._table
+        if table is not None and can_take(x, table.hidden) and not wants_gradient(weights):
+            if are_few(x, table.hidden):
+                return table.answer(x, ids, weights)
+            if x.dtype == torch.bfloat16 and has_panels():
+                return answer_many(table, x, ids, weights)
         top_k = ids.shape[-1]
         out = torch.zeros_like(x)
         order = ids.flatten().argsort(stable=True)  # [tokens * top_k], by expert

@@ -16,7 +16,7 @@ Stored = FourBit | Int8 | Quanto | Tensor
 def stored_matrix(q: Stored) -> StoredMatrix | None:
     """What the kernels are told about a matrix; None where they are absent or cannot read it as it is."""
     if isinstance(q, Tensor):
-        return StoredMatrix.kept(q.detach()) if can_multiply(q) else None
+        return StoredMatrix.kept(q) if can_multiply(q) else None
     if isinstance(q, Quanto) or q.device.type != "cpu" or library() is None:
         return None
     data = q.packed if isinstance(q, FourBit) else q.weight

@@ -28,7 +28,7 @@ def test_commands_run(line: str, tmp_path: Path) -> None:
     line = HUB_ID.sub(demo, line)
     words = shlex.split(line.split("|")[-1])[1:]
     short = ("-n", "8") if words[0] in ("chat", "generate") else ()
-    done = run_lmx(*words, *short, stdin="What is NF4?", cwd=tmp_path)
+    done = run_lmx(*words, *short, stdin="What is NF4?", cwd=tmp_path, env={"LMX_HOME": str(tmp_path / "home")})
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert "Traceback" not in done.stderr

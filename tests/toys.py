@@ -38,6 +38,17 @@ class ToyState:
     def rewinds(self) -> bool:
         return not self.recurrent
 
+    @property
+    def nbytes(self) -> int:
+        return 8 * sum(map(len, self.rows))
+
+    def part(self, start: int, end: int) -> "ToyState":
+        assert not self.recurrent
+        return ToyState([row[start:end] for row in self.rows], recurrent=False)
+
+    def extend(self, part: "ToyState") -> None:
+        self.rows = [row + more for row, more in zip(self.rows, part.rows, strict=True)]
+
     def clone(self) -> "ToyState":
         return ToyState([list(row) for row in self.rows], recurrent=self.recurrent)
 
@@ -170,7 +181,10 @@ class ToyText:
         reply_end = None
         if end is not None and self.with_reply_end:
             reply_end = next(n for n, (start, _) in enumerate(encoding.offsets) if start >= end)
-        return SimpleNamespace(text=text, ids=encoding.ids, reply_end=reply_end, system_merged=False)
+        end_char = None if reply_end is None else end
+        return SimpleNamespace(
+            text=text, ids=encoding.ids, reply_end=reply_end, reply_end_char=end_char, system_merged=False
+        )
 
 
 def toy_tokenizer() -> Tokenizer:

@@ -18,3 +18,4 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 ACTIVATION_NAMES = tuple(ACTIVATIONS)
+SILU_NAMES = tuple(name for name, activation in ACTIVATIONS.items() if activation is F.silu)

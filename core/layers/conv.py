@@ -1,7 +1,10 @@
 """The short causal convolution before a recurrence: one filter a channel; its state is the inputs it still needs."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lmx.core.native.scan import can_convolve, convolve
 
 # Elements that are convolved at a time, 1 MiB in float32 (32 steps of FalconMamba-7B), so that every tap but the first
 # finds its inputs in the cache.
@@ -9,7 +12,13 @@ BLOCK_ELEMENTS = 1 << 18
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, lengths: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    silu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y_t = bias + sum_j weight[:, j] x_{t - kernel + 1 + j}; inputs before the first come from `state`.
 
@@ -20,9 +29,20 @@ def causal_conv(
 
     `lengths` [batch]: how many of each row's inputs, counted from the front, are real (see `Compaction`). The state
     then holds the last real inputs of each row, and y behind them means nothing.
+
+    `silu`: y goes through silu.
     """
     if x.shape[1] == 0:
         return x, state
+    if lengths is None and can_convolve(x, weight, bias, state):
+        return convolve(x, weight, bias, state, silu)
+    y, recent = _in_torch(x, weight, bias, state, lengths)
+    return F.silu(y) if silu else y, recent
+
+
+def _in_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if x.shape[1] == 1 and lengths is None:
         return _step(x, weight, bias, state)
     recent = _last_inputs(x, state) if lengths is None else _last_real_inputs(x, state, lengths)

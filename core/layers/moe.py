@@ -1,12 +1,14 @@
 """Mixture of experts: the router's choice, the bank of experts, and the load balancing loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmx.core.layers.activation import ACTIVATIONS
+from lmx.core.native.router import can_route, route_natively
 from lmx.core.native.vector import ExpertTable, StoredMatrix, are_few, can_multiply
 
 
@@ -16,6 +18,8 @@ def route(router_logits: Tensor, top_k: int, normalize: float | None) -> tuple[T
     router_logits: [tokens, experts]; normalize: the p of the norm, or None to leave the probabilities as they are.
     Returns the experts' ids [tokens, top_k] and their weights [tokens, top_k] in float32.
     """
+    if can_route(router_logits, normalize):
+        return route_natively(router_logits, top_k, normalize)
     probabilities = F.softmax(router_logits.float(), dim=-1)
     weights, ids = torch.topk(probabilities, top_k, dim=-1)
     if normalize is not None:
@@ -142,17 +146,17 @@ class ExpertBank(nn.Module):
         self.up = nn.ParameterList(torch.empty(inner, hidden) for _ in range(experts))
         self.down = nn.ParameterList(torch.empty(hidden, inner) for _ in range(experts))
         self._table: ExpertTable | None = None
-        self._table_of: tuple[int, ...] = ()
+        self._place: tuple[int, ...] = ()
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' answers."""
-        gate, up, down = list(self.gate), list(self.up), list(self.down)
+        gate, up, down = _matrices(self.gate), _matrices(self.up), _matrices(self.down)
         if torch.is_grad_enabled():
             return run_experts(x, ids, weights, gate, up, down, self.activation)
         # The choice of experts is data: inside a compiled graph it must be one opaque operation.
         if torch.compiler.is_compiling():
             return torch.ops.lmx.experts(x, ids, weights, gate, up, down, self.activation)
-        if are_few(x, len(x)):
+        if are_few(x, gate[0].shape[1]):
             table = self._native_table(gate, up, down)
             if table is not None:
                 return table.answer(x, ids, weights)
@@ -161,10 +165,29 @@ class ExpertBank(nn.Module):
 
     def _native_table(self, gate: list[Tensor], up: list[Tensor], down: list[Tensor]) -> ExpertTable | None:
         """What the kernels are told, once for as long as the matrices stay where they are."""
-        place = tuple(matrix.data_ptr() for matrix in (*gate, *up, *down))
-        if place != self._table_of:
-            self._table_of = place
-            banks = [[StoredMatrix.kept(matrix.detach()) for matrix in matrices] for matrices in (gate, up, down)]
-            narrow = all(can_multiply(matrix) and matrix.element_size() == 2 for matrix in (*gate, *up, *down))
-            self._table = ExpertTable(list(zip(*banks, strict=True)), self.activation) if narrow else None
+        matrices = (*gate, *up, *down)
+        place = tuple(matrix.data_ptr() for matrix in matrices)
+        if place != self._place:
+            narrow = all(can_multiply(matrix) and matrix.element_size() == 2 for matrix in matrices)
+            self._table = _make_table(gate, up, down, self.activation) if narrow else None
+            self._place = place
         return self._table
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the table, which a copy makes of its own tensors."""
+        return {**self.__dict__, "_table": None, "_place": ()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpertBank":
+        self._table, self._place = None, ()  # it holds the tensors that it was made of
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def _make_table(gate: list[Tensor], up: list[Tensor], down: list[Tensor], activation: str) -> ExpertTable:
+    banks = [[StoredMatrix.kept(matrix.detach()) for matrix in matrices] for matrices in (gate, up, down)]
+    return ExpertTable(list(zip(*banks, strict=True)), activation)
+
+
+def _matrices(experts: nn.ParameterList) -> list[Tensor]:
+    """What `list(experts)` is, in a hundredth of the time: a decode step asks for hundreds."""
+    return cast(list[Tensor], list(experts._parameters.values()))

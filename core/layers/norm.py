@@ -1,13 +1,25 @@
 """Root-mean-square normalisation (arXiv 1910.07467): `x / sqrt(mean(x^2) + eps)` over the last dimension."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lmx.core.native.attention import Scale
+from lmx.core.native.norm import can_normalise, rms_norm, rms_norm_parts, serves
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
     """Normalise [..., width]; computed in float32 at least, returned in x's dtype."""
     return F.rms_norm(x, x.shape[-1:], None, eps)
+
+
+def rms_normalise_parts(x: Tensor, sizes: Sequence[int], eps: float) -> tuple[Tensor, ...]:
+    """Cut [..., sum of sizes] into parts and normalise each by itself."""
+    if serves(x) and x.is_contiguous():
+        return rms_norm_parts(x, sizes, eps).split(sizes, -1)
+    return tuple(rms_normalise(part, eps) for part in x.split(sizes, -1))
 
 
 class RMSNorm(nn.Module):
@@ -21,8 +33,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
+    @property
+    def scale(self) -> Scale:
+        """What a kernel must know to do the same."""
+        return Scale(self.weight, self.eps)
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last dimension."""
+        if can_normalise(x, self.weight) and x.dtype == self.weight.dtype:
+            return rms_norm(x, self.weight, self.eps)
         return self.weight * rms_normalise(x, self.eps)
 
 
@@ -36,4 +55,6 @@ class OffsetRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last dimension."""
+        if can_normalise(x, self.weight) and x.dtype == self.weight.dtype:
+            return rms_norm(x, self.weight, self.eps, offset=True)
         return (rms_normalise(x.float(), self.eps) * (1.0 + self.weight.float())).to(x.dtype)

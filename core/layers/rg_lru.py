@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmx.core.layers.derived import Derived
 from lmx.core.layers.linear_recurrence import rg_lru
 from lmx.core.layers.padding import Compaction
+from lmx.core.native.recurrence import MAX_ROWS, can_recur, recur, recur_step
 
 _LARGEST_SQRT_GRADIENT = 1000.0
 
@@ -32,6 +34,11 @@ def bounded_sqrt(x: Tensor) -> Tensor:
     return cast(Tensor, _BoundedSqrt.apply(x))  # type: ignore[no-untyped-call]
 
 
+def _exponents(recurrent_param: Tensor) -> Tensor:
+    """log2(a) where the recurrent gate is open, in float32."""
+    return F.softplus(recurrent_param.float()) * (-8.0 / math.log(2))
+
+
 class RGLRU(nn.Module):
     """The real-gated linear recurrent unit (arXiv 2402.19427, section 2.4); gates are block-diagonal by heads."""
 
@@ -43,16 +50,46 @@ class RGLRU(nn.Module):
         self.input_gate_bias = nn.Parameter(torch.empty(heads, part))
         self.recurrent_gate_weight = nn.Parameter(torch.empty(heads, part, part))
         self.recurrent_gate_bias = nn.Parameter(torch.empty(heads, part))
+        self._rate = Derived(_exponents)
 
-    def forward(self, x: Tensor, reset: Tensor, compaction: Compaction | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, gate: Tensor | None, reset: Tensor, compaction: Compaction | None, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Run the recurrence in float32.
 
-        x: [batch, length, width]; reset: [batch or 1, length] bool, True where a text begins; state: [batch, width].
+        x: [batch, length, width]; gate: what to multiply the outputs with, of the same shape, or None;
+        reset: [batch or 1, length] bool, True where a text begins; state: [batch, width].
         Returns the outputs in x's dtype and the state after the last token.
         """
-        heads = x.unflatten(-1, self.input_gate_weight.shape[:2]).flatten(0, 1).transpose(0, 1)
-        input_gate = _gate(heads, self.input_gate_weight, self.input_gate_bias, x.shape)
-        recurrent_gate = _gate(heads, self.recurrent_gate_weight, self.recurrent_gate_bias, x.shape)
+        input_gate = self.input_gate_weight, self.input_gate_bias
+        recurrent_gate = self.recurrent_gate_weight, self.recurrent_gate_bias
+        if can_recur(x, state, *input_gate, *recurrent_gate):
+            return self._natively(x, gate, reset, compaction, state)
+        h, last = self._in_torch(x, reset, compaction, state)
+        return h if gate is None else gate * h, last
+
+    def _natively(
+        self, x: Tensor, gate: Tensor | None, reset: Tensor, compaction: Compaction | None, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        input_gate = self.input_gate_weight, self.input_gate_bias
+        recurrent_gate = self.recurrent_gate_weight, self.recurrent_gate_bias
+        rate = self._rate.of(self.recurrent_param)
+        if x.shape[1] == 1 and len(x) <= MAX_ROWS and compaction is None:
+            return recur_step(x, input_gate, recurrent_gate, rate, reset, state, gate)
+        heads = self._heads(x)
+        products = _product(heads, *input_gate), _product(heads, *recurrent_gate)
+        return recur(x, products, rate, reset, state, gate, None if compaction is None else compaction.lengths)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[batch, length, width] -> [heads, batch * length, width of one]."""
+        return x.unflatten(-1, self.input_gate_weight.shape[:2]).flatten(0, 1).transpose(0, 1)
+
+    def _in_torch(
+        self, x: Tensor, reset: Tensor, compaction: Compaction | None, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        heads = self._heads(x)
+        input_gate = _gate(_product(heads, self.input_gate_weight, self.input_gate_bias), x.shape)
+        recurrent_gate = _gate(_product(heads, self.recurrent_gate_weight, self.recurrent_gate_bias), x.shape)
         log_a = -8.0 * recurrent_gate * F.softplus(self.recurrent_param.float())
         kept = 1.0 - torch.exp(2.0 * log_a)
         # With gradients off the plain root is the same, and opens the way to a compiled graph.
@@ -78,6 +115,11 @@ class RGLRU(nn.Module):
         self.recurrent_param.copy_(square.log().mul(0.5).neg().expm1().log())
 
 
-def _gate(heads: Tensor, weight: Tensor, bias: Tensor, shape: torch.Size) -> Tensor:
-    """heads: [heads, batch * length, width of one] -> a gate in float32 of the shape [batch, length, width]."""
-    return torch.baddbmm(bias[:, None], heads, weight).transpose(0, 1).reshape(shape).float().sigmoid()
+def _product(heads: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """heads: [heads, batch * length, width of one] -> the same, through each head's own matrix."""
+    return torch.baddbmm(bias[:, None], heads, weight)
+
+
+def _gate(product: Tensor, shape: torch.Size) -> Tensor:
+    """product: [heads, batch * length, width of one] -> a gate in float32 of the shape [batch, length, width]."""
+    return product.transpose(0, 1).reshape(shape).float().sigmoid()

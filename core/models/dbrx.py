@@ -15,7 +15,6 @@ from lmx.core.config import ConfigReader, ModelConfig, RopeConfig, count_labels
 from lmx.core.decoder import AttentionCall, Decoder, Inputs, plan_attention
 from lmx.core.kv_cache import AttentionCache, KVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES
-from lmx.core.layers.attention import clip
 from lmx.core.layers.initialise import initialise_normal
 from lmx.core.layers.linear import Linear
 from lmx.core.layers.moe import ExpertBank, jitter, route
@@ -146,6 +145,11 @@ class DbrxConfig(ModelConfig):
         return self.max_seq_len
 
     @property
+    def attention_width(self) -> int:
+        """Channels of all query heads of a layer together."""
+        return self.heads * self.head_dim
+
+    @property
     def experts_to_choose(self) -> int:
         """How many experts a token is sent to."""
         return self.ffn.experts_per_token
@@ -161,17 +165,17 @@ class Attention(nn.Module):
 
     def __init__(self, config: DbrxConfig) -> None:
         super().__init__()
-        self.head_dim, self.heads, self.kv_heads = config.head_dim, config.heads, config.attention.kv_heads
-        self.limit, self.dropout = config.attention.clip_qkv, config.attention.dropout
-        wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.qkv = Linear(config.hidden_size, wide + 2 * narrow, bias=False)
+        self.head_dim, self.limit, self.dropout = config.head_dim, config.attention.clip_qkv, config.attention.dropout
+        wide, narrow = config.heads * config.head_dim, config.attention.kv_heads * config.head_dim
+        self.widths = (wide, narrow, narrow)
+        self.qkv = Linear(config.hidden_size, sum(self.widths), bias=False)
         self.o = Linear(wide, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
-        fused = clip(self.qkv(x), self.limit).view(*x.shape[:2], -1, self.head_dim)  # [batch, length, heads, head_dim]
-        query, key, value = fused.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        return self.o(call.attend(query, key, value, cache, self.dropout if self.training else 0.0))
+        query, key, value = self.qkv(x).split(self.widths, dim=-1)
+        dropout = self.dropout if self.training else 0.0
+        return self.o(call.attend(query, key, value, cache, self.head_dim, limit=self.limit, dropout=dropout))
 
 
 class SparseMLP(nn.Module):

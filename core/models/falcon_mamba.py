@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from lmx.core.config import ConfigReader, ModelConfig, count_labels
 from lmx.core.decoder import Call, Decoder, Inputs
-from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS
+from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS, SILU_NAMES
 from lmx.core.layers.conv import causal_conv
+from lmx.core.layers.derived import Derived
 from lmx.core.layers.initialise import initialise_normal
-from lmx.core.layers.linear import Linear
-from lmx.core.layers.norm import RMSNorm, rms_normalise
+from lmx.core.layers.linear import Linear, linear
+from lmx.core.layers.norm import RMSNorm, rms_normalise_parts
 from lmx.core.layers.padding import Compaction
 from lmx.core.layers.scan import selective_scan
 from lmx.core.names import NameTable, Rename
+from lmx.core.native.scan import can_scan, gated_scan
 from lmx.core.recurrent_state import MambaState
 from lmx.core.registry import Family
 from lmx.core.state import Span, State
@@ -98,18 +100,9 @@ class FalconMambaConfig(ModelConfig):
         return config
 
 
-@dataclass(frozen=True)
-class _Rates:
-    """A, and which A_log it was made of: `source` shares its memory, which nothing else can then take."""
-
-    source: Tensor
-    version: int
-    A: Tensor
-
-    def are_of(self, A_log: Tensor) -> bool:
-        """Whether the weight is still where it was, and has not been written to."""
-        place = (self.source.data_ptr(), self.source.dtype, self.version)
-        return place == (A_log.data_ptr(), A_log.dtype, A_log._version)
+def _rates(A_log: Tensor) -> Tensor:
+    """A [inner, state] in float32: computing it is a fifth of a decode step beside the products, so it is kept."""
+    return -torch.exp(A_log.float())
 
 
 class Mixer(nn.Module):
@@ -129,7 +122,8 @@ class Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(inner, states))
         self.D = nn.Parameter(torch.empty(inner))
         self.out_proj = Linear(inner, config.hidden_size, bias=config.use_bias)
-        self._kept_rates: _Rates | None = None
+        self._A = Derived(_rates)
+        self._conv_has_silu = config.activation in SILU_NAMES
 
     def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> MambaState:
         """Zeros: no inputs seen, nothing remembered."""
@@ -145,30 +139,30 @@ class Mixer(nn.Module):
         x, gate = x.chunk(2, dim=-1)  # [batch, length, inner] each
         before = state if state is not None else self.empty_state(x.shape[0], x.dtype, x.device)
         lengths = None if compaction is None else compaction.lengths
-        x, conv = causal_conv(x, self.conv_weight.squeeze(1), self.conv_bias, before.conv, lengths)
-        x = self.act(x)
-        y, ssm = self._scan(x, compaction, before.hidden)
+        taps, silu = self.conv_weight.squeeze(1), self._conv_has_silu
+        x, conv = causal_conv(x, taps, self.conv_bias, before.conv, lengths, silu=silu)
+        y, ssm = self._scan(x if silu else self.act(x), gate, compaction, before.hidden)
         if state is not None:
             state.keep(conv, ssm)
-        # The gate is silu whatever `hidden_act` says, as in Mamba's kernels and transformers 5.
-        y = (y.addcmul_(x, self.D) * F.silu(gate)).to(x.dtype)
         return self.out_proj(y if compaction is None else compaction.unpack(y))
 
-    def _scan(self, x: Tensor, compaction: Compaction | None, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The scan's answer [batch, length, inner] in float32 and its new state."""
-        dt, B, C = (rms_normalise(part, self.eps) for part in self.x_proj(x).split(self.sizes, dim=-1))
-        delta = F.softplus(F.linear(dt, self.dt_proj.weight).float().add_(self.dt_proj.bias))
+    def _scan(self, x: Tensor, gate: Tensor, compaction: Compaction | None, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The gated answer of the scan [batch, length, inner] and its new state.
+
+        The gate is silu whatever `hidden_act` says, as in Mamba's kernels and transformers 5.
+        """
+        dt, B, C = rms_normalise_parts(self.x_proj(x), self.sizes, self.eps)
+        raw, bias = linear(dt, self.dt_proj.weight), self.dt_proj.bias
+        A = self._A.of(self.A_log)
+        if can_scan(x, raw, bias, self.D, A, hidden):
+            lengths = None if compaction is None else compaction.lengths
+            hidden = hidden.contiguous()  # written to in place: it is the state's own
+            return gated_scan(raw, bias, x, gate, A, B, C, self.D, hidden, lengths, hidden)
+        delta = F.softplus(raw.float().add_(bias))
         if compaction is not None:
             delta = compaction.fill_tail(delta, 0.0)
-        return selective_scan(x, delta, self._rates(), B, C, hidden)
-
-    def _rates(self) -> Tensor:
-        """A = -exp(A_log) [inner, state] in float32: a fifth of a decode step beside the products, so it is kept."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.A_log.is_inference():
-            return -torch.exp(self.A_log.float())
-        if self._kept_rates is None or not self._kept_rates.are_of(self.A_log):
-            self._kept_rates = _Rates(self.A_log.detach(), self.A_log._version, -torch.exp(self.A_log.float()))
-        return self._kept_rates.A
+        y, hidden = selective_scan(x, delta, A, B, C, hidden)
+        return (y.addcmul_(x, self.D) * F.silu(gate)).to(x.dtype), hidden
 
 
 class Block(nn.Module):
@@ -221,7 +215,8 @@ class FalconMambaDecoder(Decoder[MambaState]):
             _initialise_mixer(layer.mixer, self._config)
 
 
-def _initialise_mixer(mixer: Mixer, config: FalconMambaConfig) -> None:
+def initialise_scan(mixer: Mixer, config: FalconMambaConfig) -> None:
+    """What no normal distribution will do for: A = -(1 .. state), D = 1 and log-uniform step sizes."""
     rates = torch.arange(1, config.state_size + 1, dtype=torch.float32)
     mixer.A_log.copy_(rates.log().expand_as(mixer.A_log))
     mixer.D.fill_(1.0)
@@ -234,6 +229,10 @@ def _initialise_mixer(mixer: Mixer, config: FalconMambaConfig) -> None:
     low, high = math.log(step.smallest), math.log(step.largest)
     dt = torch.exp(torch.rand(config.intermediate_size) * (high - low) + low).clamp(min=step.floor)
     mixer.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+
+def _initialise_mixer(mixer: Mixer, config: FalconMambaConfig) -> None:
+    initialise_scan(mixer, config)
     nn.init.kaiming_uniform_(mixer.conv_weight, a=math.sqrt(5))
     if mixer.conv_bias is not None:
         mixer.conv_bias.zero_()

@@ -84,6 +84,11 @@ class MixtralConfig(ModelConfig):
         return self.max_position_embeddings
 
     @property
+    def attention_width(self) -> int:
+        """Channels of all query heads of a layer together."""
+        return self.heads * self.head_dim
+
+    @property
     def experts_to_choose(self) -> int:
         """How many experts a token is sent to."""
         return self.experts_per_token
@@ -108,9 +113,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        query, key, value = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
-        return self.o(call.attend(query, key, value, cache, self.dropout if self.training else 0.0))
+        dropout = self.dropout if self.training else 0.0
+        return self.o(call.attend(self.q(x), self.k(x), self.v(x), cache, self.head_dim, dropout=dropout))
 
 
 class SparseMLP(nn.Module):

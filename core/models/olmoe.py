@@ -11,7 +11,6 @@ from lmx.core.config import ConfigReader, ModelConfig, RopeConfig, count_labels
 from lmx.core.decoder import AttentionCall, Decoder, Inputs, plan_attention
 from lmx.core.kv_cache import AttentionCache, KVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES
-from lmx.core.layers.attention import clip
 from lmx.core.layers.initialise import initialise_normal
 from lmx.core.layers.linear import Linear
 from lmx.core.layers.moe import ExpertBank, route
@@ -88,6 +87,11 @@ class OlmoeConfig(ModelConfig):
         return self.max_position_embeddings
 
     @property
+    def attention_width(self) -> int:
+        """Channels of all query heads of a layer together."""
+        return self.heads * self.head_dim
+
+    @property
     def experts_to_choose(self) -> int:
         """How many experts a token is sent to."""
         return self.experts_per_token
@@ -115,10 +119,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        query, key, value = self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x)
-        query, key, value = (clip(states, self.limit).view(heads) for states in (query, key, value))
-        return self.o(call.attend(query, key, value, cache, self.dropout if self.training else 0.0))
+        dropout = self.dropout if self.training else 0.0
+        query, key, value = self.q(x), self.k(x), self.v(x)
+        norms = self.q_norm, self.k_norm
+        answer = call.attend(query, key, value, cache, self.head_dim, norms=norms, limit=self.limit, dropout=dropout)
+        return self.o(answer)
 
 
 class SparseMLP(nn.Module):

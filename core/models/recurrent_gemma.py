@@ -109,6 +109,11 @@ class RecurrentGemmaConfig(ModelConfig):
         return int(self.head_dim * self.rope.fraction)
 
     @property
+    def attention_width(self) -> int:
+        """Channels of all query heads of a layer together."""
+        return self.heads * self.head_dim
+
+    @property
     def logits_soft_cap(self) -> float | None:
         """Logits are squashed to (-cap, cap)."""
         return self.soft_cap
@@ -128,9 +133,8 @@ class LocalAttention(nn.Module):
 
     def forward(self, x: Tensor, call: AttentionCall, cache: WindowKVCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        query, key, value = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
-        return self.o(call.attend(query, key, value, cache, self.dropout if self.training else 0.0))
+        dropout = self.dropout if self.training else 0.0
+        return self.o(call.attend(self.q(x), self.k(x), self.v(x), cache, self.head_dim, dropout=dropout))
 
 
 class RecurrentBlock(nn.Module):
@@ -162,10 +166,11 @@ class RecurrentBlock(nn.Module):
             branch = compaction.pack(branch)
             reset = compaction.pack(reset.expand(x.shape[:2]))
         branch, conv = causal_conv(branch, self.conv_weight.squeeze(1), self.conv_bias, before.conv, lengths)
-        branch, lru = self.rg_lru(branch, reset, compaction, before.hidden)
+        packed = None if compaction is not None else gate
+        branch, lru = self.rg_lru(branch, packed, reset, compaction, before.hidden)
         if state is not None:
             state.keep(conv, lru)
-        return self.linear_out(gate * (branch if compaction is None else compaction.unpack(branch)))
+        return self.linear_out(branch if compaction is None else gate * compaction.unpack(branch))
 
 
 class GatedMLP(nn.Module):

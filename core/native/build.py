@@ -11,8 +11,21 @@ from pathlib import Path
 
 LIBRARY_NAME = "liblmx_native.so"
 _HERE = Path(__file__).parent
-# -fno-math-errno lets the compiler vectorise sqrt; NaN and infinity keep their meaning.
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra")
+# -fno-math-errno lets the compiler vectorise sqrt; NaN and infinity keep their meaning. Nothing is fused that torch
+# does not fuse, so that values come out bit for bit alike.
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+)
+# GCC 12 takes the undefined registers of its own headers for ours.
+_QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 
 
 def compilers() -> list[str]:
@@ -28,7 +41,7 @@ def build(target: Path, compiler: str) -> None:
     sources = sorted(str(path) for path in (_HERE / "src").glob("*.cpp"))
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     for openmp in (["-fopenmp"], []):
-        command = [compiler, *_FLAGS, *openmp, *sources, "-o", str(partial), "-lm"]
+        command = [compiler, *_FLAGS, *_QUIET, *openmp, *sources, "-o", str(partial), "-lm"]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode == 0:
             partial.replace(target)

@@ -1,7 +1,7 @@
 """A few vectors times matrices, and through banks of experts, on the bytes as a checkpoint holds them."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -16,7 +16,7 @@ from lmx.core.native.operation import DTYPE_CODES, define
 MAX_VECTORS = 4
 _WORDS = 10
 # As in src/prepare.h.
-_ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
+ACTIVATION_CODES = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 
 
 class Kind(IntEnum):
@@ -29,6 +29,7 @@ class Kind(IntEnum):
     F16 = 4
 
 
+_Function = Callable[..., int | None]
 _KEPT = {torch.bfloat16: Kind.BF16, torch.float32: Kind.F32, torch.float16: Kind.F16}
 
 
@@ -88,9 +89,29 @@ def can_multiply(weight: Tensor) -> bool:
     return weight.is_cpu and weight.dtype in _KEPT and weight.is_contiguous() and library() is not None
 
 
-def are_few(x: Tensor, vectors: int) -> bool:
-    """Whether these activations, `vectors` of them, are the kernels' business: few, and no gradient is asked for."""
-    return vectors <= MAX_VECTORS and x.dtype in DTYPE_CODES and not (torch.is_grad_enabled() and x.requires_grad)
+def wants_gradient(x: Tensor) -> bool:
+    """Whether autograd must see what is done with x."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def can_take(x: Tensor, columns: int) -> bool:
+    """Whether x [..., columns] is the kernels' business: on the CPU, not empty, and no gradient is asked for."""
+    return x.is_cpu and x.shape[-1] == columns and x.numel() > 0 and x.dtype in DTYPE_CODES and not wants_gradient(x)
+
+
+def are_few(x: Tensor, columns: int) -> bool:
+    """Whether x [..., columns] is the kernels' business and one to four vectors."""
+    return x.numel() <= MAX_VECTORS * columns and can_take(x, columns)
+
+
+def multiply_kept(weight: Tensor, x: Tensor) -> Tensor:
+    """X [..., columns] times a matrix [rows, columns] -> [..., rows]; for what `are_few` and `can_multiply` allow."""
+    rows, columns = weight.shape
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], rows)
+    kind, code, vectors = _KEPT[weight.dtype].value, DTYPE_CODES[x.dtype], x.numel() // columns
+    _functions().kept(weight.data_ptr(), rows, columns, kind, x.data_ptr(), code, vectors, out.data_ptr())
+    return out
 
 
 class MatrixTable:
@@ -102,6 +123,10 @@ class MatrixTable:
         self.columns = matrices[0].columns
         self.rows = sum(matrix.rows for matrix in matrices)
 
+    def __reduce__(self) -> tuple[type["MatrixTable"], tuple[tuple[StoredMatrix, ...]]]:
+        """A copy has tensors of its own, and so addresses of its own."""
+        return MatrixTable, (self._matrices,)
+
     def multiply(self, x: Tensor) -> Tensor:
         """X [vectors, columns] -> [vectors, sum of rows] of the same dtype; up to MAX_VECTORS vectors."""
         # Past the dispatcher where nothing watches: it takes longer than all else around a small product.
@@ -110,48 +135,68 @@ class MatrixTable:
         return out
 
 
+Expert = tuple[StoredMatrix, StoredMatrix, StoredMatrix]
+
+
 class ExpertTable:
     """The gate, up and down matrices of a bank of experts, for one call a layer; keeps their tensors alive."""
 
-    def __init__(self, experts: Sequence[tuple[StoredMatrix, StoredMatrix, StoredMatrix]], activation: str) -> None:
+    def __init__(self, experts: Sequence[Expert], activation: str) -> None:
         self._experts = tuple(experts)
         self.words = torch.tensor([[m.words() for m in expert] for expert in experts], dtype=torch.int64)
-        self.activation = _ACTIVATIONS[activation]
+        self.activation = activation
+        self.hidden = experts[0][0].columns
+
+    def __reduce__(self) -> tuple[type["ExpertTable"], tuple[tuple[Expert, ...], str]]:
+        """As of `MatrixTable`."""
+        return ExpertTable, (self._experts, self.activation)
 
     def answer(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """X [tokens, hidden], ids int64 and weights float32 [tokens, top_k] -> the weighted sums [tokens, hidden]."""
+        """X [tokens, hidden], ids int64 and weights [tokens, top_k] -> the weighted sums [tokens, hidden].
+
+        Raises IndexError for the id of no expert.
+        """
         call = _experts if torch.compiler.is_compiling() else _experts_cpu
-        out: Tensor = call(self.words, x, ids, weights, self.activation)
+        out: Tensor = call(self.words, x, ids, weights, ACTIVATION_CODES[self.activation])
         return out
 
 
+@dataclass(frozen=True)
+class _Functions:
+    multiply: _Function
+    kept: _Function
+    experts: _Function
+
+
 @cache
-def _functions() -> tuple["ctypes._NamedFuncPointer", "ctypes._NamedFuncPointer"]:
+def _functions() -> _Functions:
     found = library()
     if found is None:
         raise RuntimeError("the kernels are not there: ask library() first")
     pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    multiply, experts = found.lmx_multiply, found.lmx_experts
+    multiply, kept, experts = found.lmx_multiply, found.lmx_multiply_kept, found.lmx_experts
     multiply.argtypes = [pointer, long, pointer, number, long, long, pointer]
-    experts.argtypes = [pointer, pointer, number, long, pointer, pointer, long, number, pointer]
-    multiply.restype = experts.restype = None
-    return multiply, experts
+    kept.argtypes = [pointer, long, long, long, pointer, number, long, pointer]
+    experts.argtypes = [pointer, long, pointer, number, long, pointer, pointer, long, number, pointer]
+    multiply.restype = kept.restype = None
+    return _Functions(multiply, kept, experts)
 
 
 def _multiply_cpu(table: Tensor, x: Tensor, rows: int) -> Tensor:
     x = x.contiguous()
     out = x.new_empty(len(x), rows)
     code = DTYPE_CODES[x.dtype]
-    _functions()[0](table.data_ptr(), len(table), x.data_ptr(), code, len(x), rows, out.data_ptr())
+    _functions().multiply(table.data_ptr(), len(table), x.data_ptr(), code, len(x), rows, out.data_ptr())
     return out
 
 
 def _experts_cpu(table: Tensor, x: Tensor, ids: Tensor, weights: Tensor, activation: int) -> Tensor:
-    x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
+    x, ids, weights = x.contiguous(), ids.long().contiguous(), weights.float().contiguous()
     out = torch.empty_like(x)
-    addresses = table.data_ptr(), x.data_ptr()
+    vectors = x.data_ptr(), DTYPE_CODES[x.dtype], len(x)
     chosen = ids.data_ptr(), weights.data_ptr(), ids.shape[1]
-    _functions()[1](*addresses, DTYPE_CODES[x.dtype], len(x), *chosen, activation, out.data_ptr())
+    if _functions().experts(table.data_ptr(), len(table), *vectors, *chosen, activation, out.data_ptr()):
+        raise IndexError(f"experts {ids.tolist()} of a bank of {len(table)}")
     return out
 
 

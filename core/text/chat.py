@@ -33,11 +33,14 @@ class ChatEncoder:
         sealed = self._seal(rendered, stand_ins)
         encoding, ids = self._encode(sealed)
         place = self._reply_place(escaped, rendered, add_generation_prompt, stand_ins)
-        reply_end = None
-        if place is not None:
-            before, after = self._seal(rendered[:place], stand_ins), self._seal(rendered[place:], stand_ins)
-            reply_end = _token_border(encoding, len(before)) if before + after == sealed else None
-        return EncodedChat(stand_ins.restore(rendered), ids, reply_end, merged)
+        end = None if place is None else self._border(rendered, place, sealed, encoding, stand_ins)
+        end_char = None if place is None or end is None else len(stand_ins.restore(rendered[:place]))
+        return EncodedChat(stand_ins.restore(rendered), ids, end, end_char, merged)
+
+    def _border(self, rendered: str, place: int, sealed: str, encoding: Encoding, stand_ins: StandIns) -> int | None:
+        """The token that begins at a place of the rendering, if one does."""
+        before, after = self._seal(rendered[:place], stand_ins), self._seal(rendered[place:], stand_ins)
+        return _token_border(encoding, len(before)) if before + after == sealed else None
 
     def _escape(self, messages: Sequence[Message], stand_ins: StandIns) -> list[Message]:
         return [

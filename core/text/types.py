@@ -60,14 +60,16 @@ class EncodedChat:
     """A conversation as the model reads it.
 
     `text` is the rendered conversation and `ids` its tokens. `ids[reply_end:]` is what the template puts after the
-    last assistant message's words: a session that keeps the tokens the model really produced appends only these.
-    None where there is no such message, where a token straddles the end of its words, or where the template rewrites
-    them. `system_merged`: the template takes no system role, so that text now opens the first user turn.
+    last assistant message's words, `text[reply_end_char:]` in the text: a session that keeps the tokens the model
+    really produced appends only these. Both are None where there is no such message, where a token straddles the end of
+    its words, or where the template rewrites them. `system_merged`: the template takes no system role, so that text now
+    opens the first user turn.
     """
 
     text: str
     ids: list[int]
     reply_end: int | None
+    reply_end_char: int | None
     system_merged: bool
 
 

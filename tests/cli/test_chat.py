@@ -33,8 +33,11 @@ def reference(checkpoint: Path) -> Callable[[list[dict[str, str]]], list[int]]:
     return encode
 
 
-def test_turns_are_one_conversation_and_only_new_tokens_are_computed(answers: Chat) -> None:
-    first, second, third = answers("-p", "Hello", "-p", "And you?", "--prompt", "Paris", *SHORT)
+def test_turns_are_one_conversation_and_only_new_tokens_are_computed(lmx: Any) -> None:
+    """With the demo model, whose answers are what its template says again: of random weights they are not."""
+    turns = ("-p", "Hello", "-p", "What is NF4?", "--prompt", "Thank you")
+    ran = lmx("chat", *turns, "--json", "--temperature", 0)
+    first, second, third = [json.loads(line) for line in ran.out.splitlines()]
     for before, after in ((first, second), (second, third)):
         kept = before["prompt_ids"] + before["token_ids"]
         assert after["prompt_ids"][: len(kept)] == kept
@@ -67,13 +70,15 @@ def test_messages_answer_the_last_turn(answers: Chat, reference: Any, tmp_path: 
 
 
 def test_a_system_message_is_merged_where_the_template_has_no_such_role(
-    answers: Chat, reference: Any, tmp_path: Path
+    lmx: Any, checkpoint: Path, answers: Chat, reference: Any, tmp_path: Path
 ) -> None:
     merged = reference([{"role": "user", "content": "Be brief\n\nHello"}])
     file = tmp_path / "system.txt"
     file.write_text("Be brief\n")
-    assert answers("-p", "Hello", "--system", "Be brief", "-n", 0)[0]["prompt_ids"] == merged
-    assert answers("-p", "Hello", "--system-file", file, "-n", 0)[0]["prompt_ids"] == merged
+    assert answers("-p", "Hello", "--system", "Be brief", "-n", 0, "-q")[0]["prompt_ids"] == merged
+    assert answers("-p", "Hello", "--system-file", file, "-n", 0, "-q")[0]["prompt_ids"] == merged
+    ran = lmx("chat", checkpoint, "-p", "Hello", "--system", "Be brief", "-n", 0)
+    assert "no system role" in ran.err
 
 
 def test_plain_output_is_a_line_an_answer(lmx: Any, answers: Chat, checkpoint: Path) -> None:
@@ -113,8 +118,20 @@ def test_without_n_the_answer_may_fill_the_context(answers: Chat) -> None:
         assert answer["prompt_tokens"] + answer["generated_tokens"] == 2048
 
 
+def test_on_full_drop_goes_on_where_stop_refuses(lmx: Any, answers: Chat, checkpoint: Path) -> None:
+    turns = [word for _ in range(3) for word in ("-p", "a b " * 330)]  # some 800 tokens of 2,048 each
+    stopped = lmx("chat", checkpoint, *turns, *SHORT)
+    assert (stopped.code, "tokens long" in stopped.err) == (3, True)
+    ran = lmx("chat", checkpoint, *turns, *SHORT, "--on-full", "drop", "--json")
+    assert ran.code == 0
+    assert len(ran.out.splitlines()) == 3
+    assert "no longer reads the first" in ran.err
+
+
 REFUSED = [
-    (("--on-full", "drop", "-p", "x"), "--on-full drop"),
+    (("--on-full", "keep", "-p", "x"), "--on-full"),
+    (("--session", "../x", "-p", "x"), "'../x'"),
+    (("--session", "x", "--messages", "m.json"), "--session"),
     (("-p", "x", "--messages", "m.json"), "--messages"),
     (("-p", "x", "--system", "a", "--system-file", "b"), "--system-file"),
     (("-p", "x", "--json", "--jsonl"), "--jsonl"),

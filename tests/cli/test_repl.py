@@ -2,18 +2,21 @@
 
 from collections.abc import Generator
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 
 from lmx.cli.repl import Repl
 from lmx.core.answer import Event, Finished, Token
+from lmx.core.session import Message
 
 
 class Session:
     """Answers the second message; the first is interrupted inside the model."""
 
-    system_merged, context_used, context_length = False, 3, None
+    system_merged, context_used, context_length, left_out, is_nearly_full = False, 3, None, 0, False
+    waiting: ClassVar[list[Message]] = []
+    save_error = None
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -29,13 +32,14 @@ class Session:
 def test_a_second_ctrl_c_keeps_the_chat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     lines = iter(["first", "second"])
 
-    def read() -> str:
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
+    class Reader:
+        def read(self, offered: str = "") -> str:
+            try:
+                return next(lines)
+            except StopIteration:
+                raise EOFError from None
 
-    monkeypatch.setattr("lmx.cli.repl.open_reader", lambda *, plain: read)
+    monkeypatch.setattr("lmx.cli.repl.open_reader", lambda **_: Reader())
     session = Session()
     Repl(cast(Any, SimpleNamespace()), cast(Any, session), plain=True, quiet=True).run()
     assert session.asked == ["first", "second"]

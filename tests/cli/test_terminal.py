@@ -1,55 +1,14 @@
 """The interactive chat through a pseudo-terminal, as a person meets it."""
 
-import os
+import re
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pexpect
-import pyte
 import pytest
+from terminal import EDITING, Terminal, closing
 
-COLUMNS, LINES = 120, 60
-EDITING = r">[^\n]*\x1b\[\?25h"  # prompt_toolkit has drawn its prompt and shows the cursor
 STATUS = r"\n(\x1b\[2m)?\[[^\]\n]*context ([\d,]+) of 2,048\]"
-
-
-class Terminal:
-    """A running `lmx chat` and the screen that it draws."""
-
-    def __init__(self, args: list[str], env: dict[str, str]) -> None:
-        self.child = pexpect.spawn(
-            sys.executable,
-            ["-m", "lmx", "chat", *args],
-            env={**os.environ, "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm-256color", **env},
-            encoding="utf-8",
-            timeout=60,
-            dimensions=(LINES, COLUMNS),
-        )
-        self.raw: list[str] = []
-
-    def until(self, pattern: str) -> str:
-        """Read until `pattern` comes; return what it matched."""
-        self.child.expect(pattern)
-        self.raw.append((self.child.before or "") + self.child.match.group(0))
-        return str(self.child.match.group(0))
-
-    def send(self, text: str) -> None:
-        self.child.send(text)
-
-    def leave(self) -> int:
-        self.child.expect(pexpect.EOF)
-        self.raw.append(self.child.before or "")
-        self.child.close()
-        assert self.child.exitstatus is not None
-        return int(self.child.exitstatus)
-
-    @property
-    def screen(self) -> str:
-        screen = pyte.Screen(COLUMNS, LINES)
-        pyte.Stream(screen).feed("".join(self.raw))
-        return "\n".join(line.rstrip() for line in screen.display)
 
 
 Start = Callable[..., Terminal]
@@ -60,13 +19,12 @@ def start(checkpoint: Path, tmp_path: Path) -> Iterator[Start]:
     running: list[Terminal] = []
 
     def launch(*args: str, **env: str) -> Terminal:
-        env = {"XDG_STATE_HOME": str(tmp_path / "state")} | env
+        env = {"XDG_STATE_HOME": str(tmp_path / "state"), "XDG_DATA_HOME": str(tmp_path / "data")} | env
         running.append(Terminal([str(checkpoint), "--dtype", "fp32", *args], env))
         return running[-1]
 
-    yield launch
-    for terminal in running:
-        terminal.child.close(force=True)
+    with closing(running):
+        yield launch
 
 
 def _used(status: str) -> int:
@@ -163,3 +121,24 @@ def test_history_reaches_into_the_next_run_and_ctrl_c_stops_an_answer(start: Sta
     terminal.until(EDITING)
     terminal.send("\x04")
     assert terminal.leave() == 0
+
+
+# What prompt_toolkit and Rich write: colours, cursor moves by a number, erasing, and the modes that they set.
+OWN = re.compile(r"\x1b\[[0-9;]*[mABCDHJK]|\x1b\[\?(?:1|7|12|25|2004)[hl]")
+
+
+def test_random_bytes_of_a_model_do_not_reach_the_terminal_as_control(start: Start) -> None:
+    """A hot model of random weights says each of the 256 bytes."""
+    terminal = start("-n", "120", "--temperature", "50", "--seed", "3")
+    terminal.until(EDITING)
+    for _ in range(10):
+        terminal.send("Hello\r")
+        terminal.until(STATUS)
+        terminal.until(EDITING)
+    terminal.send("/exit\r")
+    assert terminal.leave() == 0
+    raw = "".join(terminal.raw)
+    assert re.search("[\u2400-\u2421]", raw), "the model did write control characters"
+    left = OWN.sub("", raw).replace("\r", "").replace("\n", "").replace("\b", "")
+    found = re.search(r".{0,9}[\x00-\x1f\x7f-\x9f\u202a-\u202e].{0,20}", left)
+    assert found is None, repr(found)

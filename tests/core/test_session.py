@@ -34,10 +34,18 @@ def text(tokenizer: Tokenizer) -> ToyText:
 
 
 def check(session: ChatSession) -> None:
-    """The invariant: the state holds the first tokens of the conversation, and so does the copy kept to go back to."""
-    for state in (session._state, session._snapshot):
-        if state is not None:
-            assert state.rows[0] == session.ids[: state.length]
+    """The invariant: the state holds the first tokens of the conversation, and so do the copies kept to go back to."""
+    live = session._keeper.live
+    if live is not None:
+        assert live.rows[0] == session.ids[: live.length]
+    alive = session._conversation.alive()
+    for (number, place), (copy, nbytes) in session._keeper.snapshots._copies.items():
+        ids = alive[number].all_ids() if number in alive else session.ids
+        first = alive[number].base if copy.rewinds else 0
+        assert copy.rows[0] == ids[first : first + copy.length]
+        assert nbytes == copy.nbytes
+        if number in alive and not copy.rewinds:
+            assert copy.length == (alive[number].held if place == "end" else alive[number].prompt_length - 1)
 
 
 def talk(session: ChatSession, words: str, cancel: threading.Event | None = None) -> Finished:
@@ -110,12 +118,13 @@ def test_a_cancelled_answer_stays_and_goes_on_exactly(text: ToyText, recurrent: 
     model = ToyModel(VOCAB, recurrent=recurrent, answer=replying(text, "Nice to meet you!", "Hello"))
     session = ChatSession(model, text, GREEDY)
     finished = talk(session, "my name is Ada", CancelAfter(looks))
+    reading = 2 if recurrent else 1  # looks while the prompt is read: a recurrence's last token is fed alone
     assert finished.reason == "cancelled"
     assert session.messages == [
         Message("user", "my name is Ada"),
-        Message("assistant", "Nice to meet you!"[: max(0, looks - 1)]),
+        Message("assistant", "Nice to meet you!"[: max(0, looks - reading)]),
     ]
-    before, held = session.ids, session._state.length
+    before, held = session.ids, session._keeper.live.length
     finished = talk(session, "one")
     assert finished.text == "Hello"
     assert session.prompt_ids[: len(before)] == before
@@ -156,8 +165,8 @@ def test_a_stop_string_is_neither_in_the_message_nor_in_the_next_prompt(text: To
     second = talk(session, "one")
     assert second.text == "Hello"
     assert session.prompt_ids == rendered(text, session)
-    # A cache goes back to where the two differ; a recurrence to where the turn before began: here, the very start.
-    assert second.computed_prompt_tokens == len(session.prompt_ids) - (0 if recurrent else len(prompt))
+    # A cache goes back to where the two differ; a recurrence to the copy from before its prompt's last token.
+    assert second.computed_prompt_tokens == len(session.prompt_ids) - (len(prompt) - recurrent)
 
 
 @BOTH
@@ -170,9 +179,9 @@ def test_without_a_reply_end_the_common_beginning_is_kept(text: ToyText, recurre
     second = talk(session, "one")
     assert session.prompt_ids == rendered(text, session)
     shared = first_prompt  # the replies are spelled in bytes, which rendering does not do
-    assert second.computed_prompt_tokens == len(session.prompt_ids) - (0 if recurrent else shared)
+    assert second.computed_prompt_tokens == len(session.prompt_ids) - (shared - recurrent)
     second_prompt = len(session.prompt_ids)
-    held = session._snapshot.length if recurrent and session._snapshot is not None else 0
+    held = second_prompt - 1  # a recurrence is answered again from the copy before its prompt's last token
     third = talk(session, "two")
     assert third.text == "Goodbye"
     assert third.computed_prompt_tokens == len(session.prompt_ids) - (held if recurrent else second_prompt)
@@ -189,18 +198,18 @@ def test_a_reply_that_renders_to_its_own_tokens_needs_no_reply_end(text: ToyText
 
 
 @BOTH
-def test_a_recurrence_goes_back_to_the_start_of_the_turn_before(text: ToyText, recurrent: bool) -> None:
+def test_where_no_copy_may_be_kept_a_recurrence_reads_again(text: ToyText, recurrent: bool) -> None:
     answer = replying(text, text.encode("Nice to meet you!"), "Hello STOP", "Goodbye")
-    session = ChatSession(ToyModel(VOCAB, recurrent=recurrent, answer=answer), text, GREEDY, stop_strings=["STOP"])
+    model = ToyModel(VOCAB, recurrent=recurrent, answer=answer)
+    session = ChatSession(model, text, GREEDY, stop_strings=["STOP"], snapshot_bytes=0)
     talk(session, "my name is Ada")
-    start = len(session.ids) - 1
     talk(session, "one")
     prompt = session.prompt_ids
-    assert (session._snapshot is not None) == recurrent
     # The first reply is rendered as it was produced; of the second, the stop string is not rendered.
     third = talk(session, "two")
+    assert session.snapshot_bytes == 0
     assert session.prompt_ids == rendered(text, session)
-    assert third.computed_prompt_tokens == len(session.prompt_ids) - (start if recurrent else len(prompt))
+    assert third.computed_prompt_tokens == len(session.prompt_ids) - (0 if recurrent else len(prompt))
     assert third.text == "Goodbye"
 
 
@@ -410,7 +419,7 @@ def test_conversations_of_trained_checkpoints(family: str) -> None:
             if session.messages != history[:-1]:
                 session.clear()
                 session.load_messages(history[:-1])
-            held = session._state.length if session._state is not None else 0
+            held = session._keeper.live.length if session._keeper.live is not None else 0
             continued += held > 0
             finished = list(session.ask(history[-1].content))[-1]
             assert isinstance(finished, Finished)

@@ -5,8 +5,10 @@ import torch
 from parity.families import FALCON_MAMBA, FAMILIES, RECURRENT, RECURRENT_GEMMA, FamilyRow, pair, random_ids
 from torch import Tensor
 
+from lmx.core.kv_cache import KVCache
 from lmx.core.model import AnyState, LanguageModel
-from lmx.core.state import StateError
+from lmx.core.recurrent_state import MambaState
+from lmx.core.state import State, StateError
 
 
 @pytest.fixture(autouse=True)
@@ -125,3 +127,26 @@ def test_a_state_of_another_batch_or_family_is_refused() -> None:
         model(random_ids(3, 2), state=model.make_state(2))
     with pytest.raises(StateError, match="rows of"):
         model(random_ids(2, 2), state=other.make_state(2))
+
+
+def test_parts_put_together_are_the_whole() -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def cache(slots: int) -> KVCache:
+        return KVCache(*(torch.randn(1, 2, slots, 4, generator=generator) for _ in range(2)))
+
+    whole = State("toy", [cache(9), cache(9)], 1, 9)
+    built = State("toy", [cache(0), cache(0)], 1)
+    for start, end in ((0, 4), (4, 5), (5, 5), (5, 9)):
+        part = whole.part(start, end)
+        assert part.length == end - start
+        built.extend(part.part(0, part.length))
+    for ours, theirs in zip(built.layers, whole.layers, strict=True):
+        for name, tensor in theirs.tensors(9).items():
+            assert torch.equal(ours.tensors(9)[name], tensor)
+    with pytest.raises(StateError):
+        whole.part(5, 10)
+    with pytest.raises(StateError):
+        whole.extend(State("toy", [cache(1)], 1, 1))
+    with pytest.raises(StateError):
+        State("toy", [MambaState(torch.zeros(1, 4, 3), torch.zeros(1, 4, 2))], 1, 2).part(0, 1)

@@ -100,7 +100,8 @@ def header_mutants(data: bytes, count: int, seed: int) -> Iterator[tuple[str, by
         wrong = [most, most >> 1, most - 31, value + 1, value - 1, value * 2 + 3, value ^ 1 << 16, 1 << 30, 99]
         if "type" in what:  # another type of the same size would be another good file
             wrong = [most, 13, 99, 1 << 30, 15, 31, 4000]
-        new = chance.choice([w for w in wrong if 0 <= w <= most and w != value])
+        good = (value, 2) if what == "version" else (value,)  # the layout of version 2 is that of 3
+        new = chance.choice([w for w in wrong if 0 <= w <= most and w not in good])
         yield (
             f"{what} at {at}: {value} -> {new}",
             data[:at] + struct.pack(f"<{code}", new) + data[at + struct.calcsize(code) :],

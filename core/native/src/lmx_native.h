@@ -52,6 +52,10 @@ inline bf16 float_to_bf16(float x) {
 template <typename Body>
 void parallel_for(int64_t count, int64_t grain, const Body& body);
 
+// Calls body(i) for every i below count, each on whichever thread is free.
+template <typename Body>
+void parallel_each(int64_t count, const Body& body);
+
 }  // namespace lmx
 
 #include "threads.h"

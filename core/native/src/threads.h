@@ -50,4 +50,22 @@ void parallel_for(int64_t count, int64_t grain, const Body& body) {
 #endif
 }
 
+// Calls body(i) for every i below count, one after another on whichever thread is free: for items of uneven cost.
+template <typename Body>
+void parallel_each(int64_t count, const Body& body) {
+#if defined(_OPENMP)
+    const int parts = omp_in_parallel() ? 1 : static_cast<int>(std::min<int64_t>(omp_get_max_threads(), count));
+    if (parts > 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(parts)
+        for (int64_t i = 0; i < count; ++i) body(i);
+        return;
+    }
+    for (int64_t i = 0; i < count; ++i) body(i);
+#else
+    parallel_for(count, 1, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) body(i);
+    });
+#endif
+}
+
 }  // namespace lmx

@@ -61,7 +61,7 @@ void multiply_rows(const Matrix& m, const Kernel& kernel, const Vectors& x, int6
 
 }  // namespace
 
-Kernel choose_kernel(const Matrix& m, Dtype dtype) {
+Kernel choose_kernel(const Matrix& m, [[maybe_unused]] Dtype dtype) {
     const Level path = level();
     const bool whole = m.kind != FOUR_BIT || (m.columns % UNIT == 0 && m.block_size >= UNIT);
     if (path == PORTABLE || !whole) return portable_kernel(m.kind);
@@ -74,14 +74,8 @@ Kernel choose_kernel(const Matrix& m, Dtype dtype) {
 #endif
 }
 
-}  // namespace lmx
-
-using namespace lmx;
-
-// out [vectors, sum of rows] = x [vectors, columns] times each matrix of the table, side by side.
-LMX_EXPORT void lmx_multiply(const Matrix* matrices, int64_t count, const void* x, int dtype, int64_t vectors,
-                             int64_t total_rows, void* out) {
-    const Dtype type = static_cast<Dtype>(dtype);
+static void multiply(const Matrix* matrices, int64_t count, const void* x, Dtype type, int64_t vectors,
+                     int64_t total_rows, void* out) {
     const int64_t columns = matrices[0].columns;
     Prepared prepared(x, type, vectors, columns);
     for (int64_t i = 0; i < count; ++i) prepared.want(choose_kernel(matrices[i], type).layout);
@@ -98,13 +92,34 @@ LMX_EXPORT void lmx_multiply(const Matrix* matrices, int64_t count, const void* 
     });
 }
 
+}  // namespace lmx
+
+using namespace lmx;
+
+// out [vectors, rows] = x [vectors, columns] times a matrix of floats.
+LMX_EXPORT void lmx_multiply_kept(const uint8_t* data, int64_t rows, int64_t columns, int64_t kind, const void* x,
+                                  int dtype, int64_t vectors, void* out) {
+    Matrix matrix{};
+    matrix.data = data, matrix.rows = rows, matrix.columns = columns, matrix.kind = static_cast<Kind>(kind);
+    multiply(&matrix, 1, x, static_cast<Dtype>(dtype), vectors, rows, out);
+}
+
+// out [vectors, sum of rows] = x [vectors, columns] times each matrix of the table, side by side.
+LMX_EXPORT void lmx_multiply(const Matrix* matrices, int64_t count, const void* x, int dtype, int64_t vectors,
+                             int64_t total_rows, void* out) {
+    multiply(matrices, count, x, static_cast<Dtype>(dtype), vectors, total_rows, out);
+}
+
 // A bank of gated MLPs: out[t] = sum_k weights[t, k] * down_e(activation(gate_e(x_t)) * up_e(x_t)), e = ids[t, k].
 //
 // bank: [experts][gate, up, down]; x, out [tokens, hidden] of dtype; ids, weights [tokens, top_k].
-LMX_EXPORT void lmx_experts(const Matrix (*bank)[3], const void* x, int dtype, int64_t tokens, const int64_t* ids,
-                            const float* weights, int64_t top_k, int activation, void* out) {
+// Returns 1, and does nothing, where an id is that of no expert.
+LMX_EXPORT int lmx_experts(const Matrix (*bank)[3], int64_t experts, const void* x, int dtype, int64_t tokens,
+                           const int64_t* ids, const float* weights, int64_t top_k, int activation, void* out) {
     const Dtype type = static_cast<Dtype>(dtype);
     const int64_t slots = tokens * top_k, hidden = bank[0][0].columns, inner = bank[0][0].rows;
+    for (int64_t slot = 0; slot < slots; ++slot)
+        if (ids[slot] < 0 || ids[slot] >= experts) return 1;
     Prepared prepared(x, type, tokens, hidden);
     for (int64_t slot = 0; slot < slots; ++slot) {
         prepared.want(choose_kernel(bank[ids[slot]][0], type).layout);
@@ -144,4 +159,5 @@ LMX_EXPORT void lmx_experts(const Matrix (*bank)[3], const void* x, int dtype, i
                 store(sums, stop - row, type, static_cast<uint8_t*>(out) + (token * hidden + row) * size_of(type));
             }
     });
+    return 0;
 }

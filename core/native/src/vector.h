@@ -73,6 +73,9 @@ inline float block_scale(const Matrix& m, int64_t block) {
     return m.nested_map[static_cast<const uint8_t*>(m.absmax)[block]] * m.nested_absmax[block >> 8] + m.nested_offset;
 }
 
+// As quant/int8.py has it.
+constexpr float INVERSE_127 = 1.0f / 127.0f;
+
 inline int log2_of(int64_t power) { return __builtin_ctzll(static_cast<unsigned long long>(power)); }
 
 }  // namespace lmx

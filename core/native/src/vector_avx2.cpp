@@ -93,7 +93,7 @@ LMX_AVX2 void plain_row(const Matrix& m, const Vectors& x, int64_t row, float* o
         for (int v = 0; v < VECTORS; ++v)
             sums[v][0] = _mm256_fmadd_ps(values, _mm256_loadu_ps(vectors + v * x.stride + c), sums[v][0]);
     }
-    const float scale = KIND == INT8 ? static_cast<const float*>(m.absmax)[row] * (1.0f / 127.0f) : 1.0f;
+    const float scale = KIND == INT8 ? static_cast<const float*>(m.absmax)[row] * INVERSE_127 : 1.0f;
     for (int v = 0; v < VECTORS; ++v) out[v * out_stride] = scale * sum_of(_mm256_add_ps(sums[v][0], sums[v][1]));
 }
 

@@ -1,5 +1,6 @@
 // Matrices times a few vectors with AVX-512 and its BF16 instructions.
 #include <algorithm>
+#include <cmath>
 
 #include "exponential.h"
 #include "vector.h"
@@ -10,11 +11,124 @@ namespace lmx {
 namespace {
 
 constexpr int64_t BYTES = UNIT / 2;  // a unit in four bits
-// How far ahead of itself a row is asked for: the hardware stops at the border of a page. Rows are taken one by one, so
-// that a thread reads its part of a matrix from front to back: two rows at a time took twice as long.
-constexpr int64_t AHEAD = 2048;
+// How far ahead of themselves rows of four bits are asked for. Wider ones take no less time for being asked: one row after
+// another, the hardware sees them coming.
+constexpr int64_t AHEAD = 4096;
 
-inline LMX_AVX512 void prefetch(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at + AHEAD), _MM_HINT_T0); }
+// Always inline: a call of a function that does nothing but this is taken for one that does nothing.
+LMX_INLINE LMX_AVX512 void prefetch(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+
+// 16 values, twice.
+LMX_AVX512 __m512i table_of(const bf16* values) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+}
+
+// Scales of the blocks of a few rows that are read side by side: as they are, or decoded from their codes by a table of
+// all 256 for the group of 256 blocks that a row is in.
+template <int ROWS, bool NESTED>
+class RowScales {
+public:
+    explicit RowScales(const Matrix& m) : m_(m) { std::fill_n(groups_, ROWS, -1); }
+    // Before a block is asked for.
+    LMX_INLINE LMX_AVX512 void enter(int row, int64_t block) {
+        if constexpr (NESTED)
+            if (block >> 8 != groups_[row]) decode(row, block >> 8);
+    }
+    LMX_INLINE LMX_AVX512 const float* at(int row, int64_t block) const {
+        if constexpr (NESTED) return current_[row] + static_cast<const uint8_t*>(m_.absmax)[block];
+        return static_cast<const float*>(m_.absmax) + block;
+    }
+
+private:
+    LMX_AVX512 __attribute__((noinline)) void decode(int row, int64_t group) {
+        groups_[row] = group;
+        for (int other = 0; other < ROWS; ++other)
+            if (other != row && groups_[other] == group) {
+                current_[row] = current_[other];
+                return;
+            }
+        float* table = tables_[0];
+        for (int other = 0; other < ROWS; ++other)
+            if (other != row && current_[other] == table) table = tables_[1];
+        const __m512 absmax = _mm512_set1_ps(m_.nested_absmax[group]), offset = _mm512_set1_ps(m_.nested_offset);
+        for (int i = 0; i < 256; i += 16)
+            _mm512_store_ps(table + i, _mm512_fmadd_ps(_mm512_loadu_ps(m_.nested_map + i), absmax, offset));
+        current_[row] = table;
+    }
+    static_assert(ROWS <= 2, "each row needs a table of its own");
+    const Matrix& m_;
+    alignas(64) float tables_[NESTED ? 2 : 1][NESTED ? 256 : 1];
+    const float* current_[ROWS] = {};
+    int64_t groups_[ROWS];
+};
+
+// Four bits times bf16, 128 elements at a time: 64 bytes are 32 words of four codes each. The 16 values stand twice in a
+// register of 32 lanes, and `vpermw` looks at the lowest five bits of a word: a shift brings each code there, and what
+// lies above needs no mask. The first half of the lanes belongs to one unit, the second to the next: sums in float, then
+// times their blocks' scales.
+//
+// Two rows side by side share the loads of x, which are most of all loads and else the bottleneck.
+template <int ROWS, int VECTORS, bool NESTED>
+LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int64_t row, float* out, int64_t out_stride,
+                                         __m512i table, RowScales<ROWS, NESTED>& scales) {
+    const int64_t units = m.columns / UNIT, bytes_of_row = units * BYTES;
+    const int shift = log2_of(m.block_size / UNIT);
+    const uint8_t* bytes = m.data + row * bytes_of_row;
+    // What memory is asked for goes from front to back all the same, some rows ahead: two streams take twice as long.
+    const uint8_t* soon = bytes + ROWS * bytes_of_row * std::max<int64_t>(1, AHEAD / (ROWS * bytes_of_row));
+    const bf16* vectors = static_cast<const bf16*>(x.data);
+    __m512 sums[ROWS][VECTORS];
+    for (auto& of_row : sums)
+        for (auto& sum : of_row) sum = _mm512_setzero_ps();
+    for (int64_t unit = 0; unit < units; unit += 2) {
+        __m512bh values[ROWS][4];
+        for (int r = 0; r < ROWS; ++r) {
+            const uint8_t* at = bytes + r * bytes_of_row + unit * BYTES;
+            prefetch(soon + r * 2 * BYTES);
+            const __m512i words = _mm512_loadu_si512(at);
+            values[r][0] = (__m512bh)_mm512_permutexvar_epi16(words, table);
+            values[r][1] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
+            values[r][2] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
+            values[r][3] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
+        }
+        soon += ROWS * 2 * BYTES;
+        __m512 parts[ROWS][VECTORS];
+        for (int v = 0; v < VECTORS; ++v)
+            for (int i = 0; i < 4; ++i) {
+                const __m512bh vector = (__m512bh)_mm512_load_si512(vectors + v * x.stride + unit * UNIT + 32 * i);
+                for (int r = 0; r < ROWS; ++r) {
+                    const __m512 before = i ? parts[r][v] : _mm512_setzero_ps();
+                    parts[r][v] = _mm512_dpbf16_ps(before, values[r][i], vector);
+                }
+            }
+        for (int r = 0; r < ROWS; ++r) {
+            const int64_t at = (row + r) * units + unit, block = at >> shift;
+            scales.enter(r, block);
+            const __m512 both = _mm512_mask_broadcastss_ps(_mm512_set1_ps(*scales.at(r, block)), 0xff00,
+                                                           _mm_load_ss(scales.at(r, (at + 1) >> shift)));
+            for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_fmadd_ps(parts[r][v], both, sums[r][v]);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) out[v * out_stride + r] = code_scale(m) * _mm512_reduce_add_ps(sums[r][v]);
+}
+
+template <int VECTORS, bool NESTED>
+LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
+                             int64_t out_stride) {
+    const __m512i table = table_of(rounded_code(m));
+    RowScales<2, NESTED> scales(m);
+    RowScales<1, NESTED> last_scales(m);
+    int64_t row = first;
+    for (; row + 2 <= last; row += 2, out += 2) four_bit_rows<2, VECTORS>(m, x, row, out, out_stride, table, scales);
+    if (row < last) four_bit_rows<1, VECTORS>(m, x, row, out, out_stride, table, last_scales);
+}
+
+template <int VECTORS>
+void four_bit_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
+    if (m.nested_map) four_bit_all<VECTORS, true>(m, x, first, last, out, out_stride);
+    else four_bit_all<VECTORS, false>(m, x, first, last, out, out_stride);
+}
 
 // Scales of a matrix, plain or decoded on the way.
 template <bool NESTED>
@@ -25,55 +139,6 @@ struct Scales {
         return static_cast<const float*>(m.absmax)[block];
     }
 };
-
-// Four bits times bf16, 128 elements at a time: 64 bytes are 32 words of four codes each. The 16 values stand twice in a
-// register of 32 lanes, and `vpermw` looks at the lowest five bits of a word: a shift brings each code there, and what
-// lies above needs no mask. The first half of the lanes belongs to one unit, the second to the next: sums in float, then
-// times their blocks' scales.
-template <int VECTORS>
-LMX_AVX512 LMX_INLINE void four_bit_pair(const uint8_t* bytes, __m512 scales, const bf16* vectors, int64_t stride,
-                                         __m512i table, __m512* sums) {
-    const __m512i words = _mm512_loadu_si512(bytes);
-    __m512bh values[4];
-    values[0] = (__m512bh)_mm512_permutexvar_epi16(words, table);
-    values[1] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
-    values[2] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
-    values[3] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
-    for (int v = 0; v < VECTORS; ++v) {
-        const bf16* vector = vectors + v * stride;
-        __m512 part = _mm512_setzero_ps();
-        for (int i = 0; i < 4; ++i)
-            part = _mm512_dpbf16_ps(part, values[i], (__m512bh)_mm512_loadu_si512(vector + 32 * i));
-        sums[v] = _mm512_fmadd_ps(part, scales, sums[v]);
-    }
-}
-
-template <int VECTORS, bool NESTED>
-LMX_AVX512 void four_bit_row(const Matrix& m, const Vectors& x, int64_t row, float* out, int64_t out_stride,
-                             __m512i table) {
-    const int64_t units = m.columns / UNIT, first = row * units;
-    const int shift = log2_of(m.block_size / UNIT);
-    const bf16* vectors = static_cast<const bf16*>(x.data);
-    const Scales<NESTED> scales{m};
-    const uint8_t* bytes = m.data + first * BYTES;
-    __m512 sums[2][VECTORS];
-    for (auto& part : sums)
-        for (auto& sum : part) sum = _mm512_setzero_ps();
-    int64_t unit = 0;
-    const auto pair = [&](int64_t at, __m512* into) LMX_AVX512 __attribute__((always_inline)) {
-        prefetch(bytes + at * BYTES);
-        const __m512 both = _mm512_mask_broadcastss_ps(_mm512_set1_ps(scales[(first + at) >> shift]), 0xff00,
-                                                       _mm_set_ss(scales[(first + at + 1) >> shift]));
-        four_bit_pair<VECTORS>(bytes + at * BYTES, both, vectors + at * UNIT, x.stride, table, into);
-    };
-    for (; unit + 4 <= units; unit += 4) {
-        pair(unit, sums[0]);
-        pair(unit + 2, sums[1]);
-    }
-    for (; unit < units; unit += 2) pair(unit, sums[0]);
-    for (int v = 0; v < VECTORS; ++v)
-        out[v * out_stride] = code_scale(m) * _mm512_reduce_add_ps(_mm512_add_ps(sums[0][v], sums[1][v]));
-}
 
 // Four bits times float, in float all through.
 template <int VECTORS, bool NESTED>
@@ -87,7 +152,7 @@ LMX_AVX512 void four_bit_row_f32(const Matrix& m, const Vectors& x, int64_t row,
     __m512 sums[VECTORS];
     for (auto& sum : sums) sum = _mm512_setzero_ps();
     for (int64_t unit = 0; unit < units; ++unit, bytes += BYTES) {
-        prefetch(bytes);
+        prefetch(bytes + AHEAD);
         __m512 parts[VECTORS][2];
         for (int half = 0; half < 2; ++half) {
             const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 16 * half));
@@ -131,7 +196,6 @@ LMX_AVX512 void plain_row(const Matrix& m, const Vectors& x, int64_t row, float*
         for (auto& sum : of_vector) sum = _mm512_setzero_ps();
     int64_t c = 0;
     for (; c + UNIT <= m.columns; c += UNIT) {
-        for (int64_t line = 0; line < UNIT * size; line += 64) prefetch(weights + c * size + line);
         for (int part = 0; part < 4; ++part) {
             const __m512 values = load16<KIND>(weights + (c + 16 * part) * size);
             for (int v = 0; v < VECTORS; ++v) {
@@ -147,7 +211,7 @@ LMX_AVX512 void plain_row(const Matrix& m, const Vectors& x, int64_t row, float*
         for (int v = 0; v < VECTORS; ++v)
             sums[v][0] = _mm512_fmadd_ps(values, _mm512_loadu_ps(vectors + v * x.stride + c), sums[v][0]);
     }
-    const float scale = KIND == INT8 ? static_cast<const float*>(m.absmax)[row] * (1.0f / 127.0f) : 1.0f;
+    const float scale = KIND == INT8 ? static_cast<const float*>(m.absmax)[row] * INVERSE_127 : 1.0f;
     for (int v = 0; v < VECTORS; ++v) {
         const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[v][0], sums[v][1]), _mm512_add_ps(sums[v][2], sums[v][3]));
         out[v * out_stride] = scale * _mm512_reduce_add_ps(sum);
@@ -187,11 +251,6 @@ LMX_AVX512 void bf16_row(const Matrix& m, const Vectors& x, int64_t row, float* 
     }
 }
 
-// 16 values, twice.
-LMX_AVX512 __m512i table_of(const bf16* values) {
-    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
-}
-
 // int8 times bf16, by its nibbles: a byte is 16 h + l, and both parts come out of tables, exact in bf16. Converting to
 // float takes no longer, but reads four times the bytes of x, and they do not stay in the nearest cache.
 template <int VECTORS>
@@ -202,7 +261,6 @@ LMX_AVX512 void int8_row(const Matrix& m, const Vectors& x, int64_t row, float* 
     __m512 sums[VECTORS][2];
     for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
     for (int64_t c = 0; c < m.columns; c += UNIT) {
-        prefetch(weights + c);
         const __m512i words = _mm512_loadu_si512(weights + c);
         const __m512bh even[] = {(__m512bh)_mm512_permutexvar_epi16(words, low),
                                  (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), high)};
@@ -218,9 +276,21 @@ LMX_AVX512 void int8_row(const Matrix& m, const Vectors& x, int64_t row, float* 
             }
         }
     }
-    const float scale = static_cast<const float*>(m.absmax)[row] * (1.0f / 127.0f);
+    const float scale = static_cast<const float*>(m.absmax)[row] * INVERSE_127;
     for (int v = 0; v < VECTORS; ++v)
         out[v * out_stride] = scale * _mm512_reduce_add_ps(_mm512_add_ps(sums[v][0], sums[v][1]));
+}
+
+// The same by whole elements, for what is infinite: times the two parts of one element it can be infinity less infinity.
+float int8_row_whole(const Matrix& m, const Vectors& x, int64_t row, int v) {
+    const bf16* vector = static_cast<const bf16*>(x.data) + v * x.stride;
+    const uint8_t* weights = m.data + row * m.columns;
+    float sum = 0;
+    for (int64_t c = 0; c < m.columns; ++c) {
+        const int64_t at = c / UNIT * UNIT + c % 2 * (UNIT / 2) + c % UNIT / 2;
+        sum += static_cast<float>(static_cast<int8_t>(weights[c])) * bf16_to_float(vector[at]);
+    }
+    return sum * static_cast<const float*>(m.absmax)[row] * (1.0f / 127.0f);
 }
 
 template <int VECTORS>
@@ -232,16 +302,13 @@ LMX_AVX512 void int8_of(const Matrix& m, const Vectors& x, int64_t first, int64_
         high[i] = float_to_bf16(16.0f * static_cast<float>(i < 8 ? i : i - 16));
     }
     const __m512i lows = table_of(low), highs = table_of(high);
-    for (int64_t row = first; row < last; ++row)
+    for (int64_t row = first; row < last; ++row) {
         int8_row<VECTORS>(m, x, row, out + row - first, out_stride, lows, highs);
-}
-
-template <int VECTORS>
-LMX_AVX512 void four_bit_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
-                            int64_t out_stride) {
-    const __m512i table = table_of(rounded_code(m));
-    const auto of_row = m.nested_map ? four_bit_row<VECTORS, true> : four_bit_row<VECTORS, false>;
-    for (int64_t row = first; row < last; ++row) of_row(m, x, row, out + row - first, out_stride, table);
+        for (int v = 0; v < VECTORS; ++v) {
+            float& answer = out[v * out_stride + row - first];
+            if (!std::isfinite(answer)) answer = int8_row_whole(m, x, row, v);
+        }
+    }
 }
 
 template <int VECTORS>

@@ -104,7 +104,7 @@ void plain_row(const Matrix& m, const Vectors& x, int64_t row, float* out, int64
         for (int v = 0; v < VECTORS; ++v)
             sums[v][0] = vfmaq_f32(sums[v][0], values, vld1q_f32(vectors + v * x.stride + c));
     }
-    const float scale = KIND == INT8 ? static_cast<const float*>(m.absmax)[row] * (1.0f / 127.0f) : 1.0f;
+    const float scale = KIND == INT8 ? static_cast<const float*>(m.absmax)[row] * INVERSE_127 : 1.0f;
     for (int v = 0; v < VECTORS; ++v) {
         const float32x4_t sum = vaddq_f32(vaddq_f32(sums[v][0], sums[v][1]), vaddq_f32(sums[v][2], sums[v][3]));
         out[v * out_stride] = scale * vaddvq_f32(sum);

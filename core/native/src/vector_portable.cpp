@@ -47,7 +47,7 @@ static void plain(const Matrix& m, const Vectors& x, int64_t first, int64_t last
     const float* vectors = static_cast<const float*>(x.data);
     for (int64_t row = first; row < last; ++row) {
         const uint8_t* weights = m.data + row * m.columns * static_cast<int64_t>(sizeof(Stored));
-        const float scale = m.kind == INT8 ? static_cast<const float*>(m.absmax)[row] * (1.0f / 127.0f) : 1.0f;
+        const float scale = m.kind == INT8 ? static_cast<const float*>(m.absmax)[row] * INVERSE_127 : 1.0f;
         for (int64_t v = 0; v < x.count; ++v) {
             float sums[16] = {};  // independent sums, which a compiler can keep in vector registers
             for (int64_t c = 0; c < m.columns; ++c) {

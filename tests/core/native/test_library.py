@@ -1,6 +1,8 @@
 """The compiled library: how it is built, found, and left alone."""
 
+import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +41,52 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 def test_torch_can_be_asked_for():
     assert run("from lmx.core.native.library import kernel_path; print(kernel_path())", LMX_KERNELS="torch") == "torch"
+
+
+@pytest.fixture
+def one_source(tmp_path, monkeypatch):
+    """The least that makes a library, so that a test need not compile it all."""
+    (tmp_path / "src").mkdir()
+    for name in ("cpu.cpp", "lmx_native.h", "threads.h"):
+        shutil.copy(Path(build.__file__).parent / "src" / name, tmp_path / "src")
+    monkeypatch.setattr(build, "_HERE", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.skipif(not build.compilers(), reason="no C++ compiler")
+def test_a_build_can_be_loaded(one_source):
+    target = one_source / build.LIBRARY_NAME
+    assert build.build_any(target) is None
+    assert ctypes.CDLL(str(target)).lmx_abi() == library._ABI
+    assert sorted(path.name for path in one_source.iterdir()) == [build.LIBRARY_NAME, "src"]
+
+
+@pytest.mark.skipif(not build.compilers(), reason="no C++ compiler")
+def test_a_compiler_without_openmp_will_do(one_source, monkeypatch):
+    words = f'for word in "$@"; do [ "$word" = -fopenmp ] && exit 1; done; exec {build.compilers()[0]} "$@"'
+    simple = one_source / "simple"
+    simple.write_text(f"#!/bin/sh\n{words}\n")
+    simple.chmod(0o755)
+    monkeypatch.setattr(build, "compilers", lambda: [str(simple)])
+    assert build.build_any(one_source / build.LIBRARY_NAME) is None
+    found = ctypes.CDLL(str(one_source / build.LIBRARY_NAME))
+    found.lmx_set_threads(3)
+    assert found.lmx_max_threads() == 3  # it counts by itself
+
+
+@needs_kernels
+def test_a_library_of_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(library, "_ABI", library._ABI + 1)
+    assert library.library.__wrapped__() is None
+
+
+def test_without_the_library_torch_computes():
+    code = """
+import torch
+from lmx.quant.four_bit import quantize_4bit
+from lmx.quant.modules import QuantLinear
+print(torch.equal(QuantLinear(quantize_4bit(torch.eye(64), "nf4"))(torch.ones(1, 64)), torch.ones(1, 64)))"""
+    assert run(code, LMX_KERNELS="torch") == "True"
 
 
 @pytest.mark.parametrize("content", [b"", b"no library"], ids=["empty", "text"])

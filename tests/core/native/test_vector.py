@@ -1,38 +1,28 @@
 """A few vectors times stored matrices, on every path that this CPU has, against float64 products in torch."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
+from native_cases import PATHS, QUANTIZERS, random, relative_error, values
 from support import needs_kernels
 
 from lmx.core.layers.activation import ACTIVATIONS
-from lmx.core.layers.linear import FewVectors, Linear
 from lmx.core.native.library import forced_path
 from lmx.core.native.vector import ExpertTable, Kind, MatrixTable, StoredMatrix
 from lmx.quant.four_bit import quantize_4bit
 from lmx.quant.int8 import quantize_int8
-from lmx.quant.matmul import dequantize
 from lmx.quant.native import stored_matrix
 
 pytestmark = needs_kernels
 
-PATHS = ("avx512", "avx2", "neon", "portable")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rounding of the answer, and in bf16 that of the table of values.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}
 # Whole blocks; an odd number of them; rows that share blocks; odd rows and columns; a single element.
 SHAPES = [(130, 256), (37, 192), (5, 100), (7, 33), (1, 1), (3, 4096)]
-QUANTIZERS = {
-    "nf4": lambda w: quantize_4bit(w, "nf4"),
-    "nf4, short blocks": lambda w: quantize_4bit(w, "nf4", 32),
-    "nf4, long blocks": lambda w: quantize_4bit(w, "nf4", 512),
-    "nf4 double": lambda w: quantize_4bit(w, "nf4", double_quant=True),
-    "fp4 double": lambda w: quantize_4bit(w, "fp4", 128, double_quant=True),
-    "int8": quantize_int8,
-    "bfloat16": lambda w: w.bfloat16(),
-    "float16": lambda w: w.half(),
-    "float32": lambda w: w,
-}
 
 
 @pytest.fixture(params=PATHS)
@@ -46,18 +36,6 @@ def path(request):
 @pytest.fixture(params=QUANTIZERS)
 def quantizer(request):
     return QUANTIZERS[request.param]
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def values(q):
-    return q.double() if isinstance(q, torch.Tensor) else dequantize(q, torch.float32).double()
-
-
-def relative_error(got, expected):
-    return ((got.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -109,7 +87,7 @@ def test_several_matrices_in_one_call():
 
 @pytest.mark.usefixtures("path")
 def test_blocks_of_zeros_and_numbers_that_are_none(quantizer):
-    w = random(6, 256)
+    w = random(24, 256)
     w[1:3] = 0
     q = quantizer(w)
     table = MatrixTable([stored_matrix(q)])
@@ -183,29 +161,50 @@ def test_experts_do_not_depend_on_threads_or_company():
     assert torch.equal(together, alone)
 
 
-def test_a_linear_layer_follows_its_weight():
-    layer = Linear(256, 48).bfloat16().requires_grad_(False)
-    x = random(1, 2, 256).bfloat16()
-    for _ in range(2):
-        expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
-        assert relative_error(layer(x), expected) < 3e-3
-        layer.weight.data = random(48, 256, seed=5).bfloat16()
-    layer.weight.mul_(0)
-    assert torch.equal(layer(x), layer.bias.expand(1, 2, 48))
+@pytest.mark.usefixtures("path")
+def test_experts_may_be_stored_in_different_ways():
+    """Matrices that were kept from quantization stand among the others, of one expert too."""
+    makers = list(QUANTIZERS.values()) * 2
+    bank = [[makers.pop()(random(*shape, seed=e)) for shape in ((64, 128), (64, 128), (128, 64))] for e in range(6)]
+    table = ExpertTable([tuple(map(stored_matrix, expert)) for expert in bank], "silu")
+    x, ids = random(1, 128, seed=1).bfloat16() / 11, torch.tensor([[4, 0, 5, 2, 1, 3]])
+    expected = torch.zeros(128, dtype=torch.float64)
+    for expert in bank:
+        gate, up, down = map(values, expert)
+        expected += down @ (F.silu(gate @ x[0].double()) * (up @ x[0].double()))
+    assert relative_error(table.answer(x, ids, torch.ones(1, 6, dtype=torch.bfloat16))[0], expected) < 5e-3
 
 
-def test_gradients_and_float32_stay_with_torch(monkeypatch):
-    used = []
-    multiply = MatrixTable.multiply
-    monkeypatch.setattr(MatrixTable, "multiply", lambda self, x: (used.append(len(x)), multiply(self, x))[1])
-    few, weight = FewVectors(), random(8, 64).bfloat16()
-    x = random(1, 64).bfloat16()
-    few.multiply(x.clone().requires_grad_(), weight).sum().backward()
-    few.multiply(x.float(), weight.float())
-    few.multiply(x.expand(5, 64), weight)
-    assert used == []
-    few.multiply(x, weight)
-    assert used == [1]
+def test_the_id_of_no_expert_is_refused():
+    table = ExpertTable([(StoredMatrix.kept(torch.eye(64)),) * 3], "silu")
+    for wrong in (1, -1, 1 << 40):
+        with pytest.raises(IndexError, match="of a bank of 1"):
+            table.answer(random(1, 64), torch.tensor([[0, wrong]]), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))], ids=["deepcopy", "pickle"])
+def test_a_copied_table_reads_the_copied_tensors(copied):
+    matrix, x = stored_matrix(quantize_int8(random(64, 64))), random(1, 64, seed=1)
+    table, bank = MatrixTable([matrix]), ExpertTable([(matrix, matrix, matrix)], "relu")
+    chosen = torch.tensor([[0]]), torch.ones(1, 1)
+    product, answer = table.multiply(x), bank.answer(x, *chosen)
+    other_table, other_bank = copied(table), copied(bank)
+    matrix.data.zero_()
+    assert not table.multiply(x).any()
+    assert torch.equal(other_table.multiply(x), product)
+    assert torch.equal(other_bank.answer(x, *chosen), answer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("path")
+def test_the_extremes_of_a_dtype(dtype):
+    """The largest and the smallest numbers go through unchanged, and what overflows becomes infinity."""
+    info = torch.finfo(dtype)
+    x = torch.tensor([[info.max, info.tiny, -info.tiny / 4, -info.max]], dtype=dtype)
+    table = MatrixTable([StoredMatrix.kept(torch.eye(4)), StoredMatrix.kept(4 * torch.eye(4))])
+    once, fourfold = table.multiply(x).split(4, dim=1)
+    assert torch.equal(once, x)
+    assert torch.equal(fourfold.isinf(), torch.tensor([[True, False, False, True]]))
 
 
 def test_compiled_code_calls_the_operation():

@@ -1,0 +1,135 @@
+"""`lmx bench`: how fast models run here, and how far from what this machine can do."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lmx.benchmark import Event, Setting, Step, benchmark
+from lmx.cli.bench_tables import Earlier, Printer, make_printer
+from lmx.cli.console import may_animate
+from lmx.cli.counts import parse_counts, parse_pair
+from lmx.cli.options import CommonOptions, RuntimeOptions, spread_groups
+from lmx.core.errors import UsageError
+from lmx.core.text.safe import safe_line
+from lmx.device import limit_gpu_memory, limit_threads
+
+_EXAMPLE = "Example: lmx bench allenai/OLMoE-1B-7B-0924 --dummy --4bit --head int8 -p 512 -n 128 -d 0,3968"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("bench", epilog=_EXAMPLE)(spread_groups(bench_command))
+
+
+def bench_command(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Folders, or hub ids ORG/NAME[@REVISION]. None: the demo model."),
+    ] = None,
+    *,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", metavar="N,…", help="Tokens of a prompt: 512 or 128,512 or 64-512*2.  [512]"),
+    ] = None,
+    generate: Annotated[
+        list[str] | None, typer.Option("--generate", "-n", metavar="N,…", help="Tokens to generate, as -p.  [128]")
+    ] = None,
+    pair: Annotated[
+        list[str] | None, typer.Option("--pair", "-pg", metavar="P,N", help="A prompt and an answer as one test.")
+    ] = None,
+    depth: Annotated[
+        list[str] | None,
+        typer.Option("--depth", "-d", metavar="N,…", help="Tokens read before, untimed: 0-4096+1024.  [0]"),
+    ] = None,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="How often to time a test.")] = 5,
+    output: Annotated[Literal["md", "json", "jsonl", "csv"], typer.Option("--output", "-o", help="Its form.")] = "md",
+    dummy: Annotated[
+        bool, typer.Option("--dummy", help="Random weights at the published size: nothing is read or fetched.")
+    ] = False,
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant", help="With --4bit: quantize the scales of the blocks too.")
+    ] = False,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What -o json or jsonl wrote earlier: show the ratio to it.")
+    ] = None,
+    runtime: RuntimeOptions,
+    common: CommonOptions,
+) -> None:
+    """Time prompts and generation, and show how much of the machine's memory bandwidth and matrix peak they take.
+
+    The machine's two ceilings are measured in the same run. Tokens are random, and no stop token ends a test.
+    -p 0 or -n 0 leaves these tests out.
+    """
+    depths = parse_counts("-d", depth or ["0"])
+    prompts, generates = parse_counts("-p", prompt or ["512"]), parse_counts("-n", generate or ["128"])
+    pairs = [parse_pair("-pg", text) for text in pair or []]
+    tests = [(n, 0) for n in prompts if n] + [(0, n) for n in generates if n] + pairs
+    if not tests:
+        raise UsageError("there is nothing to measure", "give -p or -n a number above 0")
+    if double_quant and not runtime.four_bit:
+        raise UsageError("--double-quant is for --4bit", "give both, or leave it out")
+    printer = make_printer(output, None if compare is None else Earlier.read(compare))
+    nbytes = runtime.gpu_memory_bytes
+    limit_threads(runtime.threads)
+    limit_gpu_memory(nbytes, runtime.device)
+    workloads = [(p, n, d) for d in depths for p, n in tests]
+    setting = _setting(runtime, dummy, double_quant, show=may_animate() and not common.quiet)
+    _print(_events(models or [None], workloads, repetitions, setting), printer, setting.show_progress)
+
+
+def _setting(runtime: RuntimeOptions, dummy: bool, double_quant: bool, *, show: bool) -> Setting:
+    return Setting(
+        device=runtime.device,
+        dtype=runtime.dtype,
+        quantize=runtime.quantize,
+        double_quant=double_quant,
+        head_scheme=runtime.head_scheme,
+        attention=runtime.attention,
+        dummy=dummy,
+        revision=runtime.revision,
+        offline=runtime.offline or dummy,
+        show_progress=show,
+    )
+
+
+def _events(
+    models: Sequence[str | None], tests: Sequence[tuple[int, int, int]], repetitions: int, setting: Setting
+) -> Iterator[Event]:
+    from lmx.core.bench import Workload
+
+    return benchmark(models, [Workload(*test) for test in tests], repetitions, setting)
+
+
+def _print(events: Iterator[Event], printer: Printer, show: bool) -> None:
+    with _telling(show) as tell:
+        for event in events:
+            if isinstance(event, Step):
+                tell(f"{event.model}: {event.doing}")
+            else:
+                tell(None)
+                printer.row(event)
+    printer.finish()
+
+
+@contextmanager
+def _telling(show: bool) -> Iterator[Callable[[str | None], None]]:
+    """What says on stderr what is being done; None takes the line away, to make room for a row."""
+    if not show:
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(stderr=True).status("") as status:
+
+        def tell(text: str | None) -> None:
+            if text is None:
+                status.stop()
+            else:
+                status.update(Text(safe_line(text)))
+                status.start()
+
+        yield tell

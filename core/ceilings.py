@@ -1,0 +1,79 @@
+"""What this machine can do at most: bytes of memory read and matrix products, a second, on torch's own threads."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lmx.core.errors import ResourceError
+
+READ_BYTES = 1 << 30
+"""Much more than any cache holds."""
+
+MATRIX_WIDTH = 4096
+"""Of the square matrix that is multiplied, as wide as those of a model of 7 billion parameters."""
+
+_VECTORS = 512
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """bandwidth: bytes of memory read a second; flops: operations of a matrix product a second."""
+
+    bandwidth: float
+    flops: float
+
+
+def measure_ceilings(
+    device: torch.device, *, read_bytes: int = READ_BYTES, width: int = MATRIX_WIDTH, rounds: int = _ROUNDS
+) -> Ceilings:
+    """Measure both, the best of some rounds each. Raises ResourceError where there is no memory to do it in.
+
+    Read: the sum, and the largest, of float32 numbers; nothing is written. Multiply: 512 vectors by a square matrix, in
+    bfloat16 and in float32, which is the quicker one on a CPU without instructions for the other.
+    """
+    try:
+        return Ceilings(_bandwidth(device, read_bytes, rounds), _flops(device, width, rounds))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(
+            "there is no memory to measure the machine's ceilings in", "close other programs"
+        ) from error
+
+
+def _bandwidth(device: torch.device, nbytes: int, rounds: int) -> float:
+    numbers = torch.ones(nbytes // 4, device=device)
+    readers: tuple[Callable[[], Tensor], ...] = (numbers.sum, numbers.amax)
+    return numbers.nbytes / min(_seconds(reader, device, rounds) for reader in readers)
+
+
+def _flops(device: torch.device, width: int, rounds: int) -> float:
+    return max(_product(device, width, dtype, rounds) for dtype in (torch.bfloat16, torch.float32))
+
+
+def _product(device: torch.device, width: int, dtype: torch.dtype, rounds: int) -> float:
+    x, weight = (torch.ones(rows, width, dtype=dtype, device=device) for rows in (_VECTORS, width))
+    return 2 * _VECTORS * width * width / _seconds(lambda: F.linear(x, weight), device, rounds)
+
+
+def _seconds(work: Callable[[], Tensor], device: torch.device, rounds: int) -> float:
+    """The shortest of some runs, after one that does not count."""
+    work()
+    return min(_timed(work, device) for _ in range(rounds))
+
+
+def _timed(work: Callable[[], Tensor], device: torch.device) -> float:
+    synchronize(device)
+    start = perf_counter()
+    work()
+    synchronize(device)
+    return perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was given; the CPU has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,133 @@
+"""Attention of one new token a row over a cache, from the projections to the heads' answers, in one call a layer."""
+
+import ctypes
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lmx.core.native.library import library
+from lmx.core.native.operation import DTYPE_CODES
+
+_SERVED = (torch.float32, torch.bfloat16)
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+# The three structures of src/attention.h.
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("cos", "sin")),
+        *((name, _LONG) for name in ("half", "table_stride")),
+        *((name, _POINTER) for name in ("slots", "counts")),
+        ("rows", _LONG),
+    )
+
+
+class _Projected(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("query", "key", "value")),
+        *((name, _LONG) for name in ("query_stride", "key_stride", "value_stride")),
+        *((name, _POINTER) for name in ("query_norm", "key_norm")),
+        *((name, _FLOAT) for name in ("query_eps", "key_eps", "limit")),
+        ("dtype", ctypes.c_int32),
+        *((name, _LONG) for name in ("heads", "kv_heads", "width")),
+    )
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("keys", "values")),
+        *((name, _LONG) for name in ("row_stride", "head_stride", "slot_stride")),
+    )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An RMS norm over a whole projection: weight [projection], and what is added under the root."""
+
+    weight: Tensor
+    eps: float
+
+
+class AttentionStep:
+    """What the layers of a decode step share: rotary angles, and each row's slot and number of keys."""
+
+    def __init__(self, cos: Tensor, sin: Tensor, slots: Tensor, counts: Tensor) -> None:
+        """cos, sin: float32 [rows or 1, ..., half]; slots, counts: int64 [rows].
+
+        A row's new key goes into its slot (-1: into none), and its query sees the first `counts` slots, at least one.
+        """
+        self._tensors = cos.contiguous(), sin.contiguous(), slots.contiguous(), counts.contiguous()
+        places = [tensor.data_ptr() for tensor in self._tensors]
+        half = cos.shape[-1]
+        stride = half if len(cos) > 1 else 0
+        rows = len(self._tensors[2])
+        self._step = ctypes.byref(_Step(*places[:2], half, stride, *places[2:], rows))
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        norms: tuple[Scale, Scale] | None = None,
+        limit: float | None = None,
+    ) -> Tensor:
+        """Normalise and clip, turn queries and keys, write keys and values into the cache, attend.
+
+        query: [rows, 1, heads * head_dim]; key, value: [rows, 1, kv_heads * head_dim]; keys, values: the cache's
+        buffers [rows, kv_heads, slots, head_dim]; all of one dtype (see `can_attend`). Returns the heads' answers side
+        by side [rows, 1, heads * head_dim].
+        """
+        kv_heads, width = keys.shape[1], keys.shape[3]
+        if norms is None:
+            scales: tuple[int | float, ...] = (0, 0, 0.0, 0.0)
+        else:
+            scales = (*(norm.weight.data_ptr() for norm in norms), *(norm.eps for norm in norms))
+        projected = _Projected(
+            *(states.data_ptr() for states in (query, key, value)),
+            *(states.stride(0) for states in (query, key, value)),
+            *scales,
+            math.inf if limit is None else limit,
+            DTYPE_CODES[query.dtype],
+            *(query.shape[-1] // width, kv_heads, width),
+        )
+        kept = _Cache(keys.data_ptr(), values.data_ptr(), *keys.stride()[:3])
+        out = query.new_empty(query.shape)
+        _function()(self._step, projected, kept, out.data_ptr())
+        return out
+
+
+def can_step(cos: Tensor) -> bool:
+    """Whether the kernels are there for a call with these rotary tables, and nothing is being recorded."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not recorded and cos.is_cpu and cos.dtype == torch.float32 and library() is not None
+
+
+def can_attend(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, norms: tuple[Scale, Scale] | None
+) -> bool:
+    """Whether the kernel reads these tensors as they lie: one dtype, on the CPU, without gaps in a head."""
+    dtype = keys.dtype
+    return (
+        dtype in _SERVED
+        and keys.is_cpu
+        and query.dtype == key.dtype == value.dtype == values.dtype == dtype
+        and query.stride(2) == key.stride(2) == value.stride(2) == keys.stride(3) == 1
+        and keys.stride() == values.stride()
+        and (norms is None or all(norm.weight.dtype == dtype and norm.weight.is_contiguous() for norm in norms))
+    )
+
+
+@cache
+def _function() -> "ctypes._NamedFuncPointer":
+    found = library()
+    if found is None:
+        raise RuntimeError("the kernels are not there: ask library() first")
+    structures = (ctypes.POINTER(structure) for structure in (_Step, _Projected, _Cache))
+    found.lmx_attend_step.argtypes = [*structures, _POINTER]
+    found.lmx_attend_step.restype = None
+    return found.lmx_attend_step

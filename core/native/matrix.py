@@ -1,0 +1,88 @@
+"""Many vectors times matrices, prompts through banks of experts, and dequantized rows."""
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lmx.core.native.library import library
+from lmx.core.native.operation import DTYPE_CODES, define
+from lmx.core.native.vector import ACTIVATION_CODES, ExpertTable, MatrixTable
+
+
+def has_panels() -> bool:
+    """Whether this CPU multiplies bf16 without dequantizing a matrix first; elsewhere torch multiplies the rows."""
+    found = library()
+    return found is not None and bool(found.lmx_has_panels())
+
+
+def multiply_many(table: MatrixTable, x: Tensor) -> Tensor:
+    """X bf16 [vectors, columns] times the one matrix of a table -> [vectors, rows]; weights are rounded to bf16."""
+    call = _multiply if torch.compiler.is_compiling() else _multiply_cpu
+    out: Tensor = call(table.words, x, table.rows)
+    return out
+
+
+def answer_many(table: ExpertTable, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """`ExpertTable.answer` for any number of tokens of bf16; experts add up in the order of their numbers.
+
+    Raises IndexError for the id of no expert.
+    """
+    call = _answer if torch.compiler.is_compiling() else _answer_cpu
+    out: Tensor = call(table.words, x, ids, weights, ACTIVATION_CODES[table.activation])
+    return out
+
+
+def dequantize_rows(table: MatrixTable, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """The rows first .. last of the one quantized matrix of a table: [last - first, columns], rounded as torch does."""
+    out = torch.empty(last - first, table.columns, dtype=dtype)
+    _functions()[2](table.words.data_ptr(), first, last, DTYPE_CODES[dtype], out.data_ptr())
+    return out
+
+
+@cache
+def _functions() -> tuple["ctypes._NamedFuncPointer", "ctypes._NamedFuncPointer", "ctypes._NamedFuncPointer"]:
+    found = library()
+    if found is None:
+        raise RuntimeError("the kernels are not there: ask library() first")
+    pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    multiply, answer, dequantize = found.lmx_multiply_many, found.lmx_experts_many, found.lmx_dequantize
+    multiply.argtypes = [pointer, pointer, long, number, long, pointer]
+    answer.argtypes = [pointer, long, pointer, number, long, pointer, pointer, pointer, long, number, pointer]
+    dequantize.argtypes = [pointer, long, long, number, pointer]
+    multiply.restype = answer.restype = dequantize.restype = None
+    return multiply, answer, dequantize
+
+
+def _multiply_cpu(table: Tensor, x: Tensor, rows: int) -> Tensor:
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    out = x.new_empty(len(x), rows)
+    _functions()[0](table.data_ptr(), x.data_ptr(), x.stride(0), DTYPE_CODES[x.dtype], len(x), out.data_ptr())
+    return out
+
+
+def _answer_cpu(table: Tensor, x: Tensor, ids: Tensor, weights: Tensor, activation: int) -> Tensor:
+    x, weights, flat = x.contiguous(), weights.float().contiguous(), ids.flatten().long()
+    if int(flat.min()) < 0 or int(flat.max()) >= len(table):
+        raise IndexError(f"experts {int(flat.min())} to {int(flat.max())} of a bank of {len(table)}")
+    order = flat.argsort(stable=True)  # [tokens * top_k], by expert
+    counts = torch.bincount(flat, minlength=len(table))
+    out = torch.empty_like(x)
+    inputs = table.data_ptr(), len(table), x.data_ptr(), DTYPE_CODES[x.dtype], len(x)
+    chosen = order.data_ptr(), counts.data_ptr(), weights.data_ptr(), ids.shape[1]
+    _functions()[1](*inputs, *chosen, activation, out.data_ptr())
+    return out
+
+
+_multiply = define(
+    "multiply_many(Tensor table, Tensor x, int rows) -> Tensor",
+    _multiply_cpu,
+    lambda table, x, rows: x.new_empty(x.shape[0], rows),
+)
+_answer = define(
+    "answer_experts_many(Tensor table, Tensor x, Tensor ids, Tensor weights, int activation) -> Tensor",
+    _answer_cpu,
+    lambda table, x, ids, weights, activation: torch.empty_like(x),
+)

@@ -1,0 +1,77 @@
+"""Root-mean-square norms of the CPU's kernels: one call instead of torch's several."""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lmx.core.native.library import library
+from lmx.core.native.operation import DTYPE_CODES, define
+
+# What the kernels of this file and of scan.py and recurrence.py compute with.
+WORKING_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the kernels are there and may take these tensors: on the CPU, no gradient asked for, not compiling."""
+    if torch.compiler.is_compiling() or library() is None:
+        return False
+    grad = torch.is_grad_enabled()
+    return all(t.is_cpu and t.dtype in WORKING_DTYPES and not (grad and t.requires_grad) for t in tensors)
+
+
+def can_normalise(x: Tensor, weight: Tensor) -> bool:
+    """Whether `rms_norm` takes these: x [..., width] of the weight's dtype or float32, rows one after another."""
+    same = x.dtype == weight.dtype or x.dtype == torch.float32
+    return same and serves(x, weight) and x.is_contiguous() and weight.is_contiguous() and x.shape[-1] > 0
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool = False) -> Tensor:
+    """`weight * (x / sqrt(mean(x^2) + eps))` over the last dimension, in the weight's dtype, computed in float32.
+
+    x [..., width] is rounded to the weight's dtype first, and the normalised x before the product, as in
+    `layers.norm.RMSNorm`; with `offset` the scale is `1 + weight` and the product is rounded once (`OffsetRMSNorm`).
+    """
+    return _rms_norm_cpu(x, weight, eps, offset)
+
+
+def rms_norm_parts(x: Tensor, sizes: Sequence[int], eps: float) -> Tensor:
+    """Normalise each part of the rows of contiguous x [..., sum of sizes] by itself, without a scale."""
+    out = torch.empty_like(x)
+    at, code, total = 0, DTYPE_CODES[x.dtype], x.shape[-1]
+    for size in sizes:
+        start = at * x.element_size()
+        source, target = x.data_ptr() + start, out.data_ptr() + start
+        _function()(source, code, total, None, target, code, total, x.numel() // total, size, eps, 0)
+        at += size
+    return out
+
+
+@cache
+def _function() -> "ctypes._NamedFuncPointer":
+    found = library()
+    if found is None:
+        raise RuntimeError("the kernels are not there: ask library() first")
+    pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    function = found.lmx_rms_norm
+    function.argtypes = [pointer, number, long, pointer, pointer, number, long, long, long, ctypes.c_float, number]
+    function.restype = None
+    return function
+
+
+def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
+    out = torch.empty_like(x, dtype=weight.dtype)
+    width = x.shape[-1]
+    given, made = DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype]
+    places = x.data_ptr(), given, width, weight.data_ptr(), out.data_ptr(), made, width
+    _function()(*places, x.numel() // width, width, eps, offset)
+    return out
+
+
+define(
+    "rms_norm(Tensor x, Tensor weight, float eps, bool offset) -> Tensor",
+    _rms_norm_cpu,
+    lambda x, weight, eps, offset: torch.empty_like(x, dtype=weight.dtype),
+)

@@ -1,0 +1,300 @@
+// The body of every attention path, in the compilers' generic vectors. Included by one file a path, which says how wide
+// its registers are (LANES), how many there are (REGISTERS), and for which CPU to compile (LMX_TARGET). Functions that
+// meet vectors must be compiled for that CPU themselves: a template shared by the paths would be lowered to the oldest
+// one before it is inlined.
+#include <cmath>
+
+#include "attention.h"
+#include "exponential.h"
+
+namespace lmx {
+namespace {
+
+#define LMX_FORCE LMX_TARGET inline __attribute__((always_inline))
+
+using Floats = float __attribute__((vector_size(4 * LANES)));
+using Words = uint32_t __attribute__((vector_size(4 * LANES)));
+using Integers = int32_t __attribute__((vector_size(4 * LANES)));
+
+// Elements are taken in pairs of vectors. Of bf16 the first vector has the even ones and the second the odd ones, as
+// they come out of 32-bit words without a shuffle; queries and answers stand in that order between the calls.
+constexpr int64_t PAIR = 2 * LANES;
+static_assert(PAIR <= WIDEST_PAIR, "rows of queries and answers are padded to whole pairs");
+
+LMX_FORCE void load(const float* at, Floats& out) { std::memcpy(&out, at, sizeof out); }
+
+LMX_FORCE void load_pair(const float* at, Floats& first, Floats& second) {
+    load(at, first);
+    load(at + LANES, second);
+}
+
+LMX_FORCE void load_pair(const bf16* at, Floats& even, Floats& odd) {
+    Words words;
+    std::memcpy(&words, at, sizeof words);
+    const Words low = words << 16, high = words & 0xffff0000u;
+    std::memcpy(&even, &low, sizeof even);
+    std::memcpy(&odd, &high, sizeof odd);
+}
+
+// The last elements of a row, zeros behind them.
+template <typename Stored>
+LMX_FORCE void load_last(const Stored* at, int64_t count, Floats& first, Floats& second) {
+    Stored last[PAIR] = {};
+    std::memcpy(last, at, static_cast<size_t>(count) * sizeof(Stored));
+    load_pair(last, first, second);
+}
+
+// Where element i of a pair stands.
+LMX_FORCE int64_t place(int64_t i, float) { return i; }
+LMX_FORCE int64_t place(int64_t i, bf16) { return i / 2 + (i & 1 ? LANES : 0); }
+
+// The upper half of the lanes onto the lower, until one is left.
+template <int COUNT>
+LMX_FORCE float sum_of(const float __attribute__((vector_size(4 * COUNT))) & lanes) {
+    if constexpr (COUNT == 4) {
+        return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+    } else {
+        float __attribute__((vector_size(2 * COUNT))) low, high;
+        std::memcpy(&low, &lanes, sizeof low);
+        std::memcpy(&high, reinterpret_cast<const char*>(&lanes) + sizeof low, sizeof high);
+        low += high;
+        return sum_of<COUNT / 2>(low);
+    }
+}
+
+// scores[g][j] = queries[g] . keys[j]
+template <typename Stored, int COUNT>
+LMX_TARGET void score(const float* queries, const Stored* keys, int64_t count, int64_t stride, int64_t width,
+                      float (*scores)[CHUNK]) {
+    const int64_t row = padded_width(width), whole = width / PAIR * PAIR;
+    Floats first, second, query[2];
+    for (int64_t j = 0; j < count; ++j) {
+        const Stored* key = keys + j * stride;
+        Floats sums[COUNT][2];
+        for (int g = 0; g < COUNT; ++g) sums[g][0] = sums[g][1] = Floats{};
+        const auto add = [&](int64_t d) LMX_TARGET __attribute__((always_inline)) {
+#pragma GCC unroll 4
+            for (int g = 0; g < COUNT; ++g) {
+                load_pair(queries + g * row + d, query[0], query[1]);
+                sums[g][0] += first * query[0];
+                sums[g][1] += second * query[1];
+            }
+        };
+        for (int64_t d = 0; d < whole; d += PAIR) {
+            load_pair(key + d, first, second);
+            add(d);
+        }
+        if (whole < width) {
+            load_last(key + whole, width - whole, first, second);
+            add(whole);
+        }
+        for (int g = 0; g < COUNT; ++g) scores[g][j] = sum_of<LANES>(sums[g][0] + sums[g][1]);
+    }
+}
+
+// e^x as `exponential` of exponential.h computes it: compilers keep the branches of a loop over that one.
+LMX_FORCE void exponentials(Floats& x) {
+    const Floats low = x < -87.3f ? Floats{} - 87.3f : x;  // NaN stays; weights are never above 1
+    const Floats shifted = low * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to a whole number
+    const Floats n = shifted - 12582912.0f;
+    const Floats r = (low - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+    Floats p = r * (1.0f / 5040) + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    Integers bits, power;
+    std::memcpy(&bits, &p, sizeof bits);
+    std::memcpy(&power, &shifted, sizeof power);
+    bits += power << 23;  // the lowest bits of `shifted` are n
+    std::memcpy(&x, &bits, sizeof x);
+}
+
+// Scores become weights e^(scale * score - max); returns max and the sum of the weights.
+LMX_TARGET inline void weigh(float* scores, int64_t count, float scale, float* max, float* sum) {
+    for (int64_t j = count; j < CHUNK; ++j) scores[j] = -INFINITY;
+    Floats part, most, sums = {};
+    load(scores, most);
+    for (int64_t j = LANES; j < CHUNK; j += LANES) {
+        load(scores + j, part);
+        most = part > most ? part : most;
+    }
+    float largest = most[0];
+    for (int i = 1; i < LANES; ++i) largest = most[i] > largest ? most[i] : largest;
+    largest *= scale;
+    for (int64_t j = 0; j < CHUNK; j += LANES) {
+        load(scores + j, part);
+        part = part * scale - largest;
+        exponentials(part);
+        std::memcpy(scores + j, &part, sizeof part);
+    }
+    for (int64_t j = count; j < CHUNK; ++j) scores[j] = 0;
+    for (int64_t j = 0; j < CHUNK; j += LANES) {
+        load(scores + j, part);
+        sums += part;
+    }
+    *max = largest;
+    *sum = sum_of<LANES>(sums);
+}
+
+// out[g][0 .. PAIRS * PAIR) = sum_j weights[g][j] * values[j], from the same columns of every value; `last`: so many of
+// them are there where it is less than one pair.
+template <typename Stored, int COUNT, int PAIRS>
+LMX_TARGET void blend(const float (*weights)[CHUNK], const Stored* values, int64_t count, int64_t stride, int64_t last,
+                      float* out, int64_t out_stride) {
+    Floats sums[COUNT][PAIRS][2], first, second;
+    for (int g = 0; g < COUNT; ++g)
+        for (int i = 0; i < PAIRS; ++i) sums[g][i][0] = sums[g][i][1] = Floats{};
+    for (int64_t j = 0; j < count; ++j) {
+        const Stored* value = values + j * stride;
+#pragma GCC unroll 4
+        for (int i = 0; i < PAIRS; ++i) {
+            if (last < PAIR) load_last(value, last, first, second);
+            else load_pair(value + i * PAIR, first, second);
+#pragma GCC unroll 4
+            for (int g = 0; g < COUNT; ++g) {
+                sums[g][i][0] += first * weights[g][j];
+                sums[g][i][1] += second * weights[g][j];
+            }
+        }
+    }
+    for (int g = 0; g < COUNT; ++g)
+        for (int i = 0; i < PAIRS; ++i)
+            for (int half = 0; half < 2; ++half)
+                std::memcpy(out + g * out_stride + i * PAIR + half * LANES, &sums[g][i][half], sizeof(Floats));
+}
+
+template <typename Stored, int COUNT>
+LMX_TARGET void blend_all(const float (*weights)[CHUNK], const Stored* values, int64_t count, int64_t stride,
+                          int64_t width, float* out, int64_t out_stride) {
+    constexpr int PAIRS = COUNT == 1 ? 4 : REGISTERS / 4 / COUNT;
+    int64_t d = 0;
+    for (; d + PAIRS * PAIR <= width; d += PAIRS * PAIR)
+        blend<Stored, COUNT, PAIRS>(weights, values + d, count, stride, PAIR, out + d, out_stride);
+    for (; d < width; d += PAIR)
+        blend<Stored, COUNT, 1>(weights, values + d, count, stride, width - d, out + d, out_stride);
+}
+
+template <typename Stored, int COUNT>
+LMX_TARGET void chunk_of(const float* queries, const Stored* keys, const Stored* values, int64_t count, int64_t stride,
+                         int64_t width, float* out, int64_t out_stride) {
+    alignas(64) float scores[COUNT][CHUNK];
+    score<Stored, COUNT>(queries, keys, count, stride, width, scores);
+    const float scale = 1.0f / std::sqrt(static_cast<float>(width));
+    for (int g = 0; g < COUNT; ++g)
+        weigh(scores[g], count, scale, out + g * out_stride, out + g * out_stride + 1);
+    blend_all<Stored, COUNT>(scores, values, count, stride, width, out + PARTIAL_HEAD, out_stride);
+}
+
+template <typename Stored>
+LMX_TARGET void chunk(const float* queries, int64_t group, const void* keys, const void* values, int64_t count,
+                      int64_t stride, int64_t width, float* out, int64_t out_stride) {
+    const auto *k = static_cast<const Stored*>(keys), *v = static_cast<const Stored*>(values);
+    for (int64_t g = 0; g < group;) {
+        const bool several = group - g >= GROUP;
+        const auto run = several ? chunk_of<Stored, GROUP> : chunk_of<Stored, 1>;
+        run(queries + g * padded_width(width), k, v, count, stride, width, out + g * out_stride, out_stride);
+        g += several ? GROUP : 1;
+    }
+}
+
+template <typename Stored>
+LMX_TARGET void combine(const float* partials, int64_t chunks, int64_t width, float* sums, float* answer) {
+    const int64_t row = padded_width(width), stride = PARTIAL_HEAD + row;
+    float largest = -INFINITY, sum = 0;
+    for (int64_t c = 0; c < chunks; ++c) largest = partials[c * stride] > largest ? partials[c * stride] : largest;
+    for (int64_t d = 0; d < row; ++d) sums[d] = 0;
+    for (int64_t c = 0; c < chunks; ++c) {
+        const float* partial = partials + c * stride;
+        const float weight = exponential(partial[0] - largest);
+        sum += weight * partial[1];
+        for (int64_t d = 0; d < row; ++d) sums[d] += weight * partial[PARTIAL_HEAD + d];
+    }
+    const float scale = 1.0f / sum;
+    for (int64_t d = 0; d < width; ++d) answer[d] = scale * sums[d / PAIR * PAIR + place(d % PAIR, Stored{})];
+}
+
+LMX_FORCE float rounded(float x, float) { return x; }
+
+LMX_FORCE float rounded(float x, bf16) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t up = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+    bits = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : up;  // without a branch, for the vectoriser
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+LMX_FORCE float value_of(float x) { return x; }
+LMX_FORCE float value_of(bf16 x) { return bf16_to_float(x); }
+
+// x [count] in float; normalised over all of it if there is a scale, then kept within the limit.
+template <typename Stored>
+LMX_TARGET void shape_states(const void* states, int64_t count, const void* norm, float eps, float limit, float* x) {
+    const auto *from = static_cast<const Stored*>(states), *scale = static_cast<const Stored*>(norm);
+    for (int64_t i = 0; i < count; ++i) x[i] = value_of(from[i]);
+    if (scale) {
+        Floats sums = {}, part;
+        int64_t i = 0;
+        for (; i + LANES <= count; i += LANES) {
+            load(x + i, part);
+            sums += part * part;
+        }
+        float square = sum_of<LANES>(sums);
+        for (; i < count; ++i) square += x[i] * x[i];
+        const float factor = 1.0f / std::sqrt(square / static_cast<float>(count) + eps);
+        for (i = 0; i < count; ++i)
+            x[i] = rounded(value_of(scale[i]) * rounded(x[i] * factor, Stored{}), Stored{});
+    }
+    if (limit == INFINITY) return;
+    for (int64_t i = 0; i < count; ++i) {  // NaN stays
+        const float low = x[i] < -limit ? -limit : x[i];
+        x[i] = rounded(low > limit ? limit : low, Stored{});
+    }
+}
+
+// Pair (i, i + half) of every head turns by the angle i; channels behind both halves stay.
+template <typename Stored>
+LMX_TARGET void turn(float* x, int64_t heads, int64_t width, const float* cos, const float* sin, int64_t half) {
+    for (int64_t h = 0; h < heads; ++h) {
+        float *left = x + h * width, *right = left + half;
+        for (int64_t i = 0; i < half; ++i) {
+            const float a = left[i], b = right[i];
+            left[i] = rounded(a * cos[i] - b * sin[i], Stored{});
+            right[i] = rounded(b * cos[i] + a * sin[i], Stored{});
+        }
+    }
+}
+
+// Every head in the order that its path takes it, with zeros behind it.
+template <typename Stored>
+LMX_TARGET void lay_out(const float* x, int64_t heads, int64_t width, float* out) {
+    const int64_t row = padded_width(width);
+    for (int64_t h = 0; h < heads; ++h, x += width, out += row) {
+        for (int64_t d = width; d < row; ++d) out[d / PAIR * PAIR + place(d % PAIR, Stored{})] = 0;
+        for (int64_t d = 0; d < width; ++d) out[d / PAIR * PAIR + place(d % PAIR, Stored{})] = x[d];
+    }
+}
+
+template <typename Stored>
+LMX_TARGET void shape(const Projected& p, const Step& step, int64_t row, float* queries, float* query, float* key,
+                      float* value) {
+    const auto at = [row](const void* states, int64_t stride) { return static_cast<const Stored*>(states) + row * stride; };
+    const int64_t wide = p.heads * p.width, narrow = p.kv_heads * p.width;
+    shape_states<Stored>(at(p.query, p.query_stride), wide, p.query_norm, p.query_eps, p.limit, query);
+    shape_states<Stored>(at(p.key, p.key_stride), narrow, p.key_norm, p.key_eps, p.limit, key);
+    shape_states<Stored>(at(p.value, p.value_stride), narrow, nullptr, 0, p.limit, value);
+    const float *cos = step.cos + row * step.table_stride, *sin = step.sin + row * step.table_stride;
+    turn<Stored>(query, p.heads, p.width, cos, sin, step.half);
+    lay_out<Stored>(query, p.heads, p.width, queries);
+    turn<Stored>(key, p.kv_heads, p.width, cos, sin, step.half);
+}
+
+AttentionPath path_of(Dtype dtype) {
+    if (dtype == BF16) return {shape<bf16>, chunk<bf16>, combine<bf16>};
+    return {shape<float>, chunk<float>, combine<float>};
+}
+
+}  // namespace
+}  // namespace lmx

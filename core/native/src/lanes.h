@@ -1,0 +1,76 @@
+// The kernels beside the matrix products: norms, short convolutions, scans. One set of functions a path (lanes_*.cpp),
+// each of which does a part of the work: of the rows, of the channels, of the heads.
+#pragma once
+
+#include "lmx_native.h"
+
+namespace lmx {
+
+// Channels that a part of a scan or a convolution begins and ends at, so that threads share no cache line.
+constexpr int64_t CHANNEL_GRAIN = 64;
+constexpr int64_t RECURRENCE_TILE = 128;
+// As in core/native/scan.py: more is left to torch.
+constexpr int64_t MAX_STATES = 64, MAX_KERNEL = 8;
+
+// y = x / sqrt(mean(x^2) + eps) * weight for each row; `x` is first rounded to the dtype of y, which weight has too.
+// weight: null for none. offset: the weight is stored minus one, and nothing is rounded before the product.
+struct Norm {
+    const void* x;
+    const void* weight;
+    void* y;
+    int64_t x_stride, y_stride, width;
+    Dtype x_dtype;
+    float eps;
+    bool offset;
+};
+
+// y_t = bias + sum_j weight[j] x_{t - kernel + 1 + j}, silu of it if asked for; bias: or null.
+// x and y [batch, length, channels], weight [channels, kernel], state [batch, channels, kernel - 1], all of one dtype.
+// Here and below the state is read from one place and written to another, which may be the same.
+struct Conv {
+    const void *x, *weight, *bias, *state;
+    void *new_state, *y;
+    int64_t batch, length, channels, kernel, x_stride;
+    int64_t silu;
+};
+
+// delta = softplus(raw + bias); h = exp(delta A) h + delta x B; y = (h . C + D x) silu(gate).
+// raw, x, gate, y [batch, length, inner]; B, C [batch, length, states]; bias, D [inner]: of one dtype.
+// A [inner, states] and state [batch, inner, states] in float. lengths: real steps of each row, or null; y is 0 behind.
+struct Scan {
+    const void *raw, *bias, *x, *gate, *B, *C, *D;
+    const float *A, *state;
+    float* new_state;
+    void* y;
+    const int64_t* lengths;
+    int64_t batch, length, inner, states;
+    int64_t raw_stride, x_stride, gate_stride, b_stride;
+};
+
+// h = a h + sqrt(1 - a^2) sigmoid(input) x with a = 2^(rate sigmoid(recurrent)), a = 0 where a text begins; y = h gate.
+// x, gate, y [batch, length, heads * width]; input, recurrent [heads, batch * length, width]: of one dtype; gate or null.
+// rate [heads * width], state [batch, heads * width] in float; reset [batch, length] with that stride; lengths: as above.
+// Where weights [heads, width, width] and biases [heads, width] stand, the gates are x's products with them.
+struct Recurrence {
+    const void *x, *input, *recurrent, *gate;
+    const void *input_weight, *input_bias, *recurrent_weight, *recurrent_bias;
+    const float *rate, *state;
+    const uint8_t* reset;
+    float* new_state;
+    void* y;
+    const int64_t* lengths;
+    int64_t batch, length, heads, width;
+    int64_t x_stride, gate_stride, reset_stride;
+};
+
+struct Lanes {
+    void (*norm)(const Norm&, Dtype, int64_t first, int64_t last);
+    void (*conv)(const Conv&, Dtype, int64_t first, int64_t last);
+    void (*scan)(const Scan&, Dtype, int64_t first, int64_t last);
+    void (*recurrence)(const Recurrence&, Dtype, int64_t first, int64_t last);
+};
+
+// Of the path in use.
+const Lanes& lanes();
+
+}  // namespace lmx

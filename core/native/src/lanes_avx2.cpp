@@ -1,0 +1,17 @@
+// Norms, convolutions and scans with AVX2 and FMA.
+#include "lmx_native.h"
+
+#if defined(LMX_X86)
+
+#define LMX_TARGET LMX_AVX2
+#define LMX_LANES 8
+#include "lanes_path.h"
+
+namespace lmx {
+
+extern const Lanes avx2_lanes;
+const Lanes avx2_lanes{norm, conv, scan, recurrence};
+
+}  // namespace lmx
+
+#endif

@@ -1,0 +1,17 @@
+// Norms, convolutions and scans with AVX-512.
+#include "lmx_native.h"
+
+#if defined(LMX_X86)
+
+#define LMX_TARGET LMX_AVX512
+#define LMX_LANES 16
+#include "lanes_path.h"
+
+namespace lmx {
+
+extern const Lanes avx512_lanes;
+const Lanes avx512_lanes{norm, conv, scan, recurrence};
+
+}  // namespace lmx
+
+#endif

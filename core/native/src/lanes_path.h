@@ -1,0 +1,11 @@
+// All kernels of one path; see floats.h for what the including file says of it.
+#include <algorithm>
+
+#include "lanes.h"
+
+#include "floats.h"
+
+#include "conv_path.h"
+#include "norm_path.h"
+#include "recurrence_path.h"
+#include "scan_path.h"

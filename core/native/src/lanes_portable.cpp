@@ -1,0 +1,13 @@
+// Norms, convolutions and scans on any CPU; four lanes are one register of SSE2 and of NEON.
+#include "lmx_native.h"
+
+#define LMX_TARGET
+#define LMX_LANES 4
+#include "lanes_path.h"
+
+namespace lmx {
+
+extern const Lanes portable_lanes;
+const Lanes portable_lanes{norm, conv, scan, recurrence};
+
+}  // namespace lmx

@@ -1,0 +1,122 @@
+"""Many vectors times stored matrices, prompts through banks of experts, and dequantized rows, against torch."""
+
+import pytest
+import torch
+from native_cases import PATHS, QUANTIZERS, random, relative_error, values
+from support import needs_kernels
+
+from lmx.core.native.library import forced_path
+from lmx.core.native.matrix import answer_many, dequantize_rows, has_panels, multiply_many
+from lmx.core.native.vector import ExpertTable, MatrixTable
+from lmx.quant.four_bit import quantize_4bit
+from lmx.quant.int8 import quantize_int8
+from lmx.quant.matmul import choose_product, dequantize
+from lmx.quant.native import stored_matrix
+
+pytestmark = needs_kernels
+needs_panels = pytest.mark.skipif(not has_panels(), reason="this CPU has no AVX-512 BF16: torch multiplies the rows")
+
+QUANTIZED = {name: of for name, of in QUANTIZERS.items() if "float" not in name}
+
+
+@pytest.fixture(params=QUANTIZED)
+def quantizer(request):
+    return QUANTIZED[request.param]
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    with forced_path(request.param) as there:
+        if not there:
+            pytest.skip(f"this CPU has no {request.param}")
+        yield request.param
+
+
+@pytest.mark.parametrize("shape", [(70, 256), (37, 192), (12, 100), (9, 33), (5, 4200), (1, 1)], ids=str)
+@pytest.mark.usefixtures("path")
+def test_dequantized_rows_are_torchs_to_the_bit(quantizer, shape):
+    q = quantizer(random(*shape))
+    table = MatrixTable([stored_matrix(q)])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        first = min(1, shape[0] - 1)
+        assert torch.equal(
+            dequantize_rows(table, first, shape[0], dtype), dequantize(q, torch.float32)[first:].to(dtype)
+        )
+
+
+@needs_panels
+@pytest.mark.parametrize("shape", [(70, 256), (33, 192), (30, 100), (31, 33), (16, 4200)], ids=str)
+def test_product_is_torchs(quantizer, shape):
+    q = quantizer(random(*shape))
+    table = MatrixTable([stored_matrix(q)])
+    for vectors in (5, 6, 7, 8, 64, 96, 97, 200):
+        x = random(vectors, shape[1], seed=vectors).bfloat16()
+        assert relative_error(multiply_many(table, x), x.double() @ values(q).T) < 3e-3
+
+
+@needs_panels
+def test_threads_and_company_do_not_change_a_bit(quantizer):
+    table = MatrixTable([stored_matrix(quantizer(random(515, 320)))])
+    x = random(120, 320, seed=1).bfloat16()
+    before = torch.get_num_threads()
+    answers = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        answers.append(multiply_many(table, x))
+    torch.set_num_threads(before)
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
+    assert torch.equal(answers[0][7:80], multiply_many(table, x[7:80]))
+
+
+@needs_panels
+def test_strides_nan_and_infinity():
+    q = quantize_4bit(random(40, 128), "nf4")
+    table = MatrixTable([stored_matrix(q)])
+    x = random(9, 2, 128).bfloat16()[:, 1]
+    assert torch.equal(multiply_many(table, x), multiply_many(table, x.contiguous()))
+    x[3, 5], x[7, 100] = torch.nan, torch.inf
+    got = multiply_many(table, x)
+    assert got[3].isnan().all()
+    assert not got[7].isfinite().any()
+    assert got[[0, 1, 2, 4, 5, 6, 8]].isfinite().all()
+
+
+@needs_panels
+@pytest.mark.parametrize(("hidden", "inner"), [(128, 192), (96, 50), (64, 33)])
+def test_experts_answer_as_few_tokens_do(quantizer, hidden, inner):
+    shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+    bank = [tuple(stored_matrix(quantizer(random(*s, seed=9 * e + i))) for i, s in enumerate(shapes)) for e in range(6)]
+    table = ExpertTable(bank, "silu")
+    tokens = 150
+    x = (random(tokens, hidden) / hidden**0.5).bfloat16()
+    weights, ids = random(tokens, 6, seed=1).softmax(-1).topk(2)
+    ids[:120, 0], ids[120:, 0] = 4, 5  # one expert of more than a panel; expert 0 may have none
+    ids[:, 1] = ids[:, 1] % 3 + 1
+    expected = torch.cat(
+        [table.answer(x[i : i + 1].float(), ids[i : i + 1], weights[i : i + 1]) for i in range(tokens)]
+    )
+    got = answer_many(table, x, ids, weights)
+    assert relative_error(got, expected.double()) < 5e-3
+    before = torch.get_num_threads()
+    torch.set_num_threads(before % 2 + 1)
+    assert torch.equal(answer_many(table, x, ids, weights), got)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("vectors", [1, 4, 5, 40, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("path")
+def test_every_number_of_vectors_has_a_product(vectors, dtype):
+    for q in (quantize_4bit(random(80, 192), "nf4", double_quant=True), quantize_int8(random(80, 192))):
+        x = random(2, vectors, 192, seed=3).to(dtype)
+        got = choose_product(q)(x)
+        assert got.dtype == dtype
+        assert relative_error(got, x.double() @ values(q).T) < {torch.float32: 1e-6}.get(dtype, 3e-3)
+
+
+@needs_panels
+def test_compiled_code_calls_the_operations():
+    table = MatrixTable([stored_matrix(quantize_4bit(random(8, 64), "nf4"))])
+    x = random(6, 64).bfloat16()
+    torch.library.opcheck(torch.ops.lmx.multiply_many.default, (table.words, x, 8))

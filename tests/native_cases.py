@@ -1,0 +1,32 @@
+"""What the tests of the CPU kernels share: the paths, the matrices, and what is right."""
+
+import torch
+
+from lmx.quant.four_bit import quantize_4bit
+from lmx.quant.int8 import quantize_int8
+from lmx.quant.matmul import dequantize
+
+PATHS = ("avx512", "avx2", "neon", "portable")
+QUANTIZERS = {
+    "nf4": lambda w: quantize_4bit(w, "nf4"),
+    "nf4, short blocks": lambda w: quantize_4bit(w, "nf4", 32),
+    "nf4, long blocks": lambda w: quantize_4bit(w, "nf4", 512),
+    "nf4 double": lambda w: quantize_4bit(w, "nf4", double_quant=True),
+    "fp4 double": lambda w: quantize_4bit(w, "fp4", 128, double_quant=True),
+    "int8": quantize_int8,
+    "bfloat16": lambda w: w.bfloat16(),
+    "float16": lambda w: w.half(),
+    "float32": lambda w: w,
+}
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def values(q):
+    return q.double() if isinstance(q, torch.Tensor) else dequantize(q, torch.float32).double()
+
+
+def relative_error(got, expected):
+    return ((got.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
