@@ -10,7 +10,7 @@ from lmx.cli.console import may_animate, note, write_json
 from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.options import CommonOptions, parse_size, spread_groups
 from lmx.cli.pull_progress import pull_watcher
-from lmx.conversion import Finished, Format, Progress, convert, predict_conversion
+from lmx.conversion import Conversion, Finished, Format, Progress, convert_events, predict_conversion
 from lmx.core.errors import InputError
 
 Last = TypeVar("Last")
@@ -51,32 +51,13 @@ def convert_command(
 
     A run that was stopped goes on where it stopped when the same command is given again.
     """
-    shard_bytes = parse_size("--max-shard-size", max_shard_size)
+    job = Conversion(target, to, dtype, parse_size("--max-shard-size", max_shard_size), force)
     if dry_run:
-        finished = predict_conversion(
-            source,
-            target,
-            to=to,
-            dtype=dtype,
-            max_shard_bytes=shard_bytes,
-            force=force,
-            revision=revision,
-            offline=offline,
-        )
+        finished = predict_conversion(source, job, revision=revision, offline=offline)
     else:
-        show = may_animate() and not common.quiet
-        steps = convert(
-            source,
-            target,
-            to=to,
-            dtype=dtype,
-            max_shard_bytes=shard_bytes,
-            force=force,
-            revision=revision,
-            offline=offline,
-            watch=pull_watcher(common.quiet),
-        )
-        finished = _watch(steps, Finished, show)
+        watch = pull_watcher(common.quiet)
+        steps = convert_events(source, job, revision=revision, offline=offline, watch=watch)
+        finished = _watch(steps, Finished, may_animate() and not common.quiet)
     size = f"{human_count(finished.parameters)} parameters in {human_bytes(finished.output_bytes)}"
     note(f"{target}: {size}{' (predicted)' * dry_run}", quiet=common.quiet)
     facts: dict[str, object] = {"source": source, "output": str(target), "parameters": finished.parameters}
