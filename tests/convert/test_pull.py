@@ -233,6 +233,10 @@ def test_the_hubs_refusals(
         (403, "GatedRepo", NotFoundError),
         (401, "", NotFoundError),
         (404, "EntryNotFound", NotFoundError),
+        (451, "", NetworkError),
+        (400, "", NetworkError),
+        (304, "", NetworkError),
+        (204, "", NetworkError),
         (500, "", NetworkError),
     ],
 )
@@ -344,7 +348,15 @@ def test_a_redirect_on_the_hub_itself_keeps_the_token(hubs: tuple[Hub, Hub], mon
 
 
 @pytest.mark.parametrize(
-    "location", ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://[", "http://a:b/", "javascript:0"]
+    "location",
+    [
+        "file:///etc/passwd",
+        "ftp://127.0.0.1/x",
+        "http://[",
+        "http://a:b/",
+        "javascript:0",
+        "http://127.0.0.1:99999999/",
+    ],
 )
 def test_redirects_that_lead_nowhere_are_refused(hubs: tuple[Hub, Hub], location: str) -> None:
     _, store = hubs

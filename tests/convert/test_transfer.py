@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ from pulls import AT_RISK_BYTES, WEIGHTS, hub_with, left_overs, repository, sha2
 
 import lmx
 from lmx.convert import part_file, places
+from lmx.convert.fetch import retry_after
 from lmx.convert.hub import Wish
 from lmx.convert.part_file import PIECE_BYTES
 from lmx.convert.pull import pull
@@ -112,6 +114,10 @@ ANSWERS = {
     "empty": [(206, {"Content-Range": f"bytes 0-0/{SIZE}"})],
     "compressed": [(206, {"Content-Encoding": "gzip"})],
     "redirected without end": [(302, {"Location": "?signed=s3cret"})] * 80,
+    "a range of too many digits": [(206, {"Content-Range": f"bytes 0-{'9' * 5000}/{SIZE}"})],
+    "a date that is none": [(429, {"Retry-After": "Wed, 21 Oct 99999 07:28:00 GMT"})],
+    "a time that is none": [(503, {"Retry-After": text}) for text in ("-5", "1e9", "x" * 5000)],
+    "statuses of no use": [(status, {}) for status in (204, 205, 300, 304, 410, 418, 451)],
 }
 
 
@@ -229,6 +235,25 @@ def test_two_pulls_at_once_share_one_result(hubs: tuple[Hub, Hub], tmp_path: Pat
     assert said[0][0] == said[1][0]
     assert sha256(Path(said[0][0].strip()) / WEIGHTS) == digest(hub.files)
     assert store.sent == SIZE
+    assert left_overs(tmp_path / "cache") == []
+
+
+def test_two_pulls_at_once_share_the_work(hubs: tuple[Hub, Hub], tmp_path: Path) -> None:
+    """Of several files each fetches those that the other one does not."""
+    hub, store = hubs
+    weights = hub.files.pop(WEIGHTS)
+    shards = {
+        f"model-0000{number}-of-00006.safetensors": weights[number * 4_000_000 :][:4_000_000] for number in range(6)
+    }
+    hub.files.update(shards)
+    children = [start_pull(hub, tmp_path / "cache", "--json") for _ in range(2)]
+    said = [child.communicate(timeout=60) for child in children]
+    assert [child.returncode for child in children] == [0, 0], said
+    done = [json.loads(out) for out, _ in said]
+    assert done[0]["folder"] == done[1]["folder"]
+    assert sum(one["fetched_bytes"] for one in done) == sum(map(len, hub.files.values()))
+    assert store.sent == SIZE
+    assert all((Path(done[0]["folder"]) / name).read_bytes() == data for name, data in hub.files.items())
     assert left_overs(tmp_path / "cache") == []
 
 
@@ -360,3 +385,21 @@ def test_a_pull_that_is_left_early_stops(hubs: tuple[Hub, Hub]) -> None:
     assert sent < SIZE
     time.sleep(0.3)
     assert store.sent == sent
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("", None),
+        ("7", 7.0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
+        ("Wed, 21 Oct 99999 07:28:00 GMT", None),
+        ("-5", None),
+        ("1e9", None),
+        ("²", None),
+        ("9" * 5000, 999_999_999.0),
+        ("soon", None),
+    ],
+)
+def test_retry_after(text: str, seconds: float | None) -> None:
+    assert retry_after({"retry-after": text}) == seconds
