@@ -86,11 +86,13 @@ def is_offline() -> bool:
 def find_model(
     model: str | Path, *, revision: str | None = None, offline: bool = False, watch: Watcher = unwatched
 ) -> Path:
-    """The folder of a model: an existing path wins; else a hub id from the cache, else pulled into it under `watch`.
+    """The folder of a model, or its GGUF: an existing path wins; else a hub id from the cache, else pulled into it.
+
+    The pull is shown to `watch`.
 
     Raises:
         UsageError: a revision for a path, or two different ones.
-        InputError: the path is a file; or what the hub sends is not to be believed.
+        InputError: the path is a file, and no GGUF; or what the hub sends is not to be believed.
         NotFoundError: neither a path nor a hub id; or the hub does not have it, or does not let us.
         NetworkError, ResourceError: the download failed; the disk is full.
 
@@ -159,10 +161,8 @@ def _exists(path: Path) -> bool:
 
 
 def _folder(path: Path) -> Path:
-    if path.is_dir():
+    if path.is_dir() or path.suffix == ".gguf":
         return path
-    if path.suffix == ".gguf":
-        raise InputError(f"{quoted(str(path))}: this version of lmx reads no GGUF", "give a folder in the hub's format")
     raise InputError(f"{quoted(str(path))} is a file", "give the folder that holds config.json and the weights")
 
 
