@@ -70,12 +70,20 @@ class Wish:
         token: str | None = None,
         local_dir: str | Path | None = None,
     ) -> "Wish":
-        """A wish by the names that users give. Raises UsageError for a `repo` that is no hub id."""
+        """A wish by the names that users give. Raises UsageError for a `repo` that is no hub id, and for odd tokens."""
         hub_id = HubId.parse(repo, revision)
         if hub_id is None:
             raise UsageError(f"{quoted(repo)} is no model of the hub", "give ORG/NAME or ORG/NAME@REVISION")
         folder = None if local_dir is None else Path(local_dir).expanduser()
-        return cls(hub_id, tuple(include), tuple(exclude), token, folder)
+        return cls(hub_id, tuple(include), tuple(exclude), _checked_token(token), folder)
+
+
+def _checked_token(token: str | None) -> str | None:
+    """A token that a header can hold; an empty one, as of an unset variable, is none. Raises UsageError."""
+    token = (token or "").strip()
+    if not token.isascii() or not token.isprintable():
+        raise UsageError("--token: that is no token: it holds characters that none has", "copy it again from the hub")
+    return token or None
 
 
 def is_offline() -> bool:

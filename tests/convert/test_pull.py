@@ -339,6 +339,21 @@ def test_the_token_goes_to_the_hub_alone(
         assert "s3cret" not in text
 
 
+@pytest.mark.parametrize("token", ["", " ", "\n"])
+def test_an_empty_token_is_none(hubs: tuple[Hub, Hub], token: str) -> None:
+    """As of a variable that is not set."""
+    lmx.pull("org/tiny", token=token)
+    assert hubs[0].tokens == {"127.0.0.1": {None}}
+
+
+@pytest.mark.parametrize("token", [f"{CANARY}\nX-Other: 1", f"{CANARY}é", f"{CANARY}\0"])
+def test_what_is_no_token_is_not_told(hubs: tuple[Hub, Hub], token: str) -> None:
+    with pytest.raises(UsageError, match="no token") as caught:
+        lmx.pull("org/tiny", token=token)
+    assert CANARY not in caught.value.message + caught.value.hint
+    assert hubs[0].calls == []
+
+
 def test_a_redirect_on_the_hub_itself_keeps_the_token(hubs: tuple[Hub, Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     hub, _ = hubs
     monkeypatch.setenv("HF_TOKEN", CANARY)
