@@ -30,6 +30,7 @@ _OTHER_TOKENIZERS = ("tokenizer.model*", "*.tiktoken", "vocab.json", "merges.txt
 _BOOKKEEPING = (".cache", ".huggingface")
 _OWN_CONFIG = ("params.json", "config.yaml")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_SPLIT_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf")
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|npz|tflite|mlmodel|pdparams|llamafile)"
     r"|.*\.(safetensors|bin|h5|msgpack)\.index(\.[a-z0-9]+)?\.json",
@@ -128,11 +129,11 @@ def _one_copy(top: Sequence[str]) -> set[str]:
     for found in candidates:
         if any(not name.endswith(".json") for name in found):
             return found
-    # The publisher's own: one file of a kind may be it; of several nobody knows which
+    # The publisher's own: one file of a kind may be it, or one GGUF in parts; of several nobody knows which
     for suffix in ("pt", "pth", "bin", "gguf"):
         found = matching(f"*.{suffix}") - {"training_args.bin"}
         if found:
-            return found if len(found) == 1 else set()
+            return found if len({_SPLIT_GGUF.sub("", name) for name in found}) == 1 else set()
     return set()
 
 

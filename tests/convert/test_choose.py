@@ -68,6 +68,10 @@ CASES: dict[str, tuple[list[str], set[str]]] = {
     ),
     "one of its own": (["2b.pt", "tokenizer.model"], {"2b.pt", "tokenizer.model"}),
     "one GGUF": (["model-q4_0.gguf"], {"model-q4_0.gguf"}),
+    "one GGUF in parts": (
+        ["model-00001-of-00002.gguf", "model-00002-of-00002.gguf"],
+        {"model-00001-of-00002.gguf", "model-00002-of-00002.gguf"},
+    ),
     "no weights": (["tokenizer.json", "config.json", "plot.png"], {"tokenizer.json", "config.json"}),
 }
 
