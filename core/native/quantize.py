@@ -3,7 +3,6 @@
 import ctypes
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from lmx.core.native.library import library
