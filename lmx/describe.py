@@ -83,6 +83,7 @@ def describe(name: str, checkpoint: Checkpoint) -> Description:
     import torch
 
     from lmx.core.loader import bind, build
+    from lmx.core.native.library import kernel_path
     from lmx.core.registry import family_of
 
     family, stored = family_of(checkpoint.config), _stored(checkpoint)
@@ -109,7 +110,7 @@ def describe(name: str, checkpoint: Checkpoint) -> Description:
         vocabulary=model.config.vocab_size,
         chat_template=_template_file(checkpoint),
         license=license_of(checkpoint.folder),
-        kernels="torch",
+        kernels=kernel_path(),
     )
 
 
