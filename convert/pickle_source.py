@@ -71,11 +71,16 @@ class PickleCheckpoint(Checkpoint):
         """
         weight_map = read_index(folder / INDEX_BIN, ".bin") if _is_sharded(folder) else None
         paths = [folder / name for name in sorted(set(weight_map.values()) if weight_map else [_single(folder)])]
-        checkpoint = cls(folder, _open_files(paths))
+        checkpoint = cls.of_files(folder, paths)
         if weight_map is not None:
             check_index(folder / INDEX_BIN, weight_map, checkpoint.infos)
         checkpoint._leave_tied_head_out()
         return checkpoint
+
+    @classmethod
+    def of_files(cls, folder: Path, paths: Sequence[Path]) -> Self:
+        """Open these files as they are, whatever config they belong to. Raises as `open`."""
+        return cls(folder, _open_files(paths))
 
     def tensor(self, name: str) -> "torch.Tensor":
         """A tensor by name: a view of the mapped file where it is dense and aligned, else a dense copy."""

@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,5})(?=\.|$)")
 
 
-def _skeleton(name: str) -> tuple[str, tuple[int, ...]]:
+def split_numbers(name: str) -> tuple[str, tuple[int, ...]]:
     """`layers.3.experts.7.w` -> (`layers.{}.experts.{}.w`, (3, 7))."""
     return _NUMBER.sub("{}", name), tuple(int(number) for number in _NUMBER.findall(name))
 
@@ -146,7 +146,7 @@ class NameTable:
 
         Raises InputError for an unknown name and for a shape that cannot be.
         """
-        skeleton, indices = _skeleton(hub)
+        skeleton, indices = split_numbers(hub)
         rule = self._by_hub.get(skeleton)
         if rule is None:
             if skeleton in self._ignored:
@@ -156,7 +156,7 @@ class NameTable:
 
     def hub_name(self, ours: str) -> str:
         """What the hub's checkpoints call the tensor that holds one of our weights."""
-        skeleton, indices = _skeleton(ours)
+        skeleton, indices = split_numbers(ours)
         for rule in self.rules:
             if isinstance(rule, Rename) and rule.ours == skeleton:
                 return rule.hub.format(*indices)
@@ -169,7 +169,7 @@ class NameTable:
 
         Differs from `hub_name` where the canonical file stacks experts: quantized files hold each by itself.
         """
-        skeleton, indices = _skeleton(ours)
+        skeleton, indices = split_numbers(ours)
         for rule in self.rules:
             if isinstance(rule, Rename) and rule.ours == skeleton:
                 return rule.hub.format(*indices)
@@ -183,7 +183,7 @@ class NameTable:
                 first.setdefault(ours, rule)
         grouped: dict[Rule, dict[tuple[int, ...], Shape]] = {}
         for name, shape in wanted.items():
-            skeleton, indices = _skeleton(name)
+            skeleton, indices = split_numbers(name)
             rule = first[skeleton]
             if isinstance(rule, Rename) or rule.ours[0] == skeleton:
                 grouped.setdefault(rule, {})[indices] = shape

@@ -165,7 +165,7 @@ def _files(checkpoint: Checkpoint) -> list[Path]:
     """What is on the disk of a model."""
     if isinstance(checkpoint, GGUFCheckpoint):
         return list(checkpoint.files)
-    return [file for file in checkpoint.folder.iterdir() if file.is_file()]
+    return [file for file in checkpoint.home.iterdir() if file.is_file()]
 
 
 def _template_file(checkpoint: Checkpoint) -> str | None:
@@ -173,6 +173,8 @@ def _template_file(checkpoint: Checkpoint) -> str | None:
     folder = checkpoint.folder
     if isinstance(checkpoint, GGUFCheckpoint):
         return checkpoint.files[0].name if (folder / _TEMPLATE_FILE).exists() else None
+    if folder != checkpoint.home and not (folder / "tokenizer.json").exists():
+        return None
     if read_tokenizer_files(folder).chat_template is None:
         return None
     return _TEMPLATE_FILE if (folder / _TEMPLATE_FILE).exists() else "tokenizer_config.json"
