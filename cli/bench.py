@@ -1,7 +1,8 @@
 """`lmx bench`: how fast models run here, and how far from what this machine can do."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,9 +13,11 @@ from lmx.cli.bench_tables import Earlier, Printer, make_printer
 from lmx.cli.console import may_animate
 from lmx.cli.counts import parse_counts, parse_pair
 from lmx.cli.options import CommonOptions, RuntimeOptions, spread_groups
+from lmx.cli.pull_progress import pull_watcher
 from lmx.core.errors import UsageError
 from lmx.core.text.safe import safe_line
 from lmx.device import limit_gpu_memory, limit_threads
+from lmx.pulling import Watcher
 
 _EXAMPLE = "Example: lmx bench allenai/OLMoE-1B-7B-0924 --dummy --4bit --head int8 -p 512 -n 128 -d 0,3968"
 
@@ -76,11 +79,12 @@ def bench_command(
     limit_threads(runtime.threads)
     limit_gpu_memory(nbytes, runtime.device)
     workloads = [(p, n, d) for d in depths for p, n in tests]
-    setting = _setting(runtime, dummy, double_quant, show=may_animate() and not common.quiet)
-    _print(_events(models or [None], workloads, repetitions, setting), printer, setting.show_progress)
+    setting = _setting(runtime, dummy, double_quant, pull_watcher(common.quiet))
+    events = _events(models or [None], workloads, repetitions, setting)
+    _print(events, printer, may_animate() and not common.quiet)
 
 
-def _setting(runtime: RuntimeOptions, dummy: bool, double_quant: bool, *, show: bool) -> Setting:
+def _setting(runtime: RuntimeOptions, dummy: bool, double_quant: bool, watch: Watcher) -> Setting:
     return Setting(
         device=runtime.device,
         dtype=runtime.dtype,
@@ -91,7 +95,7 @@ def _setting(runtime: RuntimeOptions, dummy: bool, double_quant: bool, *, show: 
         dummy=dummy,
         revision=runtime.revision,
         offline=runtime.offline or dummy,
-        show_progress=show,
+        watch=watch,
     )
 
 
@@ -104,32 +108,21 @@ def _events(
 
 
 def _print(events: Iterator[Event], printer: Printer, show: bool) -> None:
-    with _telling(show) as tell:
+    try:
         for event in events:
             if isinstance(event, Step):
-                tell(f"{event.model}: {event.doing}")
+                _tell(f"{event.model}: {event.doing}", show)
             else:
-                tell(None)
+                _tell("", show)  # makes room for the row
                 printer.row(event)
+    finally:
+        _tell("", show)
     printer.finish()
 
 
-@contextmanager
-def _telling(show: bool) -> Iterator[Callable[[str | None], None]]:
-    """What says on stderr what is being done; None takes the line away, to make room for a row."""
-    if not show:
-        yield lambda text: None
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    with Console(stderr=True).status("") as status:
-
-        def tell(text: str | None) -> None:
-            if text is None:
-                status.stop()
-            else:
-                status.update(Text(safe_line(text)))
-                status.start()
-
-        yield tell
+def _tell(text: str, show: bool) -> None:
+    """Put one line on stderr in the place of the last. No animation: it would take the CPU from what is timed."""
+    if show:
+        room = shutil.get_terminal_size().columns - 1
+        sys.stderr.write(f"\r\x1b[2K{safe_line(text)[:room]}")
+        sys.stderr.flush()

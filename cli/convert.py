@@ -9,6 +9,7 @@ import typer
 from lmx.cli.console import may_animate, note, write_json
 from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.options import CommonOptions, parse_size, spread_groups
+from lmx.cli.pull_progress import pull_watcher
 from lmx.conversion import Finished, Format, Progress, convert, predict_conversion
 from lmx.core.errors import InputError
 
@@ -73,7 +74,7 @@ def convert_command(
             force=force,
             revision=revision,
             offline=offline,
-            show_progress=show,
+            watch=pull_watcher(common.quiet),
         )
         finished = _watch(steps, Finished, show)
     size = f"{human_count(finished.parameters)} parameters in {human_bytes(finished.output_bytes)}"

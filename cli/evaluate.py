@@ -12,6 +12,7 @@ from lmx.api import OpenedModel
 from lmx.cli.console import may_animate, write_json
 from lmx.cli.loading import Loaded, loaded
 from lmx.cli.options import CommonOptions, ModelArgument, RuntimeOptions, spread_groups
+from lmx.cli.pull_progress import pull_watcher
 from lmx.cli.rows import write_rows
 from lmx.core.errors import UsageError
 from lmx.evaluation import Sequences, read_ids, read_windows
@@ -78,8 +79,7 @@ def _base(
     if name is None:
         yield None
         return
-    progress = may_animate() and not common.quiet
-    with OpenedModel.open(name, offline=runtime.offline, show_progress=progress) as opened:
+    with OpenedModel.open(name, offline=runtime.offline, watch=pull_watcher(common.quiet)) as opened:
         dtype = running.model.decoder.embed.weight.dtype
         yield opened.load(device=runtime.device, dtype=dtype, attention=runtime.attention)
 

@@ -8,9 +8,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lmx.api import OpenedModel, import_runtime
-from lmx.cli.console import may_animate, note
+from lmx.cli.console import note
 from lmx.cli.facts import human_bytes
 from lmx.cli.options import CommonOptions, RuntimeOptions
+from lmx.cli.pull_progress import pull_watcher
 from lmx.core.text.types import Message
 from lmx.device import limit_gpu_memory, limit_threads
 
@@ -55,7 +56,7 @@ def loaded(
         model,
         revision=runtime.revision,
         offline=runtime.offline,
-        show_progress=may_animate() and not common.quiet,
+        watch=pull_watcher(common.quiet),
         chat=talk is not None,
     )
     with opened:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import lmx
-from lmx.cli import bench, chat, convert, evaluate, generate, quantize, sessions, show
+from lmx.cli import bench, cache, chat, convert, evaluate, generate, pull, quantize, sessions, show
 
 app = typer.Typer(
     help="Run FalconMamba, RecurrentGemma, OLMoE, DBRX and Mixtral on the machine you have.",
@@ -37,3 +37,5 @@ evaluate.register(app)
 bench.register(app)
 show.register(app)
 sessions.register(app)
+pull.register(app)
+cache.register(app)

@@ -12,6 +12,7 @@ import typer
 from lmx.cli.console import is_terminal, may_animate, may_decorate, note, write, write_json
 from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.options import CommonOptions, parse_size, spread_groups
+from lmx.cli.pull_progress import pull_watcher
 from lmx.core.errors import UsageError
 from lmx.core.text.safe import safe_line
 from lmx.device import limit_threads
@@ -94,7 +95,7 @@ def quantize_command(
         force=force,
         revision=revision,
         offline=offline,
-        show_progress=may_animate() and not common.quiet,
+        watch=pull_watcher(common.quiet),
         headers_only=dry_run,
     )
     started = time.perf_counter()

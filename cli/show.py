@@ -1,15 +1,18 @@
 """`lmx show`: what a model is and what it needs, from its headers and configs alone."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lmx.api import model_name
-from lmx.cli.console import may_animate, write_json
+from lmx.cli.console import write_json
 from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.options import CommonOptions, ModelArgument, spread_groups
+from lmx.cli.pull_progress import pull_watcher
 from lmx.cli.rows import write_rows
+from lmx.core.errors import InputError, LmxError, NotFoundError
 from lmx.core.text.safe import safe_line
 
 if TYPE_CHECKING:
@@ -31,16 +34,50 @@ def show_command(
     revision: Annotated[str | None, typer.Option(help="A hub model's branch, tag or commit.")] = None,
     common: CommonOptions,
 ) -> None:
-    """Show what a model is and what it needs, reading no weights."""
-    progress = may_animate() and not common.quiet
+    """Show what a model is and what it needs, reading no weights.
+
+    Of a repository in the cache that lmx cannot run, it shows what is known.
+    """
     from lmx.describe import describe, open_described
 
-    checkpoint = open_described(model, revision=revision, offline=offline, show_progress=progress)
-    description = describe(model_name(model, revision), checkpoint)
+    try:
+        checkpoint = open_described(model, revision=revision, offline=offline, watch=pull_watcher(common.quiet))
+        description = describe(model_name(model, revision), checkpoint)
+    except (InputError, NotFoundError) as error:
+        _show_cached(model, revision, json, error)
+        return
     if json:
         write_json(asdict(description) | {"memory_to_run": description.memory_to_run})
     else:
         write_rows(_rows(description))
+
+
+def _show_cached(model: str | None, revision: str | None, json: bool, error: LmxError) -> None:
+    """What the cache knows of a repository that cannot be described as a model. Raises `error` if it is not there."""
+    from lmx.cache import describe_cached
+
+    if model is None or Path(model).exists():
+        raise error
+    try:
+        facts = describe_cached(model, revision)
+    except NotFoundError:
+        raise error from None
+    if facts.is_supported and isinstance(error, InputError):  # it should run, and is broken
+        raise error
+    if json:
+        write_json(asdict(facts) | {"problem": error.message})
+        return
+    rows = [
+        ("model", facts.model),
+        ("architecture", facts.architecture or "not stated"),
+        ("commit", " ".join((facts.commit, *facts.refs))),
+        ("files", str(facts.files)),
+        ("size on disk", human_bytes(facts.size_on_disk)),
+        ("license", facts.license),
+        ("folder", facts.folder),
+        ("runs", f"no: {error.message}"),
+    ]
+    write_rows([(name, safe_line(value)) for name, value in rows])
 
 
 def _rows(facts: "Description") -> list[tuple[str, str]]:

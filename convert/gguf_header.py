@@ -124,7 +124,7 @@ class _Cursor:
     def take(self, size: int) -> bytes:
         """The next bytes."""
         if size > self._limit - self.position:
-            raise self.error("its header is longer than the file, or than any model needs")
+            raise self.error("its GGUF header is longer than the file, or than any model needs")
         if self.position + size > self._start + len(self._buffer):
             wanted = min(max(size, _READ_BYTES), self._limit - self.position)
             self._buffer = read_range(self._fd, wanted, self.position, self._path)

@@ -7,33 +7,17 @@ The folder of a hub id is a snapshot of the cache that all Hugging Face tools sh
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from lmx.convert.pickle_source import INDEX_BIN, SINGLE_BIN
+from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import INDEX, SINGLE
 from lmx.core.errors import InputError, LmxError, NetworkError, NotFoundError, ResourceError, UsageError
 from lmx.core.files import quoted
 from lmx.core.jsonfile import read_json
-
-# What a run needs: no second copy of the weights (consolidated, .bin, .pt, original/).
-WANTED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template*",
-    "*.safetensors",
-    INDEX,
-    "README.md",
-    "LICENSE*",
-)
-UNWANTED = ("consolidated*", "*/*")
-# And of a repository without safetensors
-PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
 _HUB_ID = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,199}}))?", re.ASCII)
@@ -56,11 +40,42 @@ class HubId:
         match = _HUB_ID.fullmatch(text)
         if match is None or ".." in text or "--" in match[1]:
             return None
-        if revision is not None and _HUB_ID.fullmatch(f"a/b@{revision}") is None:
+        if revision is not None and (_HUB_ID.fullmatch(f"a/b@{revision}") is None or ".." in revision):
             raise UsageError(f"--revision: {quoted(revision)} is no branch, tag or commit", "check its spelling")
         if revision is not None and match[2] is not None and revision != match[2]:
             raise UsageError(f"{text} and --revision {revision} disagree", "give the revision once")
         return cls(match[1], revision or match[2])
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be pulled. include, exclude: globs over file names. token: None is the one that is configured.
+
+    local_dir: a folder to put the files in under their names, in place of the cache.
+    """
+
+    hub_id: HubId
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    token: str | None = None
+    local_dir: Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        repo: str,
+        revision: str | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        token: str | None = None,
+        local_dir: str | Path | None = None,
+    ) -> "Wish":
+        """A wish by the names that users give. Raises UsageError for a `repo` that is no hub id."""
+        hub_id = HubId.parse(repo, revision)
+        if hub_id is None:
+            raise UsageError(f"{quoted(repo)} is no model of the hub", "give ORG/NAME or ORG/NAME@REVISION")
+        folder = None if local_dir is None else Path(local_dir).expanduser()
+        return cls(hub_id, tuple(include), tuple(exclude), token, folder)
 
 
 def is_offline() -> bool:
@@ -69,13 +84,15 @@ def is_offline() -> bool:
 
 
 def find_model(
-    model: str | Path, *, revision: str | None = None, offline: bool = False, show_progress: bool = False
+    model: str | Path, *, revision: str | None = None, offline: bool = False, watch: Watcher = unwatched
 ) -> Path:
     """The folder of a model, or its GGUF: an existing path wins; else a hub id from the cache, else pulled into it.
 
+    The pull is shown to `watch`.
+
     Raises:
         UsageError: a revision for a path, or two different ones.
-        InputError: the path is a file, and no GGUF.
+        InputError: the path is a file, and no GGUF; or what the hub sends is not to be believed.
         NotFoundError: neither a path nor a hub id; or the hub does not have it, or does not let us.
         NetworkError, ResourceError: the download failed; the disk is full.
 
@@ -84,7 +101,9 @@ def find_model(
     if isinstance(found, Path):
         return found
     check_online(found, offline)
-    return _pulled(found, show_progress)
+    from lmx.convert.pull import pull
+
+    return watch(pull(Wish(found))).folder
 
 
 def find_local(model: str | Path, *, revision: str | None = None) -> Path | HubId:
@@ -97,8 +116,13 @@ def find_local(model: str | Path, *, revision: str | None = None) -> Path | HubI
     hub_id = HubId.parse(str(model), revision) if isinstance(model, str) else None
     if hub_id is None:
         raise NotFoundError(f"{quoted(str(model))} does not exist", "give a checkpoint's folder or a hub id, ORG/NAME")
+    return find_cached(hub_id) or hub_id
+
+
+def find_cached(hub_id: HubId) -> Path | None:
+    """The snapshot of a hub's model in the cache, if it is whole."""
     cached = _cached(hub_id)
-    return cached if cached is not None and is_complete(cached) else hub_id
+    return cached if cached is not None and is_complete(cached) else None
 
 
 def check_online(hub_id: HubId, offline: bool) -> None:
@@ -148,31 +172,6 @@ def _cached(hub_id: HubId) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def _pulled(hub_id: HubId, show_progress: bool) -> Path:
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    hidden = not show_progress and not are_progress_bars_disabled()
-    if hidden:
-        disable_progress_bars()
-    try:
-        with hub_errors(hub_id):
-            folder = _download(hub_id, WANTED)
-            return folder if any(folder.glob("*.safetensors")) else _download(hub_id, (*WANTED, *PICKLES))
-    finally:
-        if hidden:
-            enable_progress_bars()
-
-
-def _download(hub_id: HubId, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return Path(
-        snapshot_download(
-            hub_id.repo, revision=hub_id.revision, allow_patterns=list(patterns), ignore_patterns=list(UNWANTED)
-        )
-    )
-
-
 @contextmanager
 def hub_errors(hub_id: HubId) -> Iterator[None]:
     """Every way that a pull can fail, as ours. No message of the hub is passed on: they hold URLs with signatures."""
@@ -188,7 +187,8 @@ def hub_errors(hub_id: HubId) -> Iterator[None]:
         yield
     except GatedRepoError as error:
         raise NotFoundError(
-            f"{hub_id} is gated", f"accept its terms at https://huggingface.co/{hub_id.repo}, then set HF_TOKEN"
+            f"{hub_id} is gated",
+            f"accept its terms at https://huggingface.co/{hub_id.repo}, then set HF_TOKEN or run `hf auth login`",
         ) from error
     except RevisionNotFoundError as error:
         raise NotFoundError(f"{hub_id.repo} has no revision {hub_id.revision}", "check the revision") from error
@@ -204,16 +204,19 @@ def hub_errors(hub_id: HubId) -> Iterator[None]:
             raise _status_error(hub_id, error.__cause__.response.status_code) from error
         raise NetworkError(f"{hub_id} could not be pulled: no answer from the hub", _TRY_AGAIN) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"{hub_id} does not fit on the disk", "free some space, or set HF_HOME") from error
-        raise
+        raise _disk_error(hub_id, error) from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in _HTTP_CLIENTS:
+        if not is_transport_error(error):
             raise
-        raise NetworkError(f"{hub_id} could not be pulled: {type(error).__name__}", _TRY_AGAIN) from error
+        what = "no answer from the hub" if type(error).__name__.startswith("Connect") else type(error).__name__
+        raise NetworkError(f"{hub_id} could not be pulled: {what}", _TRY_AGAIN) from error
 
 
-_HTTP_CLIENTS = ("httpx", "httpx2")  # which of them huggingface_hub uses depends on its version
+def is_transport_error(error: Exception) -> bool:
+    """Whether the HTTP library raised this; which one huggingface_hub uses depends on its version."""
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2")
+
+
 _TRY_AGAIN = "check the connection and try again: what has arrived is kept"
 
 
@@ -223,3 +226,12 @@ def _status_error(hub_id: HubId, status: int) -> LmxError:
     if status == 404:
         return NotFoundError(f"the hub has no such file of {hub_id} (HTTP 404)", "check the name and the revision")
     return NetworkError(f"{hub_id} could not be pulled (HTTP {status})", _TRY_AGAIN)
+
+
+def _disk_error(hub_id: HubId, error: OSError) -> LmxError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"{hub_id} does not fit on the disk", "free some space, or set HF_HOME; what came is kept")
+    where = quoted(str(error.filename)) if error.filename is not None else "the disk"
+    reason = (error.strerror or type(error).__name__).lower()
+    hint = "check the folder's permissions, or set HF_HOME to a folder that can be written"
+    return ResourceError(f"{hub_id} could not be pulled: {where}: {reason}", hint)

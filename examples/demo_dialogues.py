@@ -65,7 +65,7 @@ class Grammar:
 
     def expand(self, pattern: str, **values: str) -> str:
         """One sentence of the pattern; values fill slots as they are."""
-        text = pattern.replace(",?", self.rng.choice([",", ""]))
+        text = pattern
         while found := re.search(r"\(([^()]*)\)|\{(\w+)\}", text):
             if found[1] is not None:
                 piece = self.rng.choice(found[1].split("|"))
@@ -75,6 +75,7 @@ class Grammar:
                 slot = self.slots[found[2]]
                 piece = slot() if callable(slot) else self.rng.choice(slot)
             text = text[: found.start()] + piece + text[found.end() :]
+        text = re.sub(r",\?", lambda _: self.rng.choice([",", ""]), text)
         text = re.sub(r" +", " ", text).strip()
         return re.sub("\0(\\w+)\0", lambda match: values[match[1]], text)
 
@@ -126,6 +127,7 @@ class Maker:
             for intent in data["intent"]:
                 self.intents[intent["kind"]].append(intent)
         self.memory = load("memory")
+        self.grammar.slots.update(self.memory.pop("slots"))
         grammars = [(DATA / f"{name}.toml").read_text(encoding="utf-8") for name in ("commands", "facts", "unknown")]
         self.words = sorted(set(re.findall("[a-z]{4,}", " ".join(grammars))))
         heldout = load("heldout")
@@ -174,7 +176,7 @@ class Maker:
             phrase, action = self.rng.choice(phrases)
             if action and self.rng.random() < 0.85:
                 phrase = "{how} " + phrase
-            line = self.grammar.expand(phrase)
+            line = self.rough(self.grammar.expand(phrase))
             typed = self.typed(line, ends="!!.. ?" if intent["kind"] == "talk" else "????.!  ")
             if self.may_be_seen(line, typed):
                 return typed
@@ -230,7 +232,7 @@ class Maker:
         form = self.memory[kind]
         answer = form["answer"].format(value=known[kind]) if kind in known else form["unknown"]
         while True:
-            line = self.grammar.expand(self.rng.choice(form["ask"]))
+            line = self.rough(self.grammar.expand(self.rng.choice(form["ask"])))
             typed = self.typed(line)
             if self.may_be_seen(line, typed):
                 return Turn(typed, answer, "memory")
@@ -238,7 +240,7 @@ class Maker:
     def telling(self, patterns: list[str], value: str, lower: bool) -> str:
         """A line that tells something about the user; the value is never mistyped."""
         while True:
-            line = self.grammar.expand(self.rng.choice(patterns), value="{value}")
+            line = self.rough(self.grammar.expand(self.rng.choice(patterns), value="{value}"))
             if self.may_be_seen(line):
                 break
         line = line.lower() if lower else line[0].upper() + line[1:] if self.rng.random() < 0.6 else line
@@ -265,6 +267,19 @@ class Maker:
                 value = made_up_word(rng, self.other)
             if not {value.lower(), name.lower()} & self.hidden_values:
                 return value.lower() if lower else value
+
+    def rough(self, line: str) -> str:
+        """Now and then a word that means little is put in or left out, never beside a value: wordings are endless."""
+        rng, words = self.rng, line.split(" ")
+        if rng.random() < 0.08:
+            small = [at for at, word in enumerate(words) if word.lower() in self.other["droppable"]]
+            if small and len(words) > 2:
+                del words[rng.choice(small)]
+        while rng.random() < 0.2:
+            at = rng.randint(0, len(words))
+            if not any("{" in word for word in words[max(0, at - 1) : at + 1]):
+                words.insert(at, rng.choice(self.other["fillers"]))
+        return " ".join(words)
 
     def typed(self, line: str, typos: bool = True, ends: str = "????.!  ") -> str:
         """As people type: with or without capitals, question marks, courtesies; now and then a slip."""

@@ -127,10 +127,10 @@ class Stage:
 
 # Drills first: all that is remembered rests on copying. Then short dialogues, some very long ones, and the usual.
 STAGES = (
-    Stage(500, 96, 1200, memories=0.85, echoes=0.35, sums=0.3),
-    Stage(1800, 128, 1600, echoes=0.04, sums=0.08),
-    Stage(250, 640, 3000, most_turns=20),
-    Stage(1700, 256, 2000),
+    Stage(500, 96, 1200, memories=0.85, echoes=0.35, sums=0.25),
+    Stage(1700, 128, 1600, memories=0.7, echoes=0.06, sums=0.06),
+    Stage(200, 640, 3000, memories=0.7, most_turns=20),
+    Stage(1500, 256, 2000, memories=0.7),
 )
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lmx.api import load as load
     from lmx.core.errors import LmxError as LmxError
     from lmx.language_model import LanguageModel as LanguageModel
+    from lmx.pulling import pull as pull
     from lmx.quantization import quantize as quantize
 
 # Started from the root of a checkout, Python finds this folder before any installed lmx; its siblings
@@ -25,10 +26,11 @@ _EXPORTS = {
     "LanguageModel": "lmx.language_model",
     "LmxError": "lmx.core.errors",
     "load": "lmx.api",
+    "pull": "lmx.pulling",
     "quantize": "lmx.quantization",
 }
 
-__all__ = ["LanguageModel", "LmxError", "__version__", "load", "quantize"]
+__all__ = ["LanguageModel", "LmxError", "__version__", "load", "pull", "quantize"]
 
 
 def __getattr__(name: str) -> object:

@@ -13,6 +13,7 @@ from lmx.convert.hub import HubId, check_online, find_local, find_model
 from lmx.convert.hub_headers import HeaderCheckpoint
 from lmx.convert.originals import find_original
 from lmx.convert.pickle_source import PickleCheckpoint, holds_pickles_only
+from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import Checkpoint, Source
 from lmx.core.errors import InputError, NotFoundError, UsageError
 from lmx.core.files import quoted
@@ -102,11 +103,11 @@ class OpenedModel:
         *,
         revision: str | None = None,
         offline: bool = False,
-        show_progress: bool = False,
+        watch: Watcher = unwatched,
         chat: bool = False,
     ) -> "OpenedModel":
         """Find a model and open its files. chat: it will be talked to, so prepare its template. Raises as `load`."""
-        checkpoint = open_checkpoint(model, revision=revision, offline=offline, show_progress=show_progress)
+        checkpoint = open_checkpoint(model, revision=revision, offline=offline, watch=watch)
         return cls(model_name(model, revision), model is None, checkpoint, open_text(checkpoint, chat=chat))
 
     def load(
@@ -155,13 +156,10 @@ class OpenedModel:
 
 
 def open_checkpoint(
-    model: str | Path | None, *, revision: str | None = None, offline: bool = False, show_progress: bool = False
+    model: str | Path | None, *, revision: str | None = None, offline: bool = False, watch: Watcher = unwatched
 ) -> Checkpoint:
     """Find a model and check its headers. None is the demo. Raises as `load`."""
-    if model is None:
-        folder = demo_path()
-    else:
-        folder = find_model(model, revision=revision, offline=offline, show_progress=show_progress)
+    folder = demo_path() if model is None else find_model(model, revision=revision, offline=offline, watch=watch)
     checkpoint = open_folder(folder)
     check_runnable(checkpoint)
     return checkpoint

@@ -19,7 +19,9 @@ from lmx.core.checkpoint import Checkpoint
 from lmx.core.files import read_bounded
 from lmx.core.jsonfile import parse_json
 from lmx.device import Device, choose_device
+from lmx.memory import check_memory, made_bytes
 from lmx.presets import Config, build_dummy, preset
+from lmx.pulling import Watcher, unwatched
 
 if TYPE_CHECKING:
     from lmx.core.bench import Sample, Workload
@@ -49,7 +51,7 @@ class Setting:
     dummy: bool = False
     revision: str | None = None
     offline: bool = False
-    show_progress: bool = False
+    watch: Watcher = unwatched
 
     @property
     def spec(self) -> "QuantSpec | None":
@@ -155,8 +157,7 @@ def _label(work: "Workload", done: int, repetitions: int) -> str:
 def _find(model: str | Path | None, setting: Setting) -> Config | Path:
     """Where a model comes from: a folder or GGUF, after pulling it if need be, or for a dummy its config."""
     if not setting.dummy:
-        progress = setting.show_progress
-        found = open_checkpoint(model, revision=setting.revision, offline=setting.offline, show_progress=progress)
+        found = open_checkpoint(model, revision=setting.revision, offline=setting.offline, watch=setting.watch)
         return Path(found.label)
     if isinstance(model, str) and not Path(model).is_dir():
         return preset(model)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from lmx.api import check_runnable, main_dtype, open_checkpoint, open_headers
 from lmx.convert.events import Finished, Progress
 from lmx.convert.gguf_source import GGUFCheckpoint
+from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import Checkpoint, Source
 from lmx.core.errors import UsageError
 from lmx.core.files import quoted
@@ -36,7 +37,7 @@ def convert(
     force: bool = False,
     revision: str | None = None,
     offline: bool = False,
-    show_progress: bool = False,
+    watch: Watcher = unwatched,
 ) -> Iterator[Progress | Finished]:
     """Write a model in another form; a quantized one is dequantized matrix by matrix.
 
@@ -46,7 +47,7 @@ def convert(
     Finished. Raises as `lmx.load`, and ConflictError for a target that exists.
     """
     job = Conversion(Path(target), to, dtype, max_shard_bytes, force)
-    checkpoint = open_checkpoint(model, revision=revision, offline=offline, show_progress=show_progress)
+    checkpoint = open_checkpoint(model, revision=revision, offline=offline, watch=watch)
     yield from job.run(checkpoint, model_stem(model, checkpoint, revision))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lmx.api import check_runnable, choose_dtype, open_checkpoint, open_headers, stored_bytes
 from lmx.convert.gguf_source import GGUFCheckpoint
 from lmx.convert.hub_headers import HeaderCheckpoint
+from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import LmxError
 from lmx.core.files import read_bounded
@@ -66,13 +67,13 @@ class Description:
 
 
 def open_described(
-    model: str | Path | None, *, revision: str | None = None, offline: bool = False, show_progress: bool = False
+    model: str | Path | None, *, revision: str | None = None, offline: bool = False, watch: Watcher = unwatched
 ) -> Checkpoint:
     """Find a model to describe; of one on the hub that is not here only headers are fetched. Raises as `lmx.load`."""
     checkpoint = open_headers(model, revision=revision, offline=offline)
     if isinstance(checkpoint, HeaderCheckpoint) and checkpoint.is_quantized:
         # What shapes a packed matrix had stands among the weights
-        return open_checkpoint(model, revision=revision, offline=offline, show_progress=show_progress)
+        return open_checkpoint(model, revision=revision, offline=offline, watch=watch)
     check_runnable(checkpoint)
     return checkpoint
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, object]
 
+# What torch, the noise that weights are made of and the activations take, in bytes.
+_BESIDE_WEIGHTS = 600 << 20
+
 _FALCON_MAMBA: Config = {
     "architectures": ["FalconMambaForCausalLM"],
     "bos_token_id": 0,
@@ -224,10 +227,11 @@ def build_dummy(
     known = preset(config) if isinstance(config, str) else config
     wanted = dtype_by_name(dtype) if isinstance(dtype, str) else dtype
     model = DummyModel(known, spec=choose_spec(quantize), head_scheme=head_scheme, dtype=wanted)
-    available = available_memory_bytes()
-    if available is not None and model.nbytes > available:
+    needed, available = model.nbytes + _BESIDE_WEIGHTS, available_memory_bytes()
+    if available is not None and needed > available:
+        smaller = "take a smaller model" if quantize else "quantize it (--4bit), take a smaller model"
         raise ResourceError(
-            f"a model of this size takes {model.nbytes / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free",
-            "quantize it (--4bit), take a smaller model, or close other programs",
+            f"a model of this size takes {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free",
+            f"{smaller}, or close other programs",
         )
     return model.build()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lmx.api import open_folder, open_headers
 from lmx.convert.gguf_source import GGUFCheckpoint
 from lmx.convert.hub import HubId, find_model
+from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, UsageError
 from lmx.core.shards import DEFAULT_SHARD_BYTES
@@ -105,7 +106,7 @@ class Quantization:
         force: bool = False,
         revision: str | None = None,
         offline: bool = False,
-        show_progress: bool = False,
+        watch: Watcher = unwatched,
         headers_only: bool = False,
     ) -> "Quantization":
         """Find the model, or pull it. headers_only: fetch no weights, which is enough to `predict`.
@@ -120,7 +121,7 @@ class Quantization:
         if headers_only:
             source = open_headers(model, revision=revision, offline=offline)
         else:
-            source = open_folder(find_model(model, revision=revision, offline=offline, show_progress=show_progress))
+            source = open_folder(find_model(model, revision=revision, offline=offline, watch=watch))
         if isinstance(source, GGUFCheckpoint):
             source.read_blocks_as("BF16")  # what is kept, the new checkpoint holds in 16 bits, too
         folder = source.folder

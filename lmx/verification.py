@@ -23,14 +23,20 @@ TEXTS = (
 )
 # Rounding to 16 bits, or to Q8_0, moves a trained model by far less; of 4 bits nothing can be promised.
 MAX_KL = 0.05
+MAX_EXACT_KL = 1e-6  # of equal weights, in float32
 _RANDOM_IDS = 24
 
 
 @dataclass(frozen=True)
 class Logits:
-    """How far the target's predictions are from the source's: KL divergence in nats a token, share of same choices."""
+    """How far the target's predictions are from the source's: KL divergence in nats a token, share of same choices.
+
+    dtype: what both were computed in, float32 where memory allows: in fewer bits the order of a sum shows, and that
+    depends on how a file lays a matrix out.
+    """
 
     tokens: int
+    dtype: str
     kl_divergence: float
     top1_agreement: float
 
@@ -83,8 +89,11 @@ def verify(checkpoint: Checkpoint, source: Source, target: Checkpoint) -> Iterat
     if weights is None:
         raise TypeError("the last event of a comparison is its result")
     vocabulary, sequences = _encode(checkpoint, target)
-    skipped = _too_large(checkpoint, target)
-    logits = None if skipped else _compare_logits(source, target, sequences)
+    dtype, skipped = torch.float32, None
+    if _too_large(checkpoint, target, dtype):
+        dtype = choose_dtype(None, target)
+        skipped = _too_large(checkpoint, target, dtype)
+    logits = None if skipped else _compare_logits(source, target, sequences, dtype)
     failures = tuple(_failures(weights, vocabulary, logits, target))
     yield Verification(weights, vocabulary, logits, skipped, failures)
 
@@ -104,8 +113,8 @@ def _ids(checkpoint: Checkpoint) -> list[list[int]] | None:
         return [text.encode(line) for line in TEXTS]
 
 
-def _too_large(source: Checkpoint, target: Checkpoint) -> str | None:
-    dtype, free = choose_dtype(None, target), available_bytes()
+def _too_large(source: Checkpoint, target: Checkpoint, dtype: torch.dtype) -> str | None:
+    free = available_bytes()
     needed = sum(max(made_bytes(side, dtype), _converted(side, dtype)) for side in (source, target))
     if free is None or needed <= free:
         return None
@@ -122,15 +131,16 @@ def _converted(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     return sum(sizes) * dtype.itemsize * packed
 
 
-def _compare_logits(source: Source, target: Checkpoint, sequences: Sequence[Sequence[int]]) -> Logits:
-    """Both in the target's dtype, so that equal weights give equal logits."""
-    dtype, here = choose_dtype(None, target), torch.device("cpu")
+def _compare_logits(
+    source: Source, target: Checkpoint, sequences: Sequence[Sequence[int]], dtype: torch.dtype
+) -> Logits:
+    here = torch.device("cpu")
     base = load_model(source, dtype=dtype, device=here)
     model = load_core(target, None, "causal", None, dtype, here)
     *_, result = evaluate(model, sequences, base)
     if not isinstance(result, Evaluation) or result.kl_divergence is None or result.top1_agreement is None:
         raise TypeError("the last event of a comparison is its result")
-    return Logits(result.tokens, result.kl_divergence, result.top1_agreement)
+    return Logits(result.tokens, str(dtype).removeprefix("torch."), result.kl_divergence, result.top1_agreement)
 
 
 def _failures(weights: Comparison, vocabulary: bool | None, logits: Logits | None, target: Checkpoint) -> Iterator[str]:
@@ -141,7 +151,7 @@ def _failures(weights: Comparison, vocabulary: bool | None, logits: Logits | Non
         yield "the vocabularies give different ids"
     if logits is None:
         return
-    if weights.is_exact and not logits.kl_divergence <= 1e-12:
+    if weights.is_exact and logits.dtype == "float32" and not logits.kl_divergence <= MAX_EXACT_KL:
         yield f"equal weights give logits that are {logits.kl_divergence:g} nats apart"
     elif not logits.kl_divergence <= MAX_KL and not _has_four_bits(target):
         yield f"the logits are {logits.kl_divergence:.4f} nats a token apart, more than {MAX_KL}"

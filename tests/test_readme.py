@@ -1,10 +1,12 @@
-"""Every lmx command of the README runs as written; `MODEL` and hub ids stand for a checkpoint that is here."""
+"""Every lmx command of the README runs as written; `MODEL` and hub ids stand for a checkpoint that is here,
+or, to be pulled, on a hub that is here."""
 
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from hub_server import environment, serving
 from readme import README, command, commands
 from small_checkpoint import write_checkpoint
 from support import run_lmx
@@ -24,11 +26,14 @@ def test_there_are_commands_to_run() -> None:
 
 @pytest.mark.parametrize("line", LMX)
 def test_commands_run(line: str, tmp_path: Path) -> None:
-    demo = str(README.parent / "lmx" / "demo")
-    line = HUB_ID.sub(demo, line)
+    demo = README.parent / "lmx" / "demo"
+    is_pull = line.startswith("lmx pull ")
+    line = HUB_ID.sub("org/tiny" if is_pull else str(demo), line)
     words = shlex.split(line.split("|")[-1])[1:]
     short = ("-n", "8") if words[0] in ("chat", "generate") else ()
-    done = run_lmx(*words, *short, stdin="What is NF4?", cwd=tmp_path, env={"LMX_HOME": str(tmp_path / "home")})
+    with serving({path.name: path.read_bytes() for path in demo.iterdir()} if is_pull else {}) as hub:
+        env = environment(hub, tmp_path / "cache") | {"LMX_HOME": str(tmp_path / "home")}
+        done = run_lmx(*words, *short, stdin="What is NF4?", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert "Traceback" not in done.stderr

@@ -60,11 +60,10 @@ class AttentionStep:
         A row's new key goes into its slot (-1: into none), and its query sees the first `counts` slots, at least one.
         """
         self._tensors = cos.contiguous(), sin.contiguous(), slots.contiguous(), counts.contiguous()
-        places = [tensor.data_ptr() for tensor in self._tensors]
+        cosines, sines, into, seen = (tensor.data_ptr() for tensor in self._tensors)
         half = cos.shape[-1]
-        stride = half if len(cos) > 1 else 0
-        rows = len(self._tensors[2])
-        self._step = ctypes.byref(_Step(*places[:2], half, stride, *places[2:], rows))
+        stride = half if cos.shape[0] > 1 else 0
+        self._step = ctypes.byref(_Step(cosines, sines, half, stride, into, seen, slots.shape[0]))
 
     def attend(
         self,

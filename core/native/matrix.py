@@ -48,8 +48,8 @@ def _functions() -> tuple["ctypes._NamedFuncPointer", "ctypes._NamedFuncPointer"
         raise RuntimeError("the kernels are not there: ask library() first")
     pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     multiply, answer, dequantize = found.lmx_multiply_many, found.lmx_experts_many, found.lmx_dequantize
-    multiply.argtypes = [pointer, pointer, long, number, long, pointer]
-    answer.argtypes = [pointer, long, pointer, number, long, pointer, pointer, pointer, long, number, pointer]
+    multiply.argtypes = [pointer, pointer, long, long, pointer]
+    answer.argtypes = [pointer, long, pointer, long, pointer, pointer, pointer, long, number, pointer]
     dequantize.argtypes = [pointer, long, long, number, pointer]
     multiply.restype = answer.restype = dequantize.restype = None
     return multiply, answer, dequantize
@@ -59,7 +59,7 @@ def _multiply_cpu(table: Tensor, x: Tensor, rows: int) -> Tensor:
     if x.stride(-1) != 1:
         x = x.contiguous()
     out = x.new_empty(len(x), rows)
-    _functions()[0](table.data_ptr(), x.data_ptr(), x.stride(0), DTYPE_CODES[x.dtype], len(x), out.data_ptr())
+    _functions()[0](table.data_ptr(), x.data_ptr(), x.stride(0), len(x), out.data_ptr())
     return out
 
 
@@ -70,7 +70,7 @@ def _answer_cpu(table: Tensor, x: Tensor, ids: Tensor, weights: Tensor, activati
     order = flat.argsort(stable=True)  # [tokens * top_k], by expert
     counts = torch.bincount(flat, minlength=len(table))
     out = torch.empty_like(x)
-    inputs = table.data_ptr(), len(table), x.data_ptr(), DTYPE_CODES[x.dtype], len(x)
+    inputs = table.data_ptr(), len(table), x.data_ptr(), len(x)
     chosen = order.data_ptr(), counts.data_ptr(), weights.data_ptr(), ids.shape[1]
     _functions()[1](*inputs, *chosen, activation, out.data_ptr())
     return out

@@ -128,7 +128,7 @@ class MatrixTable:
         return MatrixTable, (self._matrices,)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """X [vectors, columns] -> [vectors, sum of rows] of the same dtype; up to MAX_VECTORS vectors."""
+        """X [..., columns] -> [..., sum of rows] of the same dtype; up to MAX_VECTORS vectors."""
         # Past the dispatcher where nothing watches: it takes longer than all else around a small product.
         call = _multiply if torch.compiler.is_compiling() else _multiply_cpu
         out: Tensor = call(self.words, x, self.rows)
@@ -184,18 +184,20 @@ def _functions() -> _Functions:
 
 def _multiply_cpu(table: Tensor, x: Tensor, rows: int) -> Tensor:
     x = x.contiguous()
-    out = x.new_empty(len(x), rows)
-    code = DTYPE_CODES[x.dtype]
-    _functions().multiply(table.data_ptr(), len(table), x.data_ptr(), code, len(x), rows, out.data_ptr())
+    *before, columns = x.shape
+    out = x.new_empty(*before, rows)
+    # A tensor's len() is a function in Python: ten times slower than its shape.
+    matrices, vectors, code = table.shape[0], x.numel() // columns, DTYPE_CODES[x.dtype]
+    _functions().multiply(table.data_ptr(), matrices, x.data_ptr(), code, vectors, rows, out.data_ptr())
     return out
 
 
 def _experts_cpu(table: Tensor, x: Tensor, ids: Tensor, weights: Tensor, activation: int) -> Tensor:
     x, ids, weights = x.contiguous(), ids.long().contiguous(), weights.float().contiguous()
     out = torch.empty_like(x)
-    vectors = x.data_ptr(), DTYPE_CODES[x.dtype], len(x)
+    vectors = x.data_ptr(), DTYPE_CODES[x.dtype], x.shape[0]
     chosen = ids.data_ptr(), weights.data_ptr(), ids.shape[1]
-    if _functions().experts(table.data_ptr(), len(table), *vectors, *chosen, activation, out.data_ptr()):
+    if _functions().experts(table.data_ptr(), table.shape[0], *vectors, *chosen, activation, out.data_ptr()):
         raise IndexError(f"experts {ids.tolist()} of a bank of {len(table)}")
     return out
 
@@ -203,7 +205,7 @@ def _experts_cpu(table: Tensor, x: Tensor, ids: Tensor, weights: Tensor, activat
 _multiply = define(
     "multiply_vectors(Tensor table, Tensor x, int rows) -> Tensor",
     _multiply_cpu,
-    lambda table, x, rows: x.new_empty(x.shape[0], rows),
+    lambda table, x, rows: x.new_empty(*x.shape[:-1], rows),
 )
 _experts = define(
     "answer_experts(Tensor table, Tensor x, Tensor ids, Tensor weights, int activation) -> Tensor",

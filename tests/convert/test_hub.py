@@ -1,6 +1,5 @@
 """Finding models. The hub is a server of our own that speaks the few calls that a pull needs."""
 
-import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,9 +8,11 @@ import pytest
 from hub_server import Hub, ask_here, serving
 from huggingface_hub import constants
 
+from lmx.convert import pull
 from lmx.convert.hub import HubId, find_model, is_complete
 from lmx.convert.pickle_source import INDEX_BIN
-from lmx.core.errors import LmxError, NetworkError, NotFoundError, ResourceError, UsageError
+from lmx.convert.transfer import Patience
+from lmx.core.errors import LmxError, NetworkError, NotFoundError, UsageError
 
 FILES = {
     "config.json": b"{}",
@@ -31,6 +32,7 @@ WANTED = set(FILES) - {"consolidated.safetensors", "pytorch_model.bin", "origina
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with serving(FILES) as server:
         ask_here(server, monkeypatch, tmp_path / "cache")
+        monkeypatch.setattr(pull, "PATIENCE", Patience(first_wait=0.01))
         yield server
 
 
@@ -104,15 +106,6 @@ def test_the_hubs_refusals(hub: Hub, status: int, code: str, kind: type[LmxError
 def test_nobody_answers(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(NetworkError, match="no answer"):
-        find_model("org/tiny")
-
-
-def test_a_full_disk(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object, **options: object) -> str:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
-    with pytest.raises(ResourceError, match="does not fit"):
         find_model("org/tiny")
 
 

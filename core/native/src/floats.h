@@ -38,7 +38,11 @@ LMX_FORCE Floats load(const float* at) {
 LMX_FORCE Floats load(const bf16* at) {
     Halves halves;
     std::memcpy(&halves, at, sizeof halves);
+#if LMX_LANES == 16
+    return floats_of(reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(halves))) << 16);
+#else
     return floats_of(__builtin_convertvector(halves, Words) << 16);
+#endif
 }
 
 // Round to nearest even, NaN stays NaN: as float_to_bf16, the bits still in their float.
@@ -53,8 +57,18 @@ LMX_FORCE Floats rounded(Floats x, float) { return x; }
 LMX_FORCE void store(Floats x, float* at) { std::memcpy(at, &x, sizeof x); }
 
 LMX_FORCE void store(Floats x, bf16* at) {
-    const Halves halves = __builtin_convertvector(words_of(rounded(x, bf16{})) >> 16, Halves);
+    const Words words = words_of(rounded(x, bf16{})) >> 16;
+#if LMX_LANES == 16
+    const __m256i halves = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words));
+#else
+    const Halves halves = __builtin_convertvector(words, Halves);
+#endif
     std::memcpy(at, &halves, sizeof halves);
+}
+
+// Ask for the `bytes` that a later step of a tile reads: tokens are a page apart, where no hardware looks ahead.
+LMX_FORCE void ask_for(const void* base, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(base) + i, 0, 2);
 }
 
 // The first `count` elements, zeros behind them.

@@ -16,6 +16,9 @@ struct ScanTile {
     alignas(64) float rates[GROUPED_STATES][CHANNEL_GRAIN], states[GROUPED_STATES][CHANNEL_GRAIN];
 };
 
+// Steps that are asked for ahead of the one that is computed.
+constexpr int64_t SCAN_AHEAD = 16;
+
 template <typename Stored>
 LMX_FORCE const Stored* at(const void* base, int64_t stride, int64_t token, int64_t column) {
     return static_cast<const Stored*>(base) + token * stride + column;
@@ -28,6 +31,11 @@ LMX_TARGET void enter_steps(const Scan& s, ScanTile& tile, int64_t token, int64_
     for (int64_t t = 0; t < count; ++t) {
         const Stored* raw = at<Stored>(s.raw, s.raw_stride, token + t, tile.first);
         const Stored* x = at<Stored>(s.x, s.x_stride, token + t, tile.first);
+        const int64_t bytes = tile.channels * static_cast<int64_t>(sizeof(Stored));
+        ask_for(raw + SCAN_AHEAD * s.raw_stride, bytes);
+        ask_for(x + SCAN_AHEAD * s.x_stride, bytes);
+        ask_for(at<Stored>(s.gate, s.gate_stride, token + t + SCAN_AHEAD, tile.first), bytes);
+        ask_for(static_cast<Stored*>(s.y) + (token + t + SCAN_AHEAD) * s.inner + tile.first, bytes);
         for (int64_t c = 0; c < tile.channels; c += LANES) {
             const int64_t left = tile.channels - c;
             const Floats delta = softplus_of(load_some(raw + c, left) + load_some(bias + c, left));
@@ -63,10 +71,12 @@ LMX_TARGET void leave_steps(const Scan& s, const ScanTile& tile, int64_t token, 
 LMX_TARGET void scan_group(const float* delta, const float* drive, const float* B, const float* C, const float* rates,
                            float* states, float* y, int64_t count, bool add) {
     Floats h[GROUP];
+#pragma GCC unroll 16
     for (int64_t n = 0; n < GROUP; ++n) h[n] = load(states + n * CHANNEL_GRAIN);
     for (int64_t t = 0; t < count; ++t) {
         const Floats step = load(delta + t * CHANNEL_GRAIN), input = load(drive + t * CHANNEL_GRAIN);
         Floats sums[2] = {add ? load(y + t * CHANNEL_GRAIN) : Floats{}, Floats{}};
+#pragma GCC unroll 16
         for (int64_t n = 0; n < GROUP; ++n) {
             const Floats decay = exp2_of(step * load(rates + n * CHANNEL_GRAIN));
             h[n] = fused(decay, h[n], input * B[t * GROUPED_STATES + n]);
@@ -74,6 +84,7 @@ LMX_TARGET void scan_group(const float* delta, const float* drive, const float* 
         }
         store(sums[0] + sums[1], y + t * CHANNEL_GRAIN);
     }
+#pragma GCC unroll 16
     for (int64_t n = 0; n < GROUP; ++n) store(h[n], states + n * CHANNEL_GRAIN);
 }
 

@@ -5,6 +5,7 @@ import torch
 from native_cases import PATHS, QUANTIZERS, random, relative_error, values
 from support import needs_kernels
 
+from lmx.core.layers.moe import run_experts
 from lmx.core.native.library import forced_path
 from lmx.core.native.matrix import answer_many, dequantize_rows, has_panels, multiply_many
 from lmx.core.native.vector import ExpertTable, MatrixTable
@@ -49,15 +50,20 @@ def test_dequantized_rows_are_torchs_to_the_bit(quantizer, shape):
 def test_product_is_torchs(quantizer, shape):
     q = quantizer(random(*shape))
     table = MatrixTable([stored_matrix(q)])
-    for vectors in (5, 6, 7, 8, 64, 96, 97, 200):
+    expected, got = [], []
+    for vectors in (*range(1, 15), 17, 64, 70, 257, 513):
         x = random(vectors, shape[1], seed=vectors).bfloat16()
-        assert relative_error(multiply_many(table, x), x.double() @ values(q).T) < 3e-3
+        expected.append(x.double() @ values(q).T)
+        got.append(multiply_many(table, x))
+        # A few answers can all round badly; what is no rounding is far beyond that.
+        assert relative_error(got[-1], expected[-1]) < (3e-3 if vectors > 4 else 1e-2)
+    assert relative_error(torch.cat(got[:4]), torch.cat(expected[:4])) < 3e-3
 
 
 @needs_panels
 def test_threads_and_company_do_not_change_a_bit(quantizer):
     table = MatrixTable([stored_matrix(quantizer(random(515, 320)))])
-    x = random(120, 320, seed=1).bfloat16()
+    x = random(300, 320, seed=1).bfloat16()
     before = torch.get_num_threads()
     answers = []
     for threads in (1, 2, 3):
@@ -66,7 +72,7 @@ def test_threads_and_company_do_not_change_a_bit(quantizer):
     torch.set_num_threads(before)
     assert torch.equal(answers[0], answers[1])
     assert torch.equal(answers[0], answers[2])
-    assert torch.equal(answers[0][7:80], multiply_many(table, x[7:80]))
+    assert torch.equal(answers[0][7:280], multiply_many(table, x[7:280]))
 
 
 @needs_panels
@@ -84,20 +90,19 @@ def test_strides_nan_and_infinity():
 
 @needs_panels
 @pytest.mark.parametrize(("hidden", "inner"), [(128, 192), (96, 50), (64, 33)])
-def test_experts_answer_as_few_tokens_do(quantizer, hidden, inner):
+def test_experts_answer_as_torchs(quantizer, hidden, inner):
     shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
-    bank = [tuple(stored_matrix(quantizer(random(*s, seed=9 * e + i))) for i, s in enumerate(shapes)) for e in range(6)]
-    table = ExpertTable(bank, "silu")
-    tokens = 150
+    matrices = [[quantizer(random(*s, seed=9 * e + i)) for i, s in enumerate(shapes)] for e in range(6)]
+    table = ExpertTable([tuple(map(stored_matrix, expert)) for expert in matrices], "silu")
+    tokens = 2200
     x = (random(tokens, hidden) / hidden**0.5).bfloat16()
     weights, ids = random(tokens, 6, seed=1).softmax(-1).topk(2)
-    ids[:120, 0], ids[120:, 0] = 4, 5  # one expert of more than a panel; expert 0 may have none
+    ids[:600, 0], ids[600:, 0] = 4, 5  # experts of more than a panel, more than a batch in all, and expert 0 has none
     ids[:, 1] = ids[:, 1] % 3 + 1
-    expected = torch.cat(
-        [table.answer(x[i : i + 1].float(), ids[i : i + 1], weights[i : i + 1]) for i in range(tokens)]
-    )
+    gate, up, down = ([values(expert[i]) for expert in matrices] for i in range(3))
+    expected = run_experts(x.double(), ids, weights.double(), gate, up, down, "silu")
     got = answer_many(table, x, ids, weights)
-    assert relative_error(got, expected.double()) < 5e-3
+    assert relative_error(got, expected) < 5e-3
     before = torch.get_num_threads()
     torch.set_num_threads(before % 2 + 1)
     assert torch.equal(answer_many(table, x, ids, weights), got)
