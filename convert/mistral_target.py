@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import torch
-
 from lmx.convert.events import Finished, Progress
 from lmx.convert.mistral_names import written_table
 from lmx.convert.mistral_source import DEFAULT_THETA, PARAMS, SAFETENSORS, context_length

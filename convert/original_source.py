@@ -123,7 +123,7 @@ def find_parts(stored: Checkpoint, table: Table, layers: int) -> dict[str, Part]
 
 
 def stored_shape(stored: Checkpoint, name: str, rank: int) -> tuple[int, ...]:
-    """The shape of a tensor that a layout cannot do without. Raises InputError where it is absent or of another rank."""
+    """The shape of a tensor that a layout cannot do without. Raises InputError where it is absent or not of `rank`."""
     info = stored.infos.get(name)
     if info is None or len(info.shape) != rank or 0 in info.shape:
         found = "is missing" if info is None else f"has the shape {list(info.shape)}"

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmx.convert import mistral_source
-from lmx.convert.original_source import OriginalCheckpoint
-from lmx.core.checkpoint import INDEX, SINGLE
+from lmx.convert import mistral_source, vocabulary_source
+from lmx.core.checkpoint import INDEX, SINGLE, Checkpoint
 
 _HUB_WEIGHTS = {SINGLE, INDEX}
 
@@ -14,14 +13,16 @@ _HUB_WEIGHTS = {SINGLE, INDEX}
 @dataclass(frozen=True)
 class _Kind:
     recognises: Callable[[set[str]], bool]
-    open: Callable[[Path], OriginalCheckpoint]
+    open: Callable[[Path], Checkpoint]
 
 
+# Those with weights of their own
 _KINDS = (_Kind(mistral_source.recognises, mistral_source.open_mistral),)
+_VOCABULARY = _Kind(vocabulary_source.recognises, vocabulary_source.open_with_vocabulary)
 
 
-def find_original(folder: Path) -> OriginalCheckpoint | None:
-    """The checkpoint of a folder in a layout of its makers; None for any other. The hub's own files win over others.
+def find_original(folder: Path) -> Checkpoint | None:
+    """The checkpoint of a folder in a layout of its makers; None for any other. The hub's weights win over others.
 
     Raises InputError for one that is damaged or hostile.
     """
@@ -29,7 +30,6 @@ def find_original(folder: Path) -> OriginalCheckpoint | None:
         names = {entry.name for entry in folder.iterdir()}
     except (OSError, ValueError):  # whoever opens it next says what is wrong
         return None
-    if _HUB_WEIGHTS & names:
-        return None
-    kind = next((kind for kind in _KINDS if kind.recognises(names)), None)
+    kinds = () if _HUB_WEIGHTS & names else _KINDS
+    kind = next((kind for kind in (*kinds, _VOCABULARY) if kind.recognises(names)), None)
     return None if kind is None else kind.open(folder)

@@ -10,13 +10,16 @@ from lmx.convert.gguf_header import Value
 from lmx.convert.gguf_vocabulary import tokenizer_files
 from lmx.convert.sentencepiece_model import FILE as SENTENCEPIECE
 from lmx.convert.sentencepiece_model import read_sentencepiece
+from lmx.convert.tiktoken_model import MAX_TOKENS, read_tiktoken
+from lmx.convert.tiktoken_model import SUFFIX as TIKTOKEN
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
 from lmx.core.jsonfile import JSON
-from lmx.core.text.files import MAX_TEMPLATE_BYTES, read_bounded
+from lmx.core.text.files import MAX_TEMPLATE_BYTES, AddedToken, read_bounded, read_config_tokens
 
 TOKENIZER = "tokenizer.json"
 _TEMPLATE = "chat_template.jinja"
+_CUTS_AS_CL100K = "dbrx"
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,38 @@ def make_vocabulary(folder: Path, model_type: str, rows: int) -> MadeVocabulary:
     rows: of the embedding. What the folder has itself of tokenizer_config.json and the template is not made. Raises
     InputError for a vocabulary that is damaged, too large for the model, or of a kind that lmx does not read.
     """
-    if (folder / TOKENIZER).exists() or not (folder / SENTENCEPIECE).exists():
+    names = {entry.name for entry in folder.iterdir()}
+    path = next((folder / name for name in sorted(names) if is_vocabulary(name)), None)
+    if path is None or TOKENIZER in names:
         return MadeVocabulary({}, {})
-    model = read_sentencepiece(folder / SENTENCEPIECE)
-    _check_rows(folder / SENTENCEPIECE, len(model.texts), rows)
-    keys = {**model.gguf_keys, **_template(folder)}
-    made = tokenizer_files(keys, model_type, rows, quoted(str(folder / SENTENCEPIECE)))
-    return MadeVocabulary(_missing(folder, made), dict(model.special))
+    keys, special = _tiktoken(path, model_type, rows) if path.suffix == TIKTOKEN else _sentencepiece(path, rows)
+    made = tokenizer_files(keys | _template(folder), model_type, rows, quoted(str(path)))
+    return MadeVocabulary({name: data for name, data in made.items() if name not in names}, special)
 
 
-def _missing(folder: Path, made: dict[str, bytes]) -> dict[str, bytes]:
-    """Without what the folder has itself."""
-    return {name: data for name, data in made.items() if not (folder / name).exists()}
+def is_vocabulary(name: str) -> bool:
+    """Whether a file of this name is one that a tokenizer.json can be made of."""
+    return name == SENTENCEPIECE or name.endswith(TIKTOKEN)
+
+
+def _sentencepiece(path: Path, rows: int) -> tuple[dict[str, Value], dict[str, int]]:
+    model = read_sentencepiece(path)
+    _check_rows(path, len(model.texts), rows)
+    return model.gguf_keys, dict(model.special)
+
+
+def _tiktoken(path: Path, model_type: str, rows: int) -> tuple[dict[str, Value], dict[str, int]]:
+    if model_type != _CUTS_AS_CL100K:
+        raise InputError(f"{quoted(str(path))} does not say how text is cut", "take the model's own tokenizer.json")
+    model = read_tiktoken(path)
+    own = (AddedToken(number, token, special=True) for token, number in model.special.items())
+    added = {token.id: token for token in (*own, *read_config_tokens(path.parent)) if token.id >= len(model.ranks)}
+    _check_rows(path, 1 + max(added, default=len(model.ranks) - 1), min(rows, 2 * MAX_TOKENS))
+    return model.gguf_keys(added), {}
 
 
 def _template(folder: Path) -> dict[str, Value]:
-    """The chat template, which says which of the two layouts of a Mistral tokenizer goes with it."""
+    """The chat template; it says which of the two layouts of a Mistral tokenizer goes with it."""
     path = folder / _TEMPLATE
     if not path.exists():
         return {}

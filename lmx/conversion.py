@@ -42,8 +42,9 @@ def convert(
     """Write a model in another form; a quantized one is dequantized matrix by matrix.
 
     to: "hf", a plain checkpoint under the hub's names, "gguf", one file for llama.cpp, or "mistral", a Mixtral in
-    Mistral's own files; None is "gguf" for a target of such a name, else "hf". dtype: "bf16", "fp16" or "fp32", and for a GGUF also "q8_0" or "q4_0"; None keeps plain weights as they are
-    and gives quantized ones the dtype that they had before, those of a GGUF bfloat16. Yields Progress and at last
+    Mistral's own files; None is "gguf" for a target of such a name, else "hf". dtype: "bf16", "fp16" or "fp32", and
+    for a GGUF also "q8_0" or "q4_0"; None keeps plain weights as they are and gives quantized ones the dtype that they
+    had before, those of a GGUF bfloat16. Yields Progress and at last
     Finished. Raises as `lmx.load`, and ConflictError for a target that exists.
     """
     job = Conversion(Path(target), to, dtype, max_shard_bytes, force)

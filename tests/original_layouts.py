@@ -21,9 +21,7 @@ def config_of(folder):
 def neighbours(weight, heads):
     """Rows of each head in the order 0, half, 1, half + 1, ...: the two that turn together side by side."""
     rows = weight.shape[0] // heads
-    order = [
-        head * rows + place + half for head in range(heads) for place in range(rows // 2) for half in (0, rows // 2)
-    ]
+    order = [n * rows + place + half for n in range(heads) for place in range(rows // 2) for half in (0, rows // 2)]
     return weight[order].contiguous()
 
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from lmx.api import open_checkpoint, open_folder
 from lmx.conversion import Conversion
-from lmx.convert.mistral_target import predict_mistral, write_mistral as write_target
+from lmx.convert.mistral_target import predict_mistral
+from lmx.convert.mistral_target import write_mistral as write_target
 from lmx.convert.plain import Options
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import ConflictError, InputError
