@@ -28,7 +28,7 @@ _DOWNLOAD_AGAIN = "the download is incomplete or damaged: download it again"
 def recognises(names: set[str]) -> bool:
     """Whether a folder of these files is Mistral's."""
     theirs = SAFETENSORS in names or bool(_pickles(names))
-    return theirs and (PARAMS in names or not any(name.startswith(("model", "pytorch_model")) for name in names))
+    return theirs and not any(name.startswith(("model", "pytorch_model")) for name in names)
 
 
 def open_mistral(folder: Path) -> OriginalCheckpoint:

@@ -1,24 +1,28 @@
-"""Which layout a folder is in, by the files that it holds. Imports no torch."""
+"""Which layout a folder is in, by the files that it holds and what they say. Imports no torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmx.convert import mistral_source, vocabulary_source
-from lmx.core.checkpoint import INDEX, SINGLE, Checkpoint
-
-_HUB_WEIGHTS = {SINGLE, INDEX}
+from lmx.convert import griffin_source, mamba_source, mistral_source, olmo_source, vocabulary_source
+from lmx.core.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
 class _Kind:
+    """A layout. recognises: whether a folder of these files may be in it; open: None where it is not, after all."""
+
     recognises: Callable[[set[str]], bool]
-    open: Callable[[Path], Checkpoint]
+    open: Callable[[Path], Checkpoint | None]
 
 
-# Those with weights of their own
-_KINDS = (_Kind(mistral_source.recognises, mistral_source.open_mistral),)
-_VOCABULARY = _Kind(vocabulary_source.recognises, vocabulary_source.open_with_vocabulary)
+_KINDS = (
+    _Kind(mistral_source.recognises, mistral_source.open_mistral),
+    _Kind(olmo_source.recognises, olmo_source.open_olmo),
+    _Kind(griffin_source.recognises, griffin_source.open_griffin),
+    _Kind(mamba_source.recognises, mamba_source.open_mamba),
+    _Kind(vocabulary_source.recognises, vocabulary_source.open_with_vocabulary),
+)
 
 
 def find_original(folder: Path) -> Checkpoint | None:
@@ -30,6 +34,8 @@ def find_original(folder: Path) -> Checkpoint | None:
         names = {entry.name for entry in folder.iterdir()}
     except (OSError, ValueError):  # whoever opens it next says what is wrong
         return None
-    kinds = () if _HUB_WEIGHTS & names else _KINDS
-    kind = next((kind for kind in (*kinds, _VOCABULARY) if kind.recognises(names)), None)
-    return None if kind is None else kind.open(folder)
+    for kind in _KINDS:
+        checkpoint = kind.open(folder) if kind.recognises(names) else None
+        if checkpoint is not None:
+            return checkpoint
+    return None
