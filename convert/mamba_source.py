@@ -9,9 +9,9 @@ Source: https://github.com/state-spaces/mamba/blob/main/mamba_ssm/models/config_
 from pathlib import Path
 
 from lmx.convert.original_names import Row, Table
-from lmx.convert.original_source import Layout, OriginalCheckpoint, find_parts, stored_shape
+from lmx.convert.original_source import Layout, OriginalCheckpoint, find_parts, stored_shape, to_json
 from lmx.convert.pickle_source import PickleCheckpoint, holds_pickles_only, weight_files
-from lmx.convert.vocabularies import make_vocabulary
+from lmx.convert.vocabularies import read_token_ids
 from lmx.core.checkpoint import CONFIG_LIMIT_BYTES, Checkpoint
 from lmx.core.config import ConfigReader
 from lmx.core.errors import InputError, LmxError
@@ -46,9 +46,10 @@ def open_mamba(folder: Path) -> Checkpoint | None:
     config = _config(raw, rows, quoted(str(folder / _CONFIG)))
     layers = config["num_hidden_layers"]
     parts = find_parts(stored, _table(_repeats_embedding(stored)), layers if isinstance(layers, int) else 0)
-    vocabulary = make_vocabulary(folder, "falcon_mamba", rows)
     title = _TITLE if "model_type" in raw else _TITLE + _TAKEN
-    return OriginalCheckpoint(stored, Layout(title, config, parts, vocabulary.files))
+    ids = read_token_ids(folder)
+    small = {"generation_config.json": to_json(ids)} if ids and not (folder / "generation_config.json").exists() else {}
+    return OriginalCheckpoint(stored, Layout(title, ids | config, parts, small))
 
 
 def _raw_config(folder: Path) -> dict[str, JSON]:

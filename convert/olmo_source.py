@@ -51,25 +51,25 @@ def open_olmo(folder: Path) -> Checkpoint:
     """Open the weights. Raises InputError for files that are damaged, hostile, or of a model that is no OLMoE."""
     raw = read_yaml(folder / CONFIG)
     where = quoted(str(folder / CONFIG))
-    model = ConfigReader(raw, where).section("model")
+    read = ConfigReader(raw, where).section("model")
+    config, ends = _config(read), read.token_ids("eos_token_id")
+    read.finish()
     stored = PickleCheckpoint.of_files(folder, [folder / WEIGHTS])
-    config = _config(model, stored)
-    ids = _token_ids(model, stored)
-    model.finish()
-    heads, kv_heads, experts, layers = (_size(config, key) for key in _TABLE_KEYS)
-    hidden = _size(config, "hidden_size")
-    width = hidden // heads
-    shares = (hidden, kv_heads * width, kv_heads * width)
+    rows = stored_shape(stored, "transformer.wte.weight", 2)[0]
+    heads, kv_heads, experts, layers, hidden = (_size(config, key) for key in _TABLE_KEYS)
+    config |= {"vocab_size": rows, "intermediate_size": _expert_width(stored, experts)}
+    shares = (hidden, kv_heads * (hidden // heads), kv_heads * (hidden // heads))
     parts = find_parts(stored, _table(shares, experts), layers)
+    ids: dict[str, JSON] = {"eos_token_id": _TRUE_END if ends[0] == 0 and rows > _TRUE_END else ends[0]} if ends else {}
     small = {"generation_config.json": to_json(ids), **_tokenizer(raw, folder)}
     return OriginalCheckpoint(stored, Layout(f"OLMo's files ({WEIGHTS}, {CONFIG})", config | ids, parts, small))
 
 
-_TABLE_KEYS = ("num_attention_heads", "num_key_value_heads", "num_experts", "num_hidden_layers")
+_TABLE_KEYS = ("num_attention_heads", "num_key_value_heads", "num_experts", "num_hidden_layers", "hidden_size")
 
 
-def _config(read: ConfigReader, stored: Checkpoint) -> dict[str, JSON]:
-    """The section `model` as a config.json."""
+def _config(read: ConfigReader) -> dict[str, JSON]:
+    """The section `model` as a config.json, but for the sizes that the weights tell."""
     if read.choice("block_type", "sequential", ("moe", "sequential")) != "moe":
         raise read.error("block_type", "is not moe: a dense OLMo is not supported, OLMoE is")
     _check_maths(read)
@@ -79,9 +79,7 @@ def _config(read: ConfigReader, stored: Checkpoint) -> dict[str, JSON]:
     return {
         "architectures": ["OlmoeForCausalLM"],
         "model_type": "olmoe",
-        "vocab_size": stored_shape(stored, "transformer.wte.weight", 2)[0],
         "hidden_size": read.integer("d_model"),
-        "intermediate_size": _expert_width(stored, experts),
         "num_hidden_layers": read.integer("n_layers", most=4096),
         "num_attention_heads": heads,
         "num_key_value_heads": read.integer("n_kv_heads", kv_heads),
@@ -94,6 +92,7 @@ def _config(read: ConfigReader, stored: Checkpoint) -> dict[str, JSON]:
         "attention_bias": False,
         "rms_norm_eps": read.number("layer_norm_eps", 1e-5),
         "rope_theta": read.number("rope_theta", 10000.0),
+        "pad_token_id": read.optional_integer("pad_token_id", least=0),
         "tie_word_embeddings": read.flag("weight_tying", True),
     }
 
@@ -121,15 +120,6 @@ def _expert_width(stored: Checkpoint, experts: int) -> int:
         what = f"{quoted(_ROUTER)} is for {routed} experts with {rows} rows, {CONFIG} tells of {experts}"
         raise InputError(f"{quoted(stored.label)}: tensor {what}", _MISMATCH)
     return rows // experts
-
-
-def _token_ids(read: ConfigReader, stored: Checkpoint) -> dict[str, JSON]:
-    rows = stored_shape(stored, "transformer.wte.weight", 2)[0]
-    ends, pad = read.token_ids("eos_token_id"), read.pad_id(rows)
-    ids: dict[str, JSON] = {} if pad is None else {"pad_token_id": pad}
-    if ends:
-        ids["eos_token_id"] = _TRUE_END if ends[0] == 0 and rows > _TRUE_END else ends[0]
-    return ids
 
 
 def _tokenizer(raw: dict[str, JSON], folder: Path) -> dict[str, bytes]:

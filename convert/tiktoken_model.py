@@ -9,6 +9,7 @@ import base64
 import binascii
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from lmx.convert.gguf_header import Value as Key
@@ -119,7 +120,7 @@ def _merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
     for token, rank in ranks.items():
         parts = [token[at : at + 1] for at in range(len(token))]
         while len(parts) > 2:
-            found = [ranks.get(left + right, rank) for left, right in zip(parts, parts[1:], strict=False)]
+            found = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
             lowest = min(found)
             if lowest >= rank:
                 break

@@ -15,7 +15,14 @@ from lmx.convert.tiktoken_model import SUFFIX as TIKTOKEN
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
 from lmx.core.jsonfile import JSON
-from lmx.core.text.files import MAX_TEMPLATE_BYTES, AddedToken, read_bounded, read_config_tokens
+from lmx.core.text.files import (
+    MAX_TEMPLATE_BYTES,
+    AddedToken,
+    read_bounded,
+    read_config_tokens,
+    read_tokenizer_files,
+)
+from lmx.core.text.vocabulary import read_vocabulary
 
 TOKENIZER = "tokenizer.json"
 _TEMPLATE = "chat_template.jinja"
@@ -49,6 +56,19 @@ def make_vocabulary(folder: Path, model_type: str, rows: int) -> MadeVocabulary:
     keys, special = _tiktoken(path, model_type, rows) if path.suffix == TIKTOKEN else _sentencepiece(path, rows)
     made = tokenizer_files(keys | _template(folder), model_type, rows, quoted(str(path)))
     return MadeVocabulary({name: data for name, data in made.items() if name not in names}, special)
+
+
+def read_token_ids(folder: Path) -> dict[str, JSON]:
+    """The ids of the special tokens that a folder with a tokenizer.json names; nothing without one.
+
+    Raises InputError for files that are damaged.
+    """
+    if not (folder / TOKENIZER).exists():
+        return {}
+    files = read_tokenizer_files(folder)
+    ids = {token.content: token.id for token in read_vocabulary(files).added}
+    named = {f"{name}_id": files.named.get(name) for name in ("bos_token", "eos_token", "pad_token")}
+    return {key: ids[token] for key, token in named.items() if token in ids}
 
 
 def is_vocabulary(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""A checkpoint of the hub whose vocabulary is another library's file: DBRX with tiktoken's, Mixtral with sentencepiece's.
+"""A checkpoint of the hub whose vocabulary is another library's file: DBRX with tiktoken's, Mixtral with its own.
 
 Imports no torch.
 """
