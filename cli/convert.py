@@ -10,7 +10,7 @@ from lmx.cli.console import may_animate, note, write_json
 from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.options import CommonOptions, parse_size, spread_groups
 from lmx.cli.pull_progress import pull_watcher
-from lmx.conversion import Finished, Format, Progress, convert, predict_conversion
+from lmx.conversion import Conversion, Finished, Format, Progress, convert_events, predict_conversion
 from lmx.core.errors import InputError
 
 Last = TypeVar("Last")
@@ -24,11 +24,14 @@ def register(app: typer.Typer) -> None:
 
 
 def convert_command(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's folder, a GGUF, or a hub id.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A checkpoint's folder (of any layout), a GGUF, or a hub id.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The new folder; or file, NAME.gguf.")],
     *,
     to: Annotated[
-        Format | None, typer.Option(help="The format. Without it: gguf where DST ends in .gguf, else hf.")
+        Format | None,
+        typer.Option(help="The format; mistral of a Mixtral. Without it: gguf where DST ends in .gguf, else hf."),
     ] = None,
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32", "q8_0", "q4_0"] | None,
@@ -47,40 +50,23 @@ def convert_command(
     revision: Annotated[str | None, typer.Option(help="A hub model's branch, tag or commit.")] = None,
     common: CommonOptions,
 ) -> None:
-    """Write a model as a plain checkpoint in the Hugging Face layout, or as a GGUF. A quantized one is dequantized.
+    """Write a model in the Hugging Face layout, as a GGUF, or in Mistral's own files. A quantized one is dequantized.
 
     A run that was stopped goes on where it stopped when the same command is given again.
     """
-    shard_bytes = parse_size("--max-shard-size", max_shard_size)
+    job = Conversion(target, to, dtype, parse_size("--max-shard-size", max_shard_size), force)
     if dry_run:
-        finished = predict_conversion(
-            source,
-            target,
-            to=to,
-            dtype=dtype,
-            max_shard_bytes=shard_bytes,
-            force=force,
-            revision=revision,
-            offline=offline,
-        )
+        finished = predict_conversion(source, job, revision=revision, offline=offline)
     else:
-        show = may_animate() and not common.quiet
-        steps = convert(
-            source,
-            target,
-            to=to,
-            dtype=dtype,
-            max_shard_bytes=shard_bytes,
-            force=force,
-            revision=revision,
-            offline=offline,
-            watch=pull_watcher(common.quiet),
-        )
-        finished = _watch(steps, Finished, show)
+        watch = pull_watcher(common.quiet)
+        steps = convert_events(source, job, revision=revision, offline=offline, watch=watch)
+        finished = _watch(steps, Finished, may_animate() and not common.quiet)
+    if finished.read_as is not None:
+        note(f"{source}: read as {finished.read_as}", quiet=common.quiet)
     size = f"{human_count(finished.parameters)} parameters in {human_bytes(finished.output_bytes)}"
     note(f"{target}: {size}{' (predicted)' * dry_run}", quiet=common.quiet)
     facts: dict[str, object] = {"source": source, "output": str(target), "parameters": finished.parameters}
-    facts["output_bytes"] = finished.output_bytes
+    facts |= {"output_bytes": finished.output_bytes, "read_as": finished.read_as}
     failures: tuple[str, ...] = ()
     if verify and not dry_run:
         from lmx.verification import Verification, describe, verify_conversion

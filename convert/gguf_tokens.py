@@ -146,19 +146,22 @@ def _puts_space_first(vocabulary: Vocabulary, where: str) -> bool:
 
 def _special_keys(files: TokenizerFiles, vocabulary: Vocabulary, ids: Mapping[str, int]) -> dict[str, Value]:
     named = {ggml: files.named.get(ours) for ours, ggml in _NAMED.items()}
+    first = _first_token(vocabulary)
+    named["bos"] = named["bos"] or first  # without a tokenizer_config.json, what texts begin with
     keys: dict[str, Value] = {f"tokenizer.ggml.{k}_token_id": ids[t] for k, t in named.items() if t in ids and t}
-    keys["tokenizer.ggml.add_bos_token"] = _adds_bos(vocabulary, named["bos"])
+    keys["tokenizer.ggml.add_bos_token"] = first is not None and first == named["bos"]
     keys["tokenizer.ggml.add_eos_token"] = False
     return keys
 
 
-def _adds_bos(vocabulary: Vocabulary, bos: str | None) -> bool:
-    """Whether the post-processor begins a text with BOS."""
+def _first_token(vocabulary: Vocabulary) -> str | None:
+    """The special token that the post-processor puts before a text."""
     post = _object(vocabulary.document.get("post_processor"))
     steps = post.get("processors") if post.get("type") == "Sequence" else [post]
     templates = [_object(step).get("single") for step in steps] if isinstance(steps, list) else []
     firsts = [template[0] for template in templates if isinstance(template, list) and template]
-    return bos is not None and any(_object(_object(first).get("SpecialToken")).get("id") == bos for first in firsts)
+    names = [_object(_object(first).get("SpecialToken")).get("id") for first in firsts]
+    return next((name for name in names if isinstance(name, str)), None)
 
 
 def _object(value: object) -> dict[str, object]:

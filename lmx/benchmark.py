@@ -19,7 +19,7 @@ from lmx.core.checkpoint import Checkpoint
 from lmx.core.files import read_bounded
 from lmx.core.jsonfile import parse_json
 from lmx.device import Device, choose_device
-from lmx.memory import check_memory, made_bytes
+from lmx.memory import Needed, check_memory
 from lmx.presets import Config, build_dummy, preset
 from lmx.pulling import Watcher, unwatched
 
@@ -69,6 +69,14 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Making:
+    """Weights will be made in memory that lie in no file; told before it is done."""
+
+    model: str
+    needed: Needed
+
+
+@dataclass(frozen=True)
 class Result:
     """One test of one model: the object of `lmx bench -o json` (docs/bench.md says what each field means)."""
 
@@ -107,13 +115,13 @@ class Result:
         return asdict(self) | {"samples": list(self.samples)}
 
 
-Event = Step | Result
+Event = Step | Making | Result
 
 
 def benchmark(
     models: Sequence[str | Path | None], workloads: Sequence["Workload"], repetitions: int, setting: Setting
 ) -> Iterator[Event]:
-    """Run every workload on every model, one model in memory at a time; a `Result` for each, and `Step`s between them.
+    """Run every workload on every model, one model in memory at a time; a `Result` for each, and what is done between.
 
     models: as for `lmx.load`. Raises as `lmx.load`; ResourceError for a dummy that would not fit.
     """
@@ -132,6 +140,9 @@ def _benchmark_one(
     import_module("lmx.quant.dummy")  # and all that loading takes, which is no part of its time
     name = model_name(model, setting.revision)
     origin = _find(model, setting)
+    needed = None if not isinstance(origin, Path) else check_memory(open_folder(origin), setting.dtype, setting.spec)
+    if needed is not None:
+        yield Making(name, needed)
     yield Step(name, "measuring the machine")
     ceilings = measure_ceilings(choose_device(setting.device))
     reset_peak_memory()  # of the measurement just done, or of the model before
@@ -171,7 +182,6 @@ def _load(origin: Config | Path, setting: Setting) -> "LanguageModel":
     device = choose_device(setting.device)
     if isinstance(origin, Path):
         checkpoint: Checkpoint = open_folder(origin)
-        check_memory(checkpoint, made_bytes(checkpoint, setting.dtype, setting.spec))
         dtype = choose_dtype(setting.dtype, checkpoint)
         model: LanguageModel = load_core(checkpoint, setting.spec, "causal", setting.head_scheme, dtype, device)
     else:

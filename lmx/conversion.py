@@ -9,6 +9,7 @@ from lmx.api import check_runnable, main_dtype, open_checkpoint, open_headers
 from lmx.convert.events import Finished, Progress
 from lmx.convert.gguf_source import GGUFCheckpoint
 from lmx.convert.pull_events import Watcher, unwatched
+from lmx.convert.original_source import OriginalCheckpoint
 from lmx.core.checkpoint import Checkpoint, Source
 from lmx.core.errors import UsageError
 from lmx.core.files import quoted
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from lmx.convert import gguf_target, plain
 
-__all__ = ["Conversion", "Finished", "Format", "Progress", "convert", "predict_conversion"]
+__all__ = ["Conversion", "Finished", "Format", "Progress", "convert", "convert_events", "predict_conversion"]
 
 Format = Literal["hf", "gguf", "mistral"]
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -38,39 +39,59 @@ def convert(
     revision: str | None = None,
     offline: bool = False,
     watch: Watcher = unwatched,
-) -> Iterator[Progress | Finished]:
-    """Write a model in another form; a quantized one is dequantized matrix by matrix.
+) -> Finished:
+    """Write a model in another form, and say what was written; a quantized one is dequantized matrix by matrix.
 
-    to: "hf", a plain checkpoint under the hub's names, "gguf", one file for llama.cpp, or "mistral", a Mixtral in
-    Mistral's own files; None is "gguf" for a target of such a name, else "hf". dtype: "bf16", "fp16" or "fp32", and
-    for a GGUF also "q8_0" or "q4_0"; None keeps plain weights as they are and gives quantized ones the dtype that they
-    had before, those of a GGUF bfloat16. Yields Progress and at last
-    Finished. Raises as `lmx.load`, and ConflictError for a target that exists.
+    A run that was stopped goes on where it stopped when it is called again.
+
+    model: as for `load`. to: "hf", a plain checkpoint under the hub's names, "gguf", one file for llama.cpp, or
+    "mistral", a Mixtral in Mistral's own files; None goes by the target's name, and is "hf" where that says nothing.
+    dtype: "bf16", "fp16" or "fp32", and for a GGUF also "q8_0" or "q4_0"; None keeps plain weights as they are and
+    gives quantized ones the dtype that they had before, those of a GGUF bfloat16.
+
+    Raises:
+        UsageError: options that do not go together.
+        InputError: the source is damaged or unsupported, or a value does not fit the dtype.
+        ConflictError: the target exists and `force` is not set, or another process works on it.
+        NotFoundError, NetworkError: there is no such model, or it could not be pulled.
+        ResourceError: disk or memory would not suffice, or did not.
+
     """
     job = Conversion(Path(target), to, dtype, max_shard_bytes, force)
+    *_, last = convert_events(model, job, revision=revision, offline=offline, watch=watch)
+    if not isinstance(last, Finished):
+        raise TypeError("the last event of a conversion says what was written")
+    return last
+
+
+def convert_events(
+    model: str | Path,
+    job: "Conversion",
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    watch: Watcher = unwatched,
+) -> Iterator[Progress | Finished]:
+    """Convert, and tell how it goes: Progress for each tensor, and at last Finished. Raises as `convert`."""
     checkpoint = open_checkpoint(model, revision=revision, offline=offline, watch=watch)
-    yield from job.run(checkpoint, model_stem(model, checkpoint, revision))
+    for event in job.run(checkpoint, model_stem(model, checkpoint, revision)):
+        yield _explained(event, checkpoint) if isinstance(event, Finished) else event
 
 
 def predict_conversion(
-    model: str | Path,
-    target: str | Path,
-    *,
-    to: Format | None = None,
-    dtype: str | None = None,
-    max_shard_bytes: int | None = None,
-    force: bool = False,
-    revision: str | None = None,
-    offline: bool = False,
+    model: str | Path, job: "Conversion", *, revision: str | None = None, offline: bool = False
 ) -> Finished:
     """What `convert` would write, from headers alone: of a model on the hub that is not here, only those are fetched.
 
     Raises as `convert`.
     """
-    job = Conversion(Path(target), to, dtype, max_shard_bytes, force)
     checkpoint = open_headers(model, revision=revision, offline=offline)
     check_runnable(checkpoint)
-    return job.predict(checkpoint, model_stem(model, checkpoint, revision))
+    return _explained(job.predict(checkpoint, model_stem(model, checkpoint, revision)), checkpoint)
+
+
+def _explained(finished: Finished, checkpoint: Checkpoint) -> Finished:
+    return replace(finished, read_as=checkpoint.title) if isinstance(checkpoint, OriginalCheckpoint) else finished
 
 
 @dataclass(frozen=True)

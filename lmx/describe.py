@@ -9,6 +9,7 @@ from lmx.api import check_runnable, choose_dtype, open_checkpoint, open_headers,
 from lmx.convert.gguf_source import GGUFCheckpoint
 from lmx.convert.hub_headers import HeaderCheckpoint
 from lmx.convert.pull_events import Watcher, unwatched
+from lmx.convert.original_source import OriginalCheckpoint
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import LmxError
 from lmx.core.files import read_bounded
@@ -41,6 +42,7 @@ class Description:
 
     context_length: None where the architecture has no limit. quantization: None, or the scheme and its method.
     chat_template: the file that it stands in, or None. state_bytes: one conversation of `state_context` tokens.
+    read_as: what a folder in a layout of its makers was taken for, else None.
     """
 
     model: str
@@ -59,6 +61,7 @@ class Description:
     chat_template: str | None
     license: str
     kernels: str
+    read_as: str | None = None
 
     @property
     def memory_to_run(self) -> int:
@@ -110,6 +113,7 @@ def describe(name: str, checkpoint: Checkpoint) -> Description:
         chat_template=_template_file(checkpoint),
         license=license_of(checkpoint.folder),
         kernels="torch",
+        read_as=checkpoint.title if isinstance(checkpoint, OriginalCheckpoint) else None,
     )
 
 

@@ -1,5 +1,6 @@
 """What loading a model takes, said before it is done: a GGUF's blocks become numbers that lie in no file."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,14 +38,29 @@ def made_bytes(
     return sum(w.parameters * wanted.itemsize if w.kept else layout_bytes(w.layout(spec)) for w in weights)
 
 
-def check_memory(checkpoint: Checkpoint, needed: int) -> None:
-    """Raise ResourceError where a GGUF's weights would not fit into the memory that is free."""
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """What loading will make in memory: so many bytes, and of which dtype or scheme."""
+
+    nbytes: int
+    kind: str
+
+
+def check_memory(
+    checkpoint: Checkpoint, dtype: "torch.dtype | str | None" = None, quantize: "str | QuantSpec | None" = None
+) -> Needed | None:
+    """What loading will make, None where all is mapped. Raises ResourceError where it would not fit; InputError."""
+    needed = made_bytes(checkpoint, dtype, quantize)
+    if not needed:
+        return None
     free = available_bytes()
     if free is not None and needed > free:
         raise ResourceError(
             f"{quoted(checkpoint.label)} needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
             "use --4bit, which quantizes again while loading; or convert it and run the result, which is mapped",
         )
+    spec = choose_spec(quantize)
+    return Needed(needed, str(choose_dtype(dtype, checkpoint)).removeprefix("torch.") if spec is None else spec.scheme)
 
 
 def available_bytes() -> int | None:

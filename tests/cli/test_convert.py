@@ -9,9 +9,11 @@ from families import write_family
 from safetensors.torch import load_file, save_file
 from support import SHARED, needs_shared, run_lmx
 
+import lmx
 from lmx.api import open_checkpoint, open_folder
+from lmx.cli.facts import human_bytes
 from lmx.conversion import Conversion
-from lmx.core.errors import UsageError
+from lmx.core.errors import ConflictError, UsageError
 from lmx.memory import made_bytes
 from lmx.verification import Verification, verify
 
@@ -149,6 +151,32 @@ def test_options_that_do_not_go_together(tmp_path):
         Conversion(tmp_path / "x", dtype="q8_0")
     with pytest.raises(UsageError):
         convert(source, tmp_path / "x", to="gguf")
+
+
+@pytest.mark.parametrize(("option", "kind"), [((), "bfloat16"), (("--4bit",), "nf4")])
+def test_a_gguf_benches_and_says_its_memory_before(option, kind, tmp_path):
+    source = write_family(tmp_path / "source", "mixtral")
+    convert(source, tmp_path / "m.gguf", dtype="q8_0")
+    command = ("bench", str(tmp_path / "m.gguf"), *option, "-p", "8", "-n", "4", "-r", "1", "-o", "json")
+    done = run_lmx(*command)
+    assert done.returncode == 0, done.stderr
+    assert [result["test"] for result in json.loads(done.stdout)] == ["pp8", "tg4"]
+    assert f"its weights take {human_bytes(needed(tmp_path / 'm.gguf', kind))} of memory as {kind}" in done.stderr
+    assert "its weights take" not in run_lmx(*command, "--quiet").stderr
+
+
+def needed(path, kind):
+    return made_bytes(open_folder(path), quantize=kind if kind == "nf4" else None)
+
+
+def test_the_library_converts(tmp_path):
+    source = write_family(tmp_path / "source", "olmoe")
+    done = lmx.convert(source, tmp_path / "m.gguf")
+    assert done.output_bytes == (tmp_path / "m.gguf").stat().st_size
+    assert lmx.convert(tmp_path / "m.gguf", tmp_path / "back").output == tmp_path / "back"
+    assert verified(tmp_path / "m.gguf", tmp_path / "back").weights.is_exact
+    with pytest.raises(ConflictError):
+        lmx.convert(source, tmp_path / "m.gguf")
 
 
 def test_memory_is_that_of_what_is_made(tmp_path):

@@ -1,6 +1,7 @@
 """GGUFs that lmx writes run in llama.cpp with the same tokens, and what llama.cpp quantizes loads back."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from families import write_family
 from support import SHARED, needs_shared
+from tokenizers import Tokenizer
 from torch import Tensor
 from yardstick import ask_llama_cpp, needs_llama_cpp
 
@@ -63,7 +65,65 @@ def test_vocabulary(family: str, tmp_path: Path) -> None:
     assert ask_llama_cpp("encode", model=str(target), texts=texts) == wanted
 
 
-TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25}
+PUBLISHED = {
+    "mixtral": ("mixtral/tokenizer.json", 32000),
+    "olmoe": ("olmoe/tokenizer.json", 50304),
+    "olmoe-pii": ("olmoe/tokenizer-pii-special.json", 50304),
+    "dbrx": ("dbrx/tokenizer.json", 100352),
+    "falcon_mamba": ("falcon_mamba/tokenizer.json", 65024),
+}
+
+
+@needs_shared
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_vocabularies(name: str, tmp_path: Path) -> None:
+    """The texts of all vectors: the published tokenizer.json, llama.cpp with our GGUF, and what lmx makes of that."""
+    path, rows = PUBLISHED[name]
+    source = write_family(tmp_path / "source", name.removesuffix("-pii"), vocab_size=rows)
+    shutil.copy(SHARED / "data" / path, source / "tokenizer.json")
+    list(write_gguf(Checkpoint.open(source), tmp_path / "x.gguf", Options("F16", source)))
+    texts = vector_texts()
+    published = Tokenizer.from_file(str(source / "tokenizer.json"))
+    wanted = [published.encode(text).ids for text in texts]
+    assert ask_llama_cpp("encode", model=str(tmp_path / "x.gguf"), texts=texts) == wanted
+    opened = GGUFCheckpoint.open(tmp_path / "x.gguf")
+    again = Tokenizer.from_file(str(opened.folder / "tokenizer.json"))
+    assert [again.encode(text).ids for text in texts] == wanted
+    # OLMoE's tokenizer.json composes what is decomposed; llama.cpp takes it as it is
+    assert again.encode("e\u0301").ids == published.encode("e\u0301").ids
+
+
+MORE_TEXTS = [
+    "\u00e9 <|endoftext|>\n\n   x",
+    "1234567890 12,345.67 \u00bd \u0663\u0664\u0665",
+    "x\u00a0y\u3000z\u200bw\ufeff",
+    "def f(x):\n\treturn {'a': x[0:2]}  # it's HE'LL we\u2019re\r\n\r\n",
+    "\u4eca\u65e5\u306f\u3001\u4e16\u754c\u3002",
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u0627\u0644\u0639\u0631\u0628\u064a\u0629",
+    "a" * 300 + " " * 40 + "." * 70,
+]
+
+
+def vector_texts() -> list[str]:
+    found = (SHARED / "data/vectors/ggml-vocab-falcon.gguf.inp").read_text().split("\n__ggml_vocab_test__\n")
+    assert len(found) >= 40
+    return found + MORE_TEXTS
+
+
+TYPES = {
+    "F32": 0,
+    "F16": 1,
+    "BF16": 32,
+    "Q8_0": 7,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q4_K": 14,
+    "Q5_K": 16,
+    "Q6_K": 18,
+    "IQ4_NL": 25,
+}
 WIDE = {
     "mixtral": {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1},
     "olmoe": {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1},
