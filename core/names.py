@@ -1,16 +1,18 @@
 """Weight names as a table: how a checkpoint on the hub calls a tensor, and how our modules do.
 
 `{}` stands for a number: a layer, an expert. Every tensor of the file must be in the table and every weight of the
-model must be found exactly once; what does not fit is an error that names the tensor.
+model must be found exactly once; what does not fit is an error that names the tensor. Imports no torch.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lmx.core.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 
@@ -94,7 +96,7 @@ class Piece:
         """The same cut of a tensor by another name."""
         return replace(self, hub=hub)
 
-    def of(self, tensor: Tensor) -> Tensor:
+    def of(self, tensor: "Tensor") -> "Tensor":
         """The weight as a view of the file's tensor."""
         if self.rows is None:
             return tensor

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from lmx.api import check_runnable, main_dtype, open_checkpoint, open_headers
 from lmx.convert.events import Finished, Progress
 from lmx.convert.gguf_source import GGUFCheckpoint
-from lmx.convert.pull_events import Watcher, unwatched
 from lmx.convert.original_source import OriginalCheckpoint
+from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import Checkpoint, Source
 from lmx.core.errors import UsageError
 from lmx.core.files import quoted

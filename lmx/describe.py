@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from lmx.api import check_runnable, choose_dtype, open_checkpoint, open_headers, stored_bytes
 from lmx.convert.gguf_source import GGUFCheckpoint
 from lmx.convert.hub_headers import HeaderCheckpoint
-from lmx.convert.pull_events import Watcher, unwatched
 from lmx.convert.original_source import OriginalCheckpoint
+from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import LmxError
 from lmx.core.files import read_bounded
