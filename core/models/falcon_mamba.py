@@ -246,6 +246,7 @@ _MIXER, _OURS = "backbone.layers.{}.mixer.", "layers.{}.mixer."
 
 NAMES = NameTable(
     Rename("backbone.embeddings.weight", "embed.weight"),
+    Rename("backbone.embedding.weight", "embed.weight"),  # mamba-ssm's
     Rename("backbone.layers.{}.norm.weight", "layers.{}.norm.weight"),
     *(
         Rename(f"{_MIXER}{name}", f"{_OURS}{name}")

@@ -14,7 +14,7 @@ from families import write_family
 from lmx.core.errors import ResourceError
 
 KILLS = 20
-TARGETS = ["m.gguf", "folder"]
+TARGETS = ["m.gguf", "folder", "mistral"]
 
 
 @pytest.fixture(scope="module")
