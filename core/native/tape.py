@@ -84,7 +84,7 @@ class _Watch(TorchDispatchMode):
     """Keeps every tensor that is made alive, and finds out which torch operations touch numbers."""
 
     def __init__(self, tape: Tape) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tape = tape
 
     def __torch_dispatch__(

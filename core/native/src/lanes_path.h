@@ -9,5 +9,6 @@
 #include "conv_path.h"
 #include "finish_path.h"
 #include "norm_path.h"
+#include "quantize_path.h"
 #include "recurrence_path.h"
 #include "scan_path.h"
