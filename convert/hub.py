@@ -8,7 +8,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,11 +86,13 @@ def is_offline() -> bool:
 def find_model(
     model: str | Path, *, revision: str | None = None, offline: bool = False, watch: Watcher = unwatched
 ) -> Path:
-    """The folder of a model: an existing path wins; else a hub id from the cache, else pulled into it under `watch`.
+    """The folder of a model, or its GGUF: an existing path wins; else a hub id from the cache, else pulled into it.
+
+    The pull is shown to `watch`.
 
     Raises:
         UsageError: a revision for a path, or two different ones.
-        InputError: the path is a file; or what the hub sends is not to be believed.
+        InputError: the path is a file, and no GGUF; or what the hub sends is not to be believed.
         NotFoundError: neither a path nor a hub id; or the hub does not have it, or does not let us.
         NetworkError, ResourceError: the download failed; the disk is full.
 
@@ -119,8 +121,10 @@ def find_local(model: str | Path, *, revision: str | None = None) -> Path | HubI
 
 def find_cached(hub_id: HubId) -> Path | None:
     """The snapshot of a hub's model in the cache, if it is whole."""
-    cached = _cached(hub_id)
-    return cached if cached is not None and is_complete(cached) else None
+    with suppress(OSError):  # what we may not read is not there for us; a pull says why
+        cached = _cached(hub_id)
+        return cached if cached is not None and is_complete(cached) else None
+    return None
 
 
 def check_online(hub_id: HubId, offline: bool) -> None:
@@ -157,24 +161,25 @@ def _exists(path: Path) -> bool:
 
 
 def _folder(path: Path) -> Path:
-    if path.is_dir():
+    if path.is_dir() or path.suffix == ".gguf":
         return path
-    if path.suffix == ".gguf":
-        raise InputError(f"{quoted(str(path))}: this version of lmx reads no GGUF", "give a folder in the hub's format")
     raise InputError(f"{quoted(str(path))} is a file", "give the folder that holds config.json and the weights")
 
 
 def _cached(hub_id: HubId) -> Path | None:
-    """The snapshot's folder in the cache, which may lack files; None if not even the config is there."""
+    """The snapshot's folder in the cache, which may lack files; None if not even the config is there for us to read."""
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(hub_id.repo, "config.json", revision=hub_id.revision)
-    return Path(config).parent if isinstance(config, str) else None
+    with suppress(OSError):
+        config = try_to_load_from_cache(hub_id.repo, "config.json", revision=hub_id.revision)
+        return Path(config).parent if isinstance(config, str) else None
+    return None
 
 
 @contextmanager
 def hub_errors(hub_id: HubId) -> Iterator[None]:
     """Every way that a pull can fail, as ours. No message of the hub is passed on: they hold URLs with signatures."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -188,7 +193,7 @@ def hub_errors(hub_id: HubId) -> Iterator[None]:
     except GatedRepoError as error:
         raise NotFoundError(
             f"{hub_id} is gated",
-            f"accept its terms at https://huggingface.co/{hub_id.repo}, then set HF_TOKEN or run `hf auth login`",
+            f"accept its terms at {constants.ENDPOINT}/{hub_id.repo}, then set HF_TOKEN or run `hf auth login`",
         ) from error
     except RevisionNotFoundError as error:
         raise NotFoundError(f"{hub_id.repo} has no revision {hub_id.revision}", "check the revision") from error

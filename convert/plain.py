@@ -131,6 +131,8 @@ def _write(source: Source, item: _Target, file: ShardWriter) -> None:
         file.write(item.slot.name, value, first * ITEM_SIZES[item.slot.dtype])
         if stored.rows is None:  # else its neighbours in the same tensor come next
             source.advise(stored.hub, Advice.DONT_NEED)
+    for hub in {stored.hub for stored, _ in item.parts if stored.rows is not None}:
+        source.advise(hub, Advice.DONT_NEED)
 
 
 def _check_finite(value: Tensor, weight: Tensor, name: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmx.api import check_runnable, choose_dtype, open_checkpoint, open_headers, stored_bytes
+from lmx.convert.gguf_source import GGUFCheckpoint
 from lmx.convert.hub_headers import HeaderCheckpoint
 from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import Checkpoint
@@ -82,6 +83,7 @@ def describe(name: str, checkpoint: Checkpoint) -> Description:
     import torch
 
     from lmx.core.loader import bind, build
+    from lmx.core.native.library import kernel_path
     from lmx.core.registry import family_of
 
     family, stored = family_of(checkpoint.config), _stored(checkpoint)
@@ -100,15 +102,15 @@ def describe(name: str, checkpoint: Checkpoint) -> Description:
         active_parameters=total - _idle_parameters(model),
         dtype="+".join(stored.dtypes).lower(),
         quantization=stored.quantization,
-        size_on_disk=sum(file.stat().st_size for file in checkpoint.folder.iterdir() if file.is_file()),
-        weight_bytes=total * dtype.itemsize if stored.quantization is None else checkpoint.total_bytes,
+        size_on_disk=sum(file.stat().st_size for file in _files(checkpoint)),
+        weight_bytes=checkpoint.total_bytes if checkpoint.is_quantized else total * dtype.itemsize,
         state_bytes=state.nbytes_at(context),
         state_context=context,
         context_length=model.context_length,
         vocabulary=model.config.vocab_size,
-        chat_template=_template_file(checkpoint.folder),
+        chat_template=_template_file(checkpoint),
         license=license_of(checkpoint.folder),
-        kernels="torch",
+        kernels=kernel_path(),
     )
 
 
@@ -122,6 +124,9 @@ class _Stored:
 
 
 def _stored(checkpoint: Checkpoint) -> _Stored:
+    if isinstance(checkpoint, GGUFCheckpoint):
+        shapes = {info.name: info.shape for info in checkpoint.infos.values()}
+        return _Stored(shapes, sorted(checkpoint.layouts), checkpoint.quantization)
     if not checkpoint.is_quantized:
         shapes = {info.name: info.shape for info in checkpoint.infos.values()}
         return _Stored(shapes, sorted(stored_bytes(checkpoint)))
@@ -158,8 +163,18 @@ def _parts(bank: "ExpertBank") -> "tuple[list[Tensor], ...]":
     return list(bank.gate), list(bank.up), list(bank.down)
 
 
-def _template_file(folder: Path) -> str | None:
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    """What is on the disk of a model."""
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return list(checkpoint.files)
+    return [file for file in checkpoint.folder.iterdir() if file.is_file()]
+
+
+def _template_file(checkpoint: Checkpoint) -> str | None:
     """The file that the chat template stands in. Raises InputError for files that cannot be read."""
+    folder = checkpoint.folder
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return checkpoint.files[0].name if (folder / _TEMPLATE_FILE).exists() else None
     if read_tokenizer_files(folder).chat_template is None:
         return None
     return _TEMPLATE_FILE if (folder / _TEMPLATE_FILE).exists() else "tokenizer_config.json"
