@@ -10,7 +10,7 @@ from lmx.core.native.library import forced_path
 from lmx.core.stepper import Stepper
 from lmx.presets import build_dummy
 
-TAPED = ("mixtral", "olmoe")
+TAPED = ("mixtral", "olmoe", "falcon_mamba", "recurrent_gemma")
 """Families whose layers are kernels alone on a CPU."""
 
 
