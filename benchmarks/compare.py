@@ -127,7 +127,8 @@ def _time_lmx(model: Model, test: str, threads: int, figures: Figures) -> None:
     figures.add("lmx", test, result["tokens_per_second_mean"])
     share = result["flops_utilization"] if kind.startswith("pp") else result["bandwidth_utilization"]
     figures.shares.setdefault(test, []).append(share)
-    figures.bytes_per_token[test] = result["bytes_per_token"]
+    if result["bytes_per_token"] is not None:  # a prompt's is not told
+        figures.bytes_per_token[test] = result["bytes_per_token"]
     figures.peak_memory.append(result["peak_memory_bytes"])
 
 

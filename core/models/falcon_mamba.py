@@ -14,6 +14,7 @@ from lmx.core.decoder import Call, Decoder, Inputs
 from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS, SILU_NAMES
 from lmx.core.layers.conv import causal_conv
 from lmx.core.layers.derived import Derived
+from lmx.core.layers.embedding import empty_embedding
 from lmx.core.layers.initialise import initialise_normal
 from lmx.core.layers.linear import Linear, linear
 from lmx.core.layers.norm import RMSNorm, rms_normalise_parts
@@ -213,7 +214,7 @@ class FalconMambaDecoder(Decoder[MambaState]):
     def __init__(self, config: FalconMambaConfig) -> None:
         super().__init__()
         self._config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = empty_embedding(config.vocab_size, config.hidden_size)
         self.blocks = [Block(config) for _ in range(config.layers)]
         self.layers = nn.ModuleList(self.blocks)
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
@@ -270,6 +271,7 @@ _MIXER, _OURS = "backbone.layers.{}.mixer.", "layers.{}.mixer."
 
 NAMES = NameTable(
     Rename("backbone.embeddings.weight", "embed.weight"),
+    Rename("backbone.embedding.weight", "embed.weight"),  # mamba-ssm's
     Rename("backbone.layers.{}.norm.weight", "layers.{}.norm.weight"),
     *(
         Rename(f"{_MIXER}{name}", f"{_OURS}{name}")

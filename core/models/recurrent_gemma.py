@@ -15,6 +15,7 @@ from lmx.core.decoder import AttentionCall, Call, Decoder, Inputs, plan_attentio
 from lmx.core.kv_cache import WindowKVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS
 from lmx.core.layers.conv import causal_conv
+from lmx.core.layers.embedding import empty_embedding
 from lmx.core.layers.initialise import initialise_normal
 from lmx.core.layers.linear import Linear
 from lmx.core.layers.norm import OffsetRMSNorm
@@ -283,7 +284,7 @@ class RecurrentGemmaDecoder(Decoder[LayerMemory]):
     def __init__(self, config: RecurrentGemmaConfig) -> None:
         super().__init__()
         self._config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_id)
+        self.embed = empty_embedding(config.vocab_size, config.hidden_size, config.pad_id)
         self.blocks = [Block(config, block_type) for block_type in config.block_types]
         self.layers = nn.ModuleList(self.blocks)
         self.norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import write_family
-from support import run_lmx
+from measured import run_measured
 from toys import toy_tokenizer
 
 from lmx.convert.gguf_header import MAX_ITEMS, read_header, write_header
@@ -155,10 +155,12 @@ def test_mutants_through_the_command_line(good, tmp_path):
     for number, (what, mutant) in enumerate(header_mutants(good, COMMAND_MUTANTS, 3)):
         path = tmp_path / f"{number}.gguf"
         path.write_bytes(mutant)
-        run = run_lmx(*(("show", str(path)) if number % 2 else ("generate", str(path), "Hello", "-n", "1")))
-        assert run.returncode == 3, (what, run.stderr)
-        assert run.stderr.startswith("lmx") or str(path) in run.stderr
-        assert "Traceback" not in run.stderr
+        ran = run_measured(*(("show", str(path)) if number % 2 else ("generate", str(path), "Hello", "-n", "1")))
+        assert ran.code == 3, (what, ran.err)
+        assert ran.err.startswith("lmx: error: ")
+        assert "Traceback" not in ran.err
+        assert ran.seconds < SECONDS
+        assert ran.peak_bytes < BYTES
 
 
 def header(pairs: bytes, count: int, tensors: bytes = b"", tensor_count: int = 0) -> bytes:
