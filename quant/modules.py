@@ -44,7 +44,10 @@ class QuantLinear(Projection):
     def forward(self, x: Tensor) -> Tensor:
         """`x @ weight.T + bias`."""
         out = self._product(x)
-        return out if self.bias is None else added(out, self.bias.to(out.dtype))
+        bias = self.bias
+        if bias is None:
+            return out
+        return added(out, bias if bias.dtype == out.dtype else bias.to(out.dtype))
 
     def affine(self) -> Affine | None:
         """Matrix and bias as the CPU's kernels read them; None where they cannot."""
