@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from lmx.benchmark import Event, Setting, Step, benchmark
+from lmx.benchmark import Event, Making, Setting, Step, benchmark
 from lmx.cli.bench_tables import Earlier, Printer, make_printer
-from lmx.cli.console import may_animate
+from lmx.cli.console import may_animate, note
 from lmx.cli.counts import parse_counts, parse_pair
+from lmx.cli.facts import memory_line
 from lmx.cli.options import CommonOptions, RuntimeOptions, spread_groups
 from lmx.cli.pull_progress import pull_watcher
 from lmx.core.errors import UsageError
@@ -30,7 +31,7 @@ def register(app: typer.Typer) -> None:
 def bench_command(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Folders, or hub ids ORG/NAME[@REVISION]. None: the demo model."),
+        typer.Argument(metavar="[MODEL]...", help="Folders, GGUFs, hub ids ORG/NAME[@REVISION]. None: the demo model."),
     ] = None,
     *,
     prompt: Annotated[
@@ -81,7 +82,7 @@ def bench_command(
     workloads = [(p, n, d) for d in depths for p, n in tests]
     setting = _setting(runtime, dummy, double_quant, pull_watcher(common.quiet))
     events = _events(models or [None], workloads, repetitions, setting)
-    _print(events, printer, may_animate() and not common.quiet)
+    _print(events, printer, quiet=common.quiet)
 
 
 def _setting(runtime: RuntimeOptions, dummy: bool, double_quant: bool, watch: Watcher) -> Setting:
@@ -107,11 +108,14 @@ def _events(
     return benchmark(models, [Workload(*test) for test in tests], repetitions, setting)
 
 
-def _print(events: Iterator[Event], printer: Printer, show: bool) -> None:
+def _print(events: Iterator[Event], printer: Printer, *, quiet: bool) -> None:
+    show = may_animate() and not quiet
     try:
         for event in events:
             if isinstance(event, Step):
                 _tell(f"{event.model}: {event.doing}", show)
+            elif isinstance(event, Making):
+                note(memory_line(event.model, event.needed.nbytes, event.needed.kind), quiet=quiet)
             else:
                 _tell("", show)  # makes room for the row
                 printer.row(event)

@@ -10,7 +10,7 @@ import typer
 
 from lmx.api import OpenedModel
 from lmx.cli.console import may_animate, write_json
-from lmx.cli.loading import Loaded, loaded
+from lmx.cli.loading import Loaded, loaded, say_memory
 from lmx.cli.options import CommonOptions, ModelArgument, RuntimeOptions, spread_groups
 from lmx.cli.pull_progress import pull_watcher
 from lmx.cli.rows import write_rows
@@ -81,6 +81,7 @@ def _base(
         return
     with OpenedModel.open(name, offline=runtime.offline, watch=pull_watcher(common.quiet)) as opened:
         dtype = running.model.decoder.embed.weight.dtype
+        say_memory(opened, common, dtype)
         yield opened.load(device=runtime.device, dtype=dtype, attention=runtime.attention)
 
 

@@ -17,3 +17,8 @@ def _scaled(number: int, base: int, units: tuple[str, ...]) -> str:
         value /= base
         unit += 1
     return f"{number}{units[0]}" if unit == 0 else f"{value:.1f}{units[unit]}"
+
+
+def memory_line(name: str, nbytes: int, kind: str) -> str:
+    """What is said before weights are made in memory that are not mapped. kind: their dtype or scheme."""
+    return f"{name}: its weights take {human_bytes(nbytes)} of memory as {kind}"

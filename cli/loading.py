@@ -8,12 +8,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lmx.api import OpenedModel, import_runtime
+from lmx.cli.console import note
+from lmx.cli.facts import memory_line
 from lmx.cli.options import CommonOptions, RuntimeOptions
 from lmx.cli.pull_progress import pull_watcher
 from lmx.core.text.types import Message
 from lmx.device import limit_gpu_memory, limit_threads
 
 if TYPE_CHECKING:
+    import torch
+
     from lmx.core.session_record import Identity
     from lmx.language_model import LanguageModel
 
@@ -61,6 +65,7 @@ def loaded(
         _import_while_rendering(opened, talk)
         limit_threads(runtime.threads)
         limit_gpu_memory(nbytes, runtime.device)
+        say_memory(opened, common, runtime.dtype, runtime.quantize)
         running = load_as(opened, runtime)
         yield Loaded(opened, running, _scheme(opened, running, runtime))
 
@@ -70,6 +75,17 @@ def _scheme(opened: OpenedModel, running: "LanguageModel", runtime: RuntimeOptio
 
     dtype = running.decoder.embed.weight.dtype
     return scheme_of(opened.checkpoint, dtype, runtime.quantize, runtime.head_scheme)
+
+
+def say_memory(
+    opened: OpenedModel, common: CommonOptions, dtype: "torch.dtype | str | None", quantize: str | None = None
+) -> None:
+    """Of a GGUF, whose blocks become numbers in memory, say how much they take. Raises ResourceError for too much."""
+    from lmx.memory import check_memory
+
+    needed = check_memory(opened.checkpoint, dtype, quantize)
+    if needed is not None:
+        note(memory_line(opened.name, needed.nbytes, needed.kind), quiet=common.quiet)
 
 
 def load_as(opened: OpenedModel, runtime: RuntimeOptions) -> "LanguageModel":

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="MODEL", help="A checkpoint's folder, or a hub id ORG/NAME[@REVISION]. Without it: the demo model."
+        metavar="MODEL", help="A checkpoint's folder, a GGUF, or a hub id ORG/NAME[@REVISION]. Without it: the demo."
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for each answer.")]

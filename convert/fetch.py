@@ -11,13 +11,14 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urljoin, urlsplit
 
 from lmx.convert.hub import is_transport_error
 from lmx.convert.listing import RemoteFile
-from lmx.core.errors import InputError, LmxError, NetworkError
+from lmx.core.errors import InputError, LmxError, NetworkError, NotFoundError
+from lmx.core.files import quoted
 
 if TYPE_CHECKING:
     from httpx2 import Client, Request, Response
@@ -26,9 +27,10 @@ THREAD_PREFIX = "lmx-pull"
 """What the names of all threads that fetch begin with: what is logged there is dropped."""
 
 _REDIRECTS = 5
+_REDIRECT_BYTES = 1 << 16
 _REDIRECT_CODES = (301, 302, 303, 307, 308)
 _RETRIED_CODES = (408, 416, 425, 429)
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
 
 
 class UnluckyError(Exception):
@@ -77,11 +79,13 @@ class HubFiles:
         with self._opened(file, wanted) as response:
             _check_answer(response, file, start, stop)
             left = stop - start
+            # To the very end, where the answer says where that is: only then is the connection good for the next piece
+            has_end = "content-length" in response.headers
             with _transport_errors():
                 for data in response.iter_raw():
-                    yield data[:left]
+                    yield data[: max(0, left)]
                     left -= len(data)
-                    if left <= 0:
+                    if left < 0 or (left == 0 and not has_end):
                         return
 
     @contextmanager
@@ -103,6 +107,7 @@ class HubFiles:
                     yield response
                     return
                 url = self._next(url, response)
+                _drain(response)
             finally:
                 response.close()
         raise UnluckyError("the hub redirects without end")
@@ -135,11 +140,24 @@ class HubFiles:
             # A signed address has run out: the hub gives a new one
             self._addresses.pop(file.name, None)
             raise UnluckyError(f"HTTP {status} from where the hub keeps its files")
+        if status == 404 and response.headers.get("x-error-code", "EntryNotFound") == "EntryNotFound":
+            message = f"the hub lists {quoted(file.name)}, and does not have it (HTTP 404)"
+            raise NotFoundError(message, "the repository is changing or broken: try again, or --exclude the file")
         from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
         with _transport_errors():
             hf_raise_for_status(response)
         raise UnluckyError(f"HTTP {status}")
+
+
+def _drain(response: "Response") -> None:
+    """Read the little text of a redirect, so that the connection can be used again."""
+    with _transport_errors():
+        left = _REDIRECT_BYTES
+        for data in response.iter_raw():
+            left -= len(data)
+            if left < 0:
+                return
 
 
 def _check_answer(response: "Response", file: RemoteFile, start: int, stop: int) -> None:
@@ -164,8 +182,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     text = headers.get("retry-after", "").strip()
     if text.isascii() and text.isdigit():
         return float(text[:9])
-    date = email.utils.parsedate_tz(text)
-    return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+    with suppress(ValueError, OverflowError, TypeError, IndexError):  # a date that is none
+        date = email.utils.parsedate_tz(text)
+        return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+    return None
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -186,7 +206,8 @@ def _transport_errors() -> Iterator[None]:
 
 def _silence_logs() -> None:
     """Let nothing be logged in the threads that fetch: the HTTP library logs addresses, and those are signed."""
-    for name in list(logging.root.manager.loggerDict):
+    coming = {f"{library}.{part}" for library in ("httpcore", "httpcore2") for part in _LOGGED_PARTS}
+    for name in {*_TALKATIVE, *coming, *logging.root.manager.loggerDict}:
         if name.partition(".")[0] in _TALKATIVE:
             logger = logging.getLogger(name)
             logger.removeFilter(_outside)
@@ -194,6 +215,8 @@ def _silence_logs() -> None:
 
 
 _TALKATIVE = ("httpx", "httpcore", "httpx2", "httpcore2", "huggingface_hub")
+# Loggers that some of them make only once they are needed
+_LOGGED_PARTS = ("connection", "http11", "http2", "proxy", "socks")
 
 
 def _outside(_record: logging.LogRecord) -> bool:

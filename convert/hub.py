@@ -8,7 +8,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,12 +70,20 @@ class Wish:
         token: str | None = None,
         local_dir: str | Path | None = None,
     ) -> "Wish":
-        """A wish by the names that users give. Raises UsageError for a `repo` that is no hub id."""
+        """A wish by the names that users give. Raises UsageError for a `repo` that is no hub id, and for odd tokens."""
         hub_id = HubId.parse(repo, revision)
         if hub_id is None:
             raise UsageError(f"{quoted(repo)} is no model of the hub", "give ORG/NAME or ORG/NAME@REVISION")
         folder = None if local_dir is None else Path(local_dir).expanduser()
-        return cls(hub_id, tuple(include), tuple(exclude), token, folder)
+        return cls(hub_id, tuple(include), tuple(exclude), _checked_token(token), folder)
+
+
+def _checked_token(token: str | None) -> str | None:
+    """A token that a header can hold; an empty one, as of an unset variable, is none. Raises UsageError."""
+    token = (token or "").strip()
+    if not token.isascii() or not token.isprintable():
+        raise UsageError("--token: that is no token: it holds characters that none has", "copy it again from the hub")
+    return token or None
 
 
 def is_offline() -> bool:
@@ -86,11 +94,13 @@ def is_offline() -> bool:
 def find_model(
     model: str | Path, *, revision: str | None = None, offline: bool = False, watch: Watcher = unwatched
 ) -> Path:
-    """The folder of a model: an existing path wins; else a hub id from the cache, else pulled into it under `watch`.
+    """The folder of a model, or its GGUF: an existing path wins; else a hub id from the cache, else pulled into it.
+
+    The pull is shown to `watch`.
 
     Raises:
         UsageError: a revision for a path, or two different ones.
-        InputError: the path is a file; or what the hub sends is not to be believed.
+        InputError: the path is a file, and no GGUF; or what the hub sends is not to be believed.
         NotFoundError: neither a path nor a hub id; or the hub does not have it, or does not let us.
         NetworkError, ResourceError: the download failed; the disk is full.
 
@@ -119,8 +129,10 @@ def find_local(model: str | Path, *, revision: str | None = None) -> Path | HubI
 
 def find_cached(hub_id: HubId) -> Path | None:
     """The snapshot of a hub's model in the cache, if it is whole."""
-    cached = _cached(hub_id)
-    return cached if cached is not None and is_complete(cached) else None
+    with suppress(OSError):  # what we may not read is not there for us; a pull says why
+        cached = _cached(hub_id)
+        return cached if cached is not None and is_complete(cached) else None
+    return None
 
 
 def check_online(hub_id: HubId, offline: bool) -> None:
@@ -133,11 +145,20 @@ def check_online(hub_id: HubId, offline: bool) -> None:
 def is_complete(folder: Path) -> bool:
     """Whether a cached snapshot has all that a run needs; the cache keeps what other tools fetched of a model, too."""
     if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
-        return False
+        return _holds_gguf(folder)
     if any((folder / name).is_file() for name in (SINGLE, SINGLE_BIN)):
         return True
     index = next((folder / name for name in (INDEX, INDEX_BIN) if (folder / name).is_file()), None)
-    return index is not None and _has_shards(folder, index)
+    return _has_shards(folder, index) if index is not None else _holds_gguf(folder)
+
+
+def _holds_gguf(folder: Path) -> bool:
+    if not any(folder.glob("*.gguf")):
+        return False
+    from lmx.convert.gguf_source import find_gguf, split_paths
+
+    gguf = find_gguf(folder)
+    return gguf is not None and all(path.is_file() for path in split_paths(gguf))
 
 
 def _has_shards(folder: Path, index: Path) -> bool:
@@ -157,24 +178,33 @@ def _exists(path: Path) -> bool:
 
 
 def _folder(path: Path) -> Path:
-    if path.is_dir():
+    if path.is_dir() or path.suffix == ".gguf":
         return path
-    if path.suffix == ".gguf":
-        raise InputError(f"{quoted(str(path))}: this version of lmx reads no GGUF", "give a folder in the hub's format")
     raise InputError(f"{quoted(str(path))} is a file", "give the folder that holds config.json and the weights")
 
 
 def _cached(hub_id: HubId) -> Path | None:
-    """The snapshot's folder in the cache, which may lack files; None if not even the config is there."""
-    from huggingface_hub import try_to_load_from_cache
+    """The snapshot's folder in the cache, which may lack files; None if it is not there for us to read.
 
-    config = try_to_load_from_cache(hub_id.repo, "config.json", revision=hub_id.revision)
-    return Path(config).parent if isinstance(config, str) else None
+    The layout is told in `lmx.convert.places`.
+    """
+    from huggingface_hub import constants
+
+    repo = Path(constants.HF_HUB_CACHE).expanduser() / "--".join(("models", *hub_id.repo.split("/")))
+    commit = hub_id.revision or "main"
+    with suppress(OSError, ValueError):
+        ref = repo / "refs" / commit
+        if ref.is_file():
+            commit = ref.read_text("utf-8").strip()
+        folder = repo / "snapshots" / commit
+        return folder if re.fullmatch(r"[0-9a-f]{40}", commit) and folder.is_dir() else None
+    return None
 
 
 @contextmanager
 def hub_errors(hub_id: HubId) -> Iterator[None]:
     """Every way that a pull can fail, as ours. No message of the hub is passed on: they hold URLs with signatures."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -188,7 +218,7 @@ def hub_errors(hub_id: HubId) -> Iterator[None]:
     except GatedRepoError as error:
         raise NotFoundError(
             f"{hub_id} is gated",
-            f"accept its terms at https://huggingface.co/{hub_id.repo}, then set HF_TOKEN or run `hf auth login`",
+            f"accept its terms at {constants.ENDPOINT}/{hub_id.repo}, then set HF_TOKEN or run `hf auth login`",
         ) from error
     except RevisionNotFoundError as error:
         raise NotFoundError(f"{hub_id.repo} has no revision {hub_id.revision}", "check the revision") from error

@@ -1,9 +1,9 @@
-"""A checkpoint folder that appears whole or not at all, made by a job that can be killed and go on.
+"""A checkpoint folder, or one large file, that appears whole or not at all, made by a job that can be killed and go on.
 
 While the job runs there is only `NAME.partial`, with four things in it: `out`, the folder as it grows;
-`journal.jsonl`, its first line the job's identity, then a line for each shard that is complete and synced; `.lock`,
-locked by the process that works; and for a moment, where an old output is replaced, `old`. At the end `out` is renamed
-to NAME.
+`journal.jsonl`, its first line the job's identity, then a line for each shard that is complete and synced, or is so up
+to some tensor; `.lock`, locked by the process that works; and for a moment, where an old output is replaced, `old`. At
+the end `out`, or the one file in it, is renamed to NAME.
 """
 
 import fcntl
@@ -21,13 +21,20 @@ from lmx.core.jsonfile import JSON
 from lmx.core.shards import Shard, ShardWriter
 
 _LOCK, _JOURNAL, _OUT, _OLD = ".lock", "journal.jsonl", "out", "old"
+_CONFIGS = ("config.json", "params.json")  # one of these makes a folder a checkpoint
+SINGLE_FILE_SUFFIX = ".gguf"
+"""A target of such a name is one file, not a folder."""
 
 
 class OutputFolder:
     """The folder while it grows; made by `open_output`."""
 
-    def __init__(self, target: Path, partial: Path, finished: dict[str, dict[str, JSON]]) -> None:
+    def __init__(
+        self, target: Path, partial: Path, finished: dict[str, dict[str, JSON]], begun: Mapping[str, int]
+    ) -> None:
         self.target = target
+        self.begun = begun
+        """Shards of an earlier run that are not complete, and how many of their slots, from the first on, are."""
         self.finished: Mapping[str, dict[str, JSON]] = finished
         """Shards of an earlier run that are complete, with the notes that were taken on them."""
         self._partial, self._finished = partial, finished
@@ -40,11 +47,16 @@ class OutputFolder:
     @contextmanager
     def shard(self, shard: Shard, notes: dict[str, JSON]) -> Iterator[ShardWriter]:
         """Write one shard in the block. `notes`, as they are at its end, are kept with it in the journal."""
-        with ShardWriter(self._partial / _OUT / shard.name, shard) as writer:
+        with ShardWriter(self._partial / _OUT / shard.name, shard, self.begun.get(shard.name, 0)) as writer:
             yield writer
         sync_folder(self._partial / _OUT)
         _append(self._partial / _JOURNAL, {"shard": shard.name, "bytes": shard.size, "notes": notes})
         self._finished[shard.name] = notes
+
+    def keep(self, writer: ShardWriter, slots: int) -> None:
+        """Note that a shard's first slots are complete, so that a run that is killed goes on behind them."""
+        writer.sync()
+        _append(self._partial / _JOURNAL, {"begun": writer.shard.name, "slots": slots})
 
     def add(self, name: str, data: bytes) -> None:
         """Write a small file, synced."""
@@ -54,11 +66,12 @@ class OutputFolder:
             os.fsync(file.fileno())
 
     def commit(self) -> None:
-        """Give the folder its name; an old output of that name goes with the partial folder."""
-        sync_folder(self._partial / _OUT)
+        """Give the folder, or the file, its name; an old output of that name goes with the partial folder."""
+        made = self._partial / _OUT
+        sync_folder(made)
         if _exists(self.target):
             self.target.rename(self._partial / _OLD)
-        (self._partial / _OUT).rename(self.target)
+        (made / self.target.name if is_single_file(self.target) else made).rename(self.target)
         sync_folder(self.target.parent)
         with suppress(OSError):  # the output is there; what may be left beside it is swept up by the next run
             _discard(self._partial)
@@ -97,7 +110,7 @@ def open_output(target: Path, job: str, *, force: bool = False) -> Iterator[Outp
             if not (partial / _OUT).exists() and _exists(target) and not force:
                 _discard(partial)  # the empty shell of a run that ended well but for removing it
             check_target(target, force=force)
-            yield OutputFolder(target, partial, _resume(partial, job))
+            yield OutputFolder(target, partial, *_resume(partial, job))
     except OSError as error:
         raise ResourceError(
             f"{quoted(str(target))} cannot be written: {(error.strerror or str(error)).lower()}",
@@ -114,10 +127,19 @@ def check_target(target: Path, *, force: bool) -> None:
         return
     if not force:
         raise ConflictError(f"{quoted(str(target))} exists already", "choose another name, or replace it with --force")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").exists()):
-        raise ConflictError(
-            f"{quoted(str(target))} is no checkpoint folder, and is not replaced", "choose another name"
-        )
+    if is_single_file(target):
+        replaced = target.is_file()
+    else:
+        configs = [target / name for name in _CONFIGS]
+        replaced = target.is_dir() and (any(path.exists() for path in configs) or not any(target.iterdir()))
+    if not replaced:
+        kind = "file" if is_single_file(target) else "checkpoint folder"
+        raise ConflictError(f"{quoted(str(target))} is no {kind}, and is not replaced", "choose another name")
+
+
+def is_single_file(target: Path) -> bool:
+    """Whether an output of this name is one file."""
+    return target.suffix == SINGLE_FILE_SUFFIX
 
 
 @contextmanager
@@ -152,8 +174,11 @@ def _settle(target: Path, partial: Path) -> None:
         sync_folder(target.parent)
 
 
-def _resume(partial: Path, job: str) -> dict[str, dict[str, JSON]]:
-    """The complete shards of the same job, with the journal cut to them; after another job, or none, a fresh start."""
+def _resume(partial: Path, job: str) -> tuple[dict[str, dict[str, JSON]], dict[str, int]]:
+    """The shards of the same job that are complete, and those begun, with the journal cut to them.
+
+    After another job, or none, a fresh start.
+    """
     out, journal = partial / _OUT, partial / _JOURNAL
     lines = _read_journal(journal)
     if lines[:1] != [{"job": job}]:
@@ -161,10 +186,17 @@ def _resume(partial: Path, job: str) -> dict[str, dict[str, JSON]]:
     whole = [line for line in lines[1:] if _is_whole(line, out)]
     finished = {str(line["shard"]): cast("dict[str, JSON]", line["notes"]) for line in whole}
     out.mkdir(exist_ok=True)
-    for path in [path for path in out.iterdir() if path.name not in finished]:
+    begun = {
+        str(line["begun"]): slots
+        for line in lines[1:]
+        if isinstance(slots := line.get("slots"), int) and (out / str(line.get("begun"))).is_file()
+    }
+    begun = {name: slots for name, slots in begun.items() if name not in finished}
+    for path in [path for path in out.iterdir() if path.name not in finished and path.name not in begun]:
         _remove(path)
-    write_atomically(journal, b"".join(map(_line, [lines[0], *whole])))
-    return finished
+    halves: list[dict[str, JSON]] = [{"begun": name, "slots": slots} for name, slots in begun.items()]
+    write_atomically(journal, b"".join(map(_line, [lines[0], *whole, *halves])))
+    return finished, begun
 
 
 def _is_whole(line: dict[str, JSON], out: Path) -> bool:

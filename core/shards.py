@@ -71,9 +71,9 @@ def plan_shards(groups: Iterable[Sequence[Unit]], max_bytes: int = DEFAULT_SHARD
     """
     files = list(_deal(groups, max_bytes))
     if len(files) == 1:
-        return (_make_shard(SINGLE, files[0]),)
+        return (make_shard(SINGLE, files[0]),)
     names = (f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1))
-    return tuple(_make_shard(name, units) for name, units in zip(names, files, strict=True))
+    return tuple(make_shard(name, units) for name, units in zip(names, files, strict=True))
 
 
 def _deal(groups: Iterable[Sequence[Unit]], max_bytes: int) -> Iterator[list[Unit]]:
@@ -96,7 +96,8 @@ def _nbytes(units: Iterable[Unit]) -> int:
     return sum(slot.nbytes for unit in units for slot in unit)
 
 
-def _make_shard(name: str, units: Sequence[Unit]) -> Shard:
+def make_shard(name: str, units: Sequence[Unit]) -> Shard:
+    """One file of these tensors, in the order that alignment wants."""
     slots = sorted((slot for unit in units for slot in unit), key=_alignment_rank)  # stable
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts: dict[str, int] = {}
@@ -135,15 +136,17 @@ class ShardWriter:
     Raises OSError as the disk does; the caller knows what to say about it.
     """
 
-    def __init__(self, path: Path, shard: Shard) -> None:
-        self.path, self.shard = path, shard
+    def __init__(self, path: Path, shard: Shard, done: int = 0) -> None:
+        """done: how many of the slots, in their order, the file holds already."""
+        self.path, self.shard, self.done = path, shard, done
         self._sizes = {slot.name: slot.nbytes for slot in shard.slots}
-        self._written = 0
+        self._written = sum(slot.nbytes for slot in shard.slots[:done])
         self._unsynced = 0
         self._syncing: Future[None] | None = None
 
     def __enter__(self) -> Self:
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        fresh = 0 if self.done else os.O_TRUNC
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | fresh | os.O_CLOEXEC, 0o666)
         self._syncer = ThreadPoolExecutor(1, "sync")
         try:
             self._put(memoryview(self.shard.header), 0)
@@ -160,6 +163,13 @@ class ShardWriter:
             raise ValueError(f"{name}: {first_byte + tensor.nbytes} bytes for a place of {self._sizes[name]}")
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
         self._put(data, self.shard.offsets[name] + first_byte)
+
+    def sync(self) -> None:
+        """Have all that was written on the disk when this returns."""
+        if self._syncing is not None:
+            self._syncing.result()
+        os.fsync(self._fd)
+        self._unsynced = 0
 
     def _put(self, data: memoryview, offset: int) -> None:
         self._written += len(data)

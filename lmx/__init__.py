@@ -5,10 +5,12 @@ Names are loaded when first used, so that `import lmx` stays cheap: it imports n
 
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lmx.api import load as load
+    from lmx.conversion import convert as convert
     from lmx.core.errors import LmxError as LmxError
     from lmx.language_model import LanguageModel as LanguageModel
     from lmx.pulling import pull as pull
@@ -30,7 +32,18 @@ _EXPORTS = {
     "quantize": "lmx.quantization",
 }
 
-__all__ = ["LanguageModel", "LmxError", "__version__", "load", "pull", "quantize"]
+__all__ = ["LanguageModel", "LmxError", "__version__", "convert", "load", "pull", "quantize"]
+
+
+class _Convert(ModuleType):
+    """The package `lmx.convert`, which can be called: it is `lmx.conversion.convert`, too."""
+
+    def __call__(self, *args: object, **options: object) -> object:
+        return import_module("lmx.conversion").convert(*args, **options)
+
+
+# Two things have this name, and Python puts a package into its parent's namespace over whatever stands there.
+import_module("lmx.convert").__class__ = _Convert
 
 
 def __getattr__(name: str) -> object:

@@ -8,11 +8,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, cast
 
+from lmx.convert.gguf_source import GGUFCheckpoint, find_gguf
 from lmx.convert.hub import HubId, check_online, find_local, find_model
 from lmx.convert.hub_headers import HeaderCheckpoint
+from lmx.convert.originals import find_original
 from lmx.convert.pickle_source import PickleCheckpoint, holds_pickles_only
 from lmx.convert.pull_events import Watcher, unwatched
-from lmx.core.checkpoint import Checkpoint
+from lmx.core.checkpoint import Checkpoint, Source
 from lmx.core.errors import InputError, NotFoundError, UsageError
 from lmx.core.files import quoted
 from lmx.core.registry import model_type_of
@@ -52,12 +54,13 @@ def load(
 ) -> "LanguageModel":
     """Load a model, ready to be called or to generate.
 
-    model: a checkpoint's folder, or a hub id `org/name[@revision]` that is taken from the Hugging Face cache or pulled
-    into it; None is the embedded demo. device: None is "auto", the best that this machine has. dtype: a torch dtype or
-    its name; None keeps the weights as they are stored, and of several dtypes gives all that of most bytes. quantize:
-    "nf4", "fp4", "int8", optimum-quanto's "qint8", "qint4", "qint2" or "qfloat8", or a `QuantSpec`: quantize a plain
-    checkpoint while it is loaded; one that is quantized already runs as it is, without. head: "causal", "none",
-    "sequence" or "token". head_scheme: "int8" or "nf4" quantizes the output head too.
+    model: a checkpoint's folder, a GGUF, or a hub id `org/name[@revision]` that is taken from the Hugging Face cache
+    or pulled into it; None is the embedded demo. device: None is "auto", the best that this machine has. dtype: a torch
+    dtype or its name; None keeps the weights as they are stored, and of several dtypes gives all that of most bytes
+    (those of a quantized GGUF, dequantized, bfloat16). quantize: "nf4", "fp4", "int8", optimum-quanto's "qint8",
+    "qint4", "qint2" or "qfloat8", or a `QuantSpec`: quantize a plain checkpoint, or a GGUF, while it is loaded; one
+    that is quantized already runs as it is, without. head: "causal", "none", "sequence" or "token". head_scheme:
+    "int8" or "nf4" quantizes the output head too.
 
     Raises:
         UsageError: an argument that this version or this machine cannot honour.
@@ -105,9 +108,7 @@ class OpenedModel:
     ) -> "OpenedModel":
         """Find a model and open its files. chat: it will be talked to, so prepare its template. Raises as `load`."""
         checkpoint = open_checkpoint(model, revision=revision, offline=offline, watch=watch)
-        return cls(
-            model_name(model, revision), model is None, checkpoint, TextEngine.open(checkpoint.folder, chat=chat)
-        )
+        return cls(model_name(model, revision), model is None, checkpoint, open_text(checkpoint, chat=chat))
 
     def load(
         self,
@@ -164,6 +165,11 @@ def open_checkpoint(
     return checkpoint
 
 
+def open_text(checkpoint: Checkpoint, *, chat: bool = False) -> TextEngine:
+    """Start the text process of a checkpoint, whose folder stays as long as the process may need it."""
+    return TextEngine.open(checkpoint.folder, chat=chat, keep=checkpoint, label=checkpoint.label)
+
+
 def open_headers(model: str | Path | None, *, revision: str | None = None, offline: bool = False) -> Checkpoint:
     """Find a model to look at, not to run: of one on the hub that is not here, only headers are fetched.
 
@@ -177,7 +183,18 @@ def open_headers(model: str | Path | None, *, revision: str | None = None, offli
 
 
 def open_folder(folder: Path) -> Checkpoint:
-    """The weights of a folder: safetensors, or pickles where there are none. Raises InputError, NotFoundError."""
+    """The weights of a folder: safetensors, or pickles or a GGUF where there are none; or a GGUF itself.
+
+    A folder in a layout of its makers is opened as the hub's would be.
+
+    Raises InputError, NotFoundError.
+    """
+    gguf = find_gguf(folder) if folder.is_dir() else folder
+    if gguf is not None:
+        return GGUFCheckpoint.open(gguf)
+    original = find_original(folder)
+    if original is not None:
+        return original
     return PickleCheckpoint.open(folder) if holds_pickles_only(folder) else Checkpoint.open(folder)
 
 
@@ -253,8 +270,7 @@ def choose_dtype(dtype: "torch.dtype | str | None", checkpoint: Checkpoint) -> "
         from lmx.quant.stored import common_dtype, find_matrices, plain_infos
 
         return common_dtype(plain_infos(checkpoint, find_matrices(checkpoint)))
-    stored = stored_bytes(checkpoint)
-    return dtype_by_name(_STORED[max(stored, key=lambda name: stored[name])])
+    return dtype_by_name(_STORED[main_dtype(checkpoint)])
 
 
 def dtype_by_name(name: str) -> "torch.dtype":
@@ -266,7 +282,15 @@ def dtype_by_name(name: str) -> "torch.dtype":
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[_DTYPES[name]]
 
 
-def stored_bytes(checkpoint: Checkpoint) -> dict[str, int]:
+def main_dtype(checkpoint: Source) -> str:
+    """The dtype of most bytes of a plain checkpoint, in safetensors' spelling; of a quantized GGUF, BF16."""
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return checkpoint.main_dtype
+    stored = stored_bytes(checkpoint)
+    return max(stored, key=lambda name: stored[name])
+
+
+def stored_bytes(checkpoint: Source) -> dict[str, int]:
     """How many bytes of a checkpoint are of which dtype, in safetensors' spelling."""
     counted: dict[str, int] = {}
     for info in checkpoint.infos.values():

@@ -19,6 +19,7 @@ from lmx.core.checkpoint import Checkpoint
 from lmx.core.files import read_bounded
 from lmx.core.jsonfile import parse_json
 from lmx.device import Device, choose_device
+from lmx.memory import Needed, check_memory
 from lmx.presets import Config, build_dummy, preset
 from lmx.pulling import Watcher, unwatched
 
@@ -68,6 +69,14 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Making:
+    """Weights will be made in memory that lie in no file; told before it is done."""
+
+    model: str
+    needed: Needed
+
+
+@dataclass(frozen=True)
 class Result:
     """One test of one model: the object of `lmx bench -o json` (docs/bench.md says what each field means)."""
 
@@ -106,13 +115,13 @@ class Result:
         return asdict(self) | {"samples": list(self.samples)}
 
 
-Event = Step | Result
+Event = Step | Making | Result
 
 
 def benchmark(
     models: Sequence[str | Path | None], workloads: Sequence["Workload"], repetitions: int, setting: Setting
 ) -> Iterator[Event]:
-    """Run every workload on every model, one model in memory at a time; a `Result` for each, and `Step`s between them.
+    """Run every workload on every model, one model in memory at a time; a `Result` for each, and what is done between.
 
     models: as for `lmx.load`. Raises as `lmx.load`; ResourceError for a dummy that would not fit.
     """
@@ -131,6 +140,9 @@ def _benchmark_one(
     import_module("lmx.quant.dummy")  # and all that loading takes, which is no part of its time
     name = model_name(model, setting.revision)
     origin = _find(model, setting)
+    needed = None if not isinstance(origin, Path) else check_memory(open_folder(origin), setting.dtype, setting.spec)
+    if needed is not None:
+        yield Making(name, needed)
     yield Step(name, "measuring the machine")
     ceilings = measure_ceilings(choose_device(setting.device))
     reset_peak_memory()  # of the measurement just done, or of the model before
@@ -154,9 +166,10 @@ def _label(work: "Workload", done: int, repetitions: int) -> str:
 
 
 def _find(model: str | Path | None, setting: Setting) -> Config | Path:
-    """Where a model comes from: a folder, after pulling it if need be, or for a dummy its config."""
+    """Where a model comes from: a folder or GGUF, after pulling it if need be, or for a dummy its config."""
     if not setting.dummy:
-        return open_checkpoint(model, revision=setting.revision, offline=setting.offline, watch=setting.watch).folder
+        found = open_checkpoint(model, revision=setting.revision, offline=setting.offline, watch=setting.watch)
+        return Path(found.label)
     if isinstance(model, str) and not Path(model).is_dir():
         return preset(model)
     file = (demo_path() if model is None else Path(model)) / "config.json"

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmx.api import check_runnable, choose_dtype, open_checkpoint, open_headers, stored_bytes
+from lmx.convert.gguf_source import GGUFCheckpoint
 from lmx.convert.hub_headers import HeaderCheckpoint
+from lmx.convert.original_source import OriginalCheckpoint
 from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import LmxError
@@ -40,6 +42,7 @@ class Description:
 
     context_length: None where the architecture has no limit. quantization: None, or the scheme and its method.
     chat_template: the file that it stands in, or None. state_bytes: one conversation of `state_context` tokens.
+    read_as: what a folder in a layout of its makers was taken for, else None.
     """
 
     model: str
@@ -58,6 +61,7 @@ class Description:
     chat_template: str | None
     license: str
     kernels: str
+    read_as: str | None = None
 
     @property
     def memory_to_run(self) -> int:
@@ -82,6 +86,7 @@ def describe(name: str, checkpoint: Checkpoint) -> Description:
     import torch
 
     from lmx.core.loader import bind, build
+    from lmx.core.native.library import kernel_path
     from lmx.core.registry import family_of
 
     family, stored = family_of(checkpoint.config), _stored(checkpoint)
@@ -100,15 +105,16 @@ def describe(name: str, checkpoint: Checkpoint) -> Description:
         active_parameters=total - _idle_parameters(model),
         dtype="+".join(stored.dtypes).lower(),
         quantization=stored.quantization,
-        size_on_disk=sum(file.stat().st_size for file in checkpoint.folder.iterdir() if file.is_file()),
-        weight_bytes=total * dtype.itemsize if stored.quantization is None else checkpoint.total_bytes,
+        size_on_disk=sum(file.stat().st_size for file in _files(checkpoint)),
+        weight_bytes=checkpoint.total_bytes if checkpoint.is_quantized else total * dtype.itemsize,
         state_bytes=state.nbytes_at(context),
         state_context=context,
         context_length=model.context_length,
         vocabulary=model.config.vocab_size,
-        chat_template=_template_file(checkpoint.folder),
+        chat_template=_template_file(checkpoint),
         license=license_of(checkpoint.folder),
-        kernels="torch",
+        kernels=kernel_path(),
+        read_as=checkpoint.title if isinstance(checkpoint, OriginalCheckpoint) else None,
     )
 
 
@@ -122,6 +128,9 @@ class _Stored:
 
 
 def _stored(checkpoint: Checkpoint) -> _Stored:
+    if isinstance(checkpoint, GGUFCheckpoint):
+        shapes = {info.name: info.shape for info in checkpoint.infos.values()}
+        return _Stored(shapes, sorted(checkpoint.layouts), checkpoint.quantization)
     if not checkpoint.is_quantized:
         shapes = {info.name: info.shape for info in checkpoint.infos.values()}
         return _Stored(shapes, sorted(stored_bytes(checkpoint)))
@@ -158,8 +167,20 @@ def _parts(bank: "ExpertBank") -> "tuple[list[Tensor], ...]":
     return list(bank.gate), list(bank.up), list(bank.down)
 
 
-def _template_file(folder: Path) -> str | None:
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    """What is on the disk of a model."""
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return list(checkpoint.files)
+    return [file for file in checkpoint.home.iterdir() if file.is_file()]
+
+
+def _template_file(checkpoint: Checkpoint) -> str | None:
     """The file that the chat template stands in. Raises InputError for files that cannot be read."""
+    folder = checkpoint.folder
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return checkpoint.files[0].name if (folder / _TEMPLATE_FILE).exists() else None
+    if folder != checkpoint.home and not (folder / "tokenizer.json").exists():
+        return None
     if read_tokenizer_files(folder).chat_template is None:
         return None
     return _TEMPLATE_FILE if (folder / _TEMPLATE_FILE).exists() else "tokenizer_config.json"

@@ -67,7 +67,7 @@ def check_quantized(
 
     where, dtype = choose_device("cpu"), choose_dtype(None, base)
     reference = load_core(base, None, "causal", None, dtype, where)
-    with TextEngine.open(base.folder) as codec:
+    with TextEngine.open(base.folder, keep=base) as codec:
         sequences = read_windows(text, codec, context, reference.context_length)
     model = load_core(Checkpoint.open(quantized), None, "causal", None, dtype, where)
     *_, result = evaluate(model, sequences, reference)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmx.api import open_folder, open_headers
+from lmx.convert.gguf_source import GGUFCheckpoint
 from lmx.convert.hub import HubId, find_model
 from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import Checkpoint
@@ -121,8 +122,10 @@ class Quantization:
             source = open_headers(model, revision=revision, offline=offline)
         else:
             source = open_folder(find_model(model, revision=revision, offline=offline, watch=watch))
+        if isinstance(source, GGUFCheckpoint):
+            source.read_blocks_as("BF16")  # what is kept, the new checkpoint holds in 16 bits, too
         folder = source.folder
-        target = Path(output) if output is not None else Path(f"{_stem(model, folder, revision)}-{scheme}")
+        target = Path(output) if output is not None else Path(f"{model_stem(model, source, revision)}-{scheme}")
         options = Options(
             max_shard_bytes,
             max_memory_bytes,
@@ -163,7 +166,9 @@ def _spec(scheme: "Scheme", block_size: int, double_quant: bool, skip: tuple[str
         raise UsageError(error.message, error.hint) from error
 
 
-def _stem(model: str | Path, folder: Path, revision: str | None) -> str:
-    """What to call the output after: the hub's name for the model, or the folder's."""
+def model_stem(model: str | Path, source: Checkpoint, revision: str | None = None) -> str:
+    """What to call the output after: the hub's name for the model, or the folder's, or the GGUF's."""
     hub_id = HubId.parse(model, revision) if isinstance(model, str) and not Path(model).exists() else None
-    return hub_id.repo.rpartition("/")[2] if hub_id else folder.resolve().name
+    if hub_id:
+        return hub_id.repo.rpartition("/")[2]
+    return source.files[0].stem if isinstance(source, GGUFCheckpoint) else source.home.resolve().name

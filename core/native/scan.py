@@ -9,9 +9,10 @@ from torch import Tensor
 from lmx.core.native.library import library
 from lmx.core.native.norm import serves
 from lmx.core.native.operation import DTYPE_CODES
+from lmx.core.native.tape import call
 
 # As in src/lanes.h.
-_MAX_STATES, _MAX_KERNEL = 64, 8
+MAX_STATES, MAX_KERNEL = 64, 8
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -44,7 +45,7 @@ def token_rows(x: Tensor) -> tuple[Tensor, int]:
 def can_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> bool:
     """Whether `convolve` takes these: all of one dtype, on the CPU, and a short kernel."""
     tensors = (x, weight, state) if bias is None else (x, weight, state, bias)
-    return weight.shape[1] <= _MAX_KERNEL and x.numel() > 0 and _alike(*tensors)
+    return weight.shape[1] <= MAX_KERNEL and x.numel() > 0 and _alike(*tensors)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
@@ -54,13 +55,13 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu
     y, new_state = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(state)
     biases = None if bias is None else bias.data_ptr()
     places = x.data_ptr(), weight.data_ptr(), biases, state.data_ptr(), new_state.data_ptr(), y.data_ptr()
-    _functions()[0](_Conv(*places, *x.shape, weight.shape[1], stride, silu), DTYPE_CODES[x.dtype])
+    call(_functions()[0], _Conv(*places, *x.shape, weight.shape[1], stride, silu), DTYPE_CODES[x.dtype])
     return y, new_state
 
 
 def can_scan(x: Tensor, raw: Tensor, bias: Tensor, D: Tensor, A: Tensor, state: Tensor) -> bool:
     """Whether `gated_scan` takes these: the first four of one dtype, A and the state in float32, all on the CPU."""
-    exact = A.dtype == state.dtype == torch.float32 and A.shape[1] <= _MAX_STATES
+    exact = A.dtype == state.dtype == torch.float32 and A.shape[1] <= MAX_STATES
     return exact and x.numel() > 0 and _alike(x, raw, bias, D) and serves(A, state)
 
 
@@ -94,7 +95,7 @@ def gated_scan(
     places = [tensor.data_ptr() for tensor in tensors]
     real = 0 if lengths is None else lengths.data_ptr()
     scan = _Scan(*places, real, *x.shape, A.shape[1], raw_stride, x_stride, gate_stride, b_stride)
-    _functions()[1](scan, DTYPE_CODES[x.dtype])
+    call(_functions()[1], scan, DTYPE_CODES[x.dtype])
     return y, new_state
 
 

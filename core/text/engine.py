@@ -25,9 +25,15 @@ _UNITS_PER_SECOND = 50_000  # characters or tokens: a tenth of what the slowest 
 class TextEngine:
     """A `TextCodec` whose work is done by a child process, kept for the whole chat. Safe to call from any thread."""
 
-    def __init__(self, folder: Path, *, chat: bool = False) -> None:
+    def __init__(self, folder: Path, *, chat: bool = False, keep: object = None, label: str | None = None) -> None:
         """See `open`."""
-        tokenizer_path(folder)
+        try:
+            tokenizer_path(folder)
+        except InputError as error:
+            if label is None or label == str(folder):
+                raise
+            raise InputError(f"{label} holds no vocabulary", "Give a file or folder that has one.") from error
+        self._keep = keep
         self._folder = folder.resolve()
         self._chat = chat
         self._lock = RLock()
@@ -36,13 +42,15 @@ class TextEngine:
         self._child = self._start()
 
     @classmethod
-    def open(cls, folder: Path, *, chat: bool = False) -> Self:
+    def open(cls, folder: Path, *, chat: bool = False, keep: object = None, label: str | None = None) -> Self:
         """Start the child for `folder` without waiting for it, so that it loads while the caller imports torch.
 
-        `chat`: also prepare for `encode_chat` (a second copy of the vocabulary) meanwhile. Raises `InputError` if
-        `tokenizer.json` is missing; what is wrong inside the files shows at the first call.
+        `chat`: also prepare for `encode_chat` (a second copy of the vocabulary) meanwhile. `keep`: what must live as
+        long as the engine, such as the owner of a temporary folder; `label`: what errors call the model, where that is
+        not the folder. Raises `InputError` if `tokenizer.json` is missing; what is wrong inside the files shows at the
+        first call.
         """
-        return cls(folder, chat=chat)
+        return cls(folder, chat=chat, keep=keep, label=label)
 
     @cached_property
     def info(self) -> TextInfo:

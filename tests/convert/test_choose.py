@@ -1,40 +1,23 @@
 """What a run needs of a repository, against listings of repositories as they are on the hub."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import pytest
+from pulls import MIXTRAL, numbered
 
-from lmx.convert.choose import NOT_ASKED, NOT_NEEDED, SECOND_COPY, choose
+from lmx.convert.choose import NOT_ASKED, NOT_NEEDED, SECOND_COPY, WHICH_COPY, choose
 from lmx.convert.listing import RemoteFile
 from lmx.core.errors import InputError
 
 DIGEST = "0" * 64
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 
 
 def files(*names: str, sizes: Mapping[str, int] | None = None) -> list[RemoteFile]:
     return [RemoteFile(name, (sizes or {}).get(name, 10), DIGEST) for name in names]
 
 
-def numbered(pattern: str, count: int) -> Iterable[str]:
-    return (pattern.format(number, count) for number in range(1, count + 1))
-
-
 def chosen(*names: str) -> set[str]:
     return {file.name for file in choose(files(*names)).files}
-
-
-# mistralai/Mixtral-8x7B-Instruct-v0.1 and mistralai/Mixtral-8x7B-v0.1, joined: every form that the weights had there
-MIXTRAL = [
-    *(".gitattributes", "README.md", "config.json", "generation_config.json", "LICENSE", "params.json"),
-    *TOKENIZER,
-    *(f"consolidated.{number:02}.pt" for number in range(8)),
-    *numbered("model-{:05}-of-{:05}.safetensors", 19),
-    "model.safetensors.index.json",
-    *numbered("pytorch_model-{:05}-of-{:05}.bin", 19),
-    "pytorch_model.bin.index.json",
-    "original/model.safetensors",
-]
 
 
 def test_of_mixtrals_listing_the_safetensors_only() -> None:
@@ -85,7 +68,10 @@ CASES: dict[str, tuple[list[str], set[str]]] = {
     ),
     "one of its own": (["2b.pt", "tokenizer.model"], {"2b.pt", "tokenizer.model"}),
     "one GGUF": (["model-q4_0.gguf"], {"model-q4_0.gguf"}),
-    "which GGUF": (["model-q4_0.gguf", "model-q8_0.gguf"], set()),
+    "one GGUF in parts": (
+        ["model-00001-of-00002.gguf", "model-00002-of-00002.gguf"],
+        {"model-00001-of-00002.gguf", "model-00002-of-00002.gguf"},
+    ),
     "no weights": (["tokenizer.json", "config.json", "plot.png"], {"tokenizer.json", "config.json"}),
 }
 
@@ -122,3 +108,16 @@ def test_a_name_that_a_disk_may_not_hold_is_refused_only_if_it_is_wanted() -> No
     assert {file.name for file in choose(files("config.json", "what?.png")).files} == {"config.json"}
     with pytest.raises(InputError, match="what"):
         choose(files("config.json", "what?.png"), ["*"])
+
+
+def test_of_several_weights_one_must_be_named() -> None:
+    choice = choose(files("config.json", "model-q4_0.gguf", "model-q8_0.gguf"))
+    assert {group.reason: group.names for group in choice.left_out} == {
+        WHICH_COPY: ("model-q4_0.gguf", "model-q8_0.gguf")
+    }
+
+
+def test_a_repository_without_anything_is_refused() -> None:
+    for names in ((), (".gitattributes", "plot.png")):
+        with pytest.raises(InputError, match="no file of the repository is one that a run needs"):
+            choose(files(*names))

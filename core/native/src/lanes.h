@@ -24,6 +24,15 @@ struct Norm {
     bool offset;
 };
 
+// sum = left + right for each row of `width`, in float, rounded once; a right_stride of 0 adds one row to all. Both are of
+// the sum's dtype, or of a narrower one; not a float one on the right of a narrower one.
+struct Add {
+    const void *left, *right;
+    void* sum;
+    int64_t right_stride, width;
+    Dtype left_dtype, right_dtype, sum_dtype;
+};
+
 // y_t = bias + sum_j weight[j] x_{t - kernel + 1 + j}, silu of it if asked for; bias: or null.
 // x and y [batch, length, channels], weight [channels, kernel], state [batch, channels, kernel - 1], all of one dtype.
 // Here and below the state is read from one place and written to another, which may be the same.
@@ -63,6 +72,25 @@ struct Recurrence {
     int64_t x_stride, gate_stride, reset_stride;
 };
 
+// out = stream + (sums + bias), as separate operations round: the sums and what the bias makes of them to bfloat16, the
+// whole to the dtype of out. bias, stream: or null; a stream is bfloat16, or float where out is.
+struct Finish {
+    const float* sums;
+    const bf16* bias;
+    const void* stream;
+    void* out;
+    int64_t count;
+    Dtype stream_dtype, out_dtype;
+};
+
+// out = activation(gate) * up, in bfloat16; activation: a number of prepare.h, but the error function's gelu.
+struct Gate {
+    const bf16 *gate, *up;
+    bf16* out;
+    int64_t count;
+    int activation;
+};
+
 constexpr int RANKS = 16;
 constexpr int64_t MAX_BLOCK = 4096;
 // As in quant/four_bit.py.
@@ -88,6 +116,10 @@ struct Int8 {
 };
 
 struct Lanes {
+    void (*finish)(const Finish&);
+    void (*gate)(const Gate&);
+    void (*soft_cap)(bf16* x, int64_t count, float cap);
+    void (*add)(const Add&, int64_t first, int64_t last);
     void (*norm)(const Norm&, Dtype, int64_t first, int64_t last);
     void (*conv)(const Conv&, Dtype, int64_t first, int64_t last);
     void (*scan)(const Scan&, Dtype, int64_t first, int64_t last);

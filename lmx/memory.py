@@ -1,0 +1,73 @@
+"""What loading a model takes, said before it is done: a GGUF's blocks become numbers that lie in no file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lmx.api import choose_dtype, choose_spec
+from lmx.convert.gguf_source import GGUFCheckpoint
+from lmx.core.checkpoint import Checkpoint
+from lmx.core.errors import ResourceError
+from lmx.core.files import quoted
+
+if TYPE_CHECKING:
+    import torch
+
+    from lmx.quant.spec import QuantSpec
+
+_SAFETENSORS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+
+
+def made_bytes(
+    checkpoint: Checkpoint, dtype: "torch.dtype | str | None" = None, quantize: "str | QuantSpec | None" = None
+) -> int:
+    """The bytes of the weights of a GGUF that loading makes anew; what is mapped, and other checkpoints, count as none.
+
+    Raises InputError where the GGUF does not fit its own metadata.
+    """
+    if not isinstance(checkpoint, GGUFCheckpoint):
+        return 0
+    wanted = choose_dtype(dtype, checkpoint)
+    spec = choose_spec(quantize)
+    if spec is None:
+        stored = _SAFETENSORS[str(wanted)]
+        return checkpoint.parameters * wanted.itemsize - checkpoint.mapped_bytes(stored)
+    from lmx.quant.plan import layout_bytes, plan_source
+
+    weights = plan_source(checkpoint, spec).weights
+    return sum(w.parameters * wanted.itemsize if w.kept else layout_bytes(w.layout(spec)) for w in weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """What loading will make in memory: so many bytes, and of which dtype or scheme."""
+
+    nbytes: int
+    kind: str
+
+
+def check_memory(
+    checkpoint: Checkpoint, dtype: "torch.dtype | str | None" = None, quantize: "str | QuantSpec | None" = None
+) -> Needed | None:
+    """What loading will make, None where all is mapped. Raises ResourceError where it would not fit; InputError."""
+    needed = made_bytes(checkpoint, dtype, quantize)
+    if not needed:
+        return None
+    free = available_bytes()
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"{quoted(checkpoint.label)} needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
+            "use --4bit, which quantizes again while loading; or convert it and run the result, which is mapped",
+        )
+    spec = choose_spec(quantize)
+    return Needed(needed, str(choose_dtype(dtype, checkpoint)).removeprefix("torch.") if spec is None else spec.scheme)
+
+
+def available_bytes() -> int | None:
+    """The memory that can be had without swapping, or None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
