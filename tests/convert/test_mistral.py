@@ -255,7 +255,9 @@ def test_the_hubs_own_files_win(source, tmp_path):
 def peak_of(source, target, to) -> int:
     """The most memory that a conversion takes, in a process of its own."""
     code = "import sys, lmx; from lmx.quant.memory import peak_memory_bytes\n"
-    code += "lmx.convert(sys.argv[1], sys.argv[2], to=sys.argv[3], max_shard_bytes=20_000_000); print(peak_memory_bytes())"
+    code += (
+        "lmx.convert(sys.argv[1], sys.argv[2], to=sys.argv[3], max_shard_bytes=20_000_000); print(peak_memory_bytes())"
+    )
     return int(subprocess.check_output([sys.executable, "-c", code, str(source), str(target), to]))
 
 
