@@ -12,7 +12,7 @@ from lmx.cli.facts import human_bytes, human_count
 from lmx.cli.options import CommonOptions, ModelArgument, spread_groups
 from lmx.cli.pull_progress import pull_watcher
 from lmx.cli.rows import write_rows
-from lmx.core.errors import InputError, LmxError, NotFoundError
+from lmx.core.errors import InputError, LmxError, NetworkError, NotFoundError
 from lmx.core.text.safe import safe_line
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def show_command(
     try:
         checkpoint = open_described(model, revision=revision, offline=offline, watch=pull_watcher(common.quiet))
         description = describe(model_name(model, revision), checkpoint)
-    except (InputError, NotFoundError) as error:
+    except (InputError, NetworkError, NotFoundError) as error:
         _show_cached(model, revision, json, error)
         return
     if json:

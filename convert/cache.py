@@ -9,14 +9,14 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from lmx.convert.listing import is_digest
-from lmx.convert.part_file import digest_of, part_digests
-from lmx.convert.places import CachePlace, locked
+from lmx.convert.part_file import digest_of
+from lmx.convert.places import locked
 from lmx.core.errors import ConflictError, InputError, NotFoundError, ResourceError
 from lmx.core.files import open_regular, quoted
 
@@ -73,11 +73,8 @@ def cache_folder() -> Path:
 
 
 def scan() -> list[Repository]:
-    """All repositories in the cache, by name."""
-    cache = cache_folder()
-    folders = cache.iterdir() if cache.is_dir() else ()
-    found = [(match, folder) for folder in folders if (match := _FOLDER.fullmatch(folder.name)) and folder.is_dir()]
-    return sorted((_repository(match, folder) for match, folder in found), key=lambda repo: repo.name)
+    """All repositories in the cache, by name; of one that we may not read, its name. Raises NotFoundError."""
+    return sorted((_repository_or_name(match, folder) for match, folder in _folders()), key=lambda repo: repo.name)
 
 
 def find_repository(name: str, revision: str | None = None) -> tuple[Repository, tuple[Revision, ...]]:
@@ -87,9 +84,11 @@ def find_repository(name: str, revision: str | None = None) -> tuple[Repository,
     """
     name, _, inline = name.partition("@")
     revision = revision or inline or None
-    repo = next((repo for repo in scan() if repo.name == name), None)
-    if repo is None:
+    match, folder = next(((match, folder) for match, folder in _folders() if _name(match) == name), (None, None))
+    if match is None or folder is None:
         raise NotFoundError(f"{quoted(name)} is not in the cache", "see what is there with lmx list")
+    with _readable(folder):
+        repo = _repository(match, folder)
     if revision is None:
         return repo, repo.revisions
     meant = [one for one in repo.revisions if revision in one.refs or one.commit == revision]
@@ -157,8 +156,35 @@ def _verdict(path: Path, size: int | None, digest: str) -> Literal["right", "dam
         return "right" if digest_of(fd, digest, os.fstat(fd).st_size) == digest else "damaged"
 
 
+def _folders() -> list[tuple[re.Match[str], Path]]:
+    cache = cache_folder()
+    with _readable(cache):
+        folders = _entries(cache)
+        return [(match, path) for path in folders if (match := _FOLDER.fullmatch(path.name)) and path.is_dir()]
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where, reason = quoted(str(error.filename or folder)), (error.strerror or str(error)).lower()
+        raise NotFoundError(f"{where} cannot be read: {reason}", "check the folder's permissions") from error
+
+
+def _name(match: re.Match[str]) -> str:
+    name = match[2].replace("--", "/")
+    return name if match[1] == "model" else f"{match[1]}/{name}"
+
+
+def _repository_or_name(match: re.Match[str], folder: Path) -> Repository:
+    try:
+        return _repository(match, folder)
+    except OSError:  # somebody else's, in a cache that is shared; or being deleted just now
+        return Repository(_name(match), match[1], folder, (), 0, 0, 0.0)
+
+
 def _repository(match: re.Match[str], folder: Path) -> Repository:
-    kind, name = match[1], match[2].replace("--", "/")
     refs: dict[str, list[str]] = {}
     for path in (folder / "refs").rglob("*"):
         with suppress(OSError, UnicodeDecodeError):
@@ -173,9 +199,7 @@ def _repository(match: re.Match[str], folder: Path) -> Repository:
         nbytes += found.st_size if not is_incomplete else _allocated(found)
         incomplete += _allocated(found) if is_incomplete else 0
         modified = max(modified, found.st_mtime)
-    return Repository(
-        name if kind == "model" else f"{kind}/{name}", kind, folder, revisions, nbytes, incomplete, modified
-    )
+    return Repository(_name(match), match[1], folder, revisions, nbytes, incomplete, modified)
 
 
 def _content(folder: Path) -> Iterator[tuple[os.stat_result, bool]]:
@@ -208,12 +232,9 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _check_idle(repo: Repository) -> None:
-    """Raise ConflictError where something is arriving just now."""
-    if repo.kind != "model":
-        return
-    place = CachePlace(repo.folder.parent, repo.name, "")
-    for digest in part_digests(place.parts):
-        with suppress(FileNotFoundError), locked(place.lock_path(digest), lambda: False) as held:
+    """Raise ConflictError where somebody holds a lock of this repository: something is arriving just now."""
+    for path in (repo.folder.parent / ".locks" / repo.folder.name).glob("*.lock"):
+        with suppress(FileNotFoundError), locked(path) as held:
             if not held:
                 raise ConflictError(f"{repo.name} is being pulled by another process", "wait for it to end, or stop it")
 

@@ -25,6 +25,8 @@ _SMALL = (
 )
 # Read only where there is no tokenizer.json, or beside the publisher's own weights
 _OTHER_TOKENIZERS = ("tokenizer.model*", "*.tiktoken", "vocab.json", "merges.txt", "tekken.json")
+# Folders in which tools note what they have downloaded; some repositories hold one that came there by mistake
+_BOOKKEEPING = (".cache", ".huggingface")
 _OWN_CONFIG = ("params.json", "config.yaml")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _WEIGHTS = re.compile(
@@ -78,6 +80,8 @@ def choose(files: Sequence[RemoteFile], include: Sequence[str] = (), exclude: Se
     for name in chosen:
         if not all(map(is_plain_name, name.split("/"))):
             raise InputError(f"{quoted(name)} is a name that not every disk can hold", "leave it out with --exclude")
+        if name.split("/")[0].lower() in _BOOKKEEPING:
+            raise InputError(f"{quoted(name)} would lie among the notes of a pull", "leave it out with --exclude")
     taken = tuple(sorted((file for file in files if file.name in chosen), key=lambda file: (file.size, file.name)))
     others = [file for file in files if file.name not in chosen]
 

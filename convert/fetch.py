@@ -17,7 +17,8 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from lmx.convert.hub import is_transport_error
 from lmx.convert.listing import RemoteFile
-from lmx.core.errors import InputError, LmxError, NetworkError
+from lmx.core.errors import InputError, LmxError, NetworkError, NotFoundError
+from lmx.core.files import quoted
 
 if TYPE_CHECKING:
     from httpx2 import Client, Request, Response
@@ -26,6 +27,7 @@ THREAD_PREFIX = "lmx-pull"
 """What the names of all threads that fetch begin with: what is logged there is dropped."""
 
 _REDIRECTS = 5
+_REDIRECT_BYTES = 1 << 16
 _REDIRECT_CODES = (301, 302, 303, 307, 308)
 _RETRIED_CODES = (408, 416, 425, 429)
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
@@ -77,11 +79,13 @@ class HubFiles:
         with self._opened(file, wanted) as response:
             _check_answer(response, file, start, stop)
             left = stop - start
+            # To the very end, where the answer says where that is: only then is the connection good for the next piece
+            has_end = "content-length" in response.headers
             with _transport_errors():
                 for data in response.iter_raw():
-                    yield data[:left]
+                    yield data[: max(0, left)]
                     left -= len(data)
-                    if left <= 0:
+                    if left < 0 or (left == 0 and not has_end):
                         return
 
     @contextmanager
@@ -103,6 +107,7 @@ class HubFiles:
                     yield response
                     return
                 url = self._next(url, response)
+                _drain(response)
             finally:
                 response.close()
         raise UnluckyError("the hub redirects without end")
@@ -135,11 +140,24 @@ class HubFiles:
             # A signed address has run out: the hub gives a new one
             self._addresses.pop(file.name, None)
             raise UnluckyError(f"HTTP {status} from where the hub keeps its files")
+        if status == 404 and response.headers.get("x-error-code", "EntryNotFound") == "EntryNotFound":
+            message = f"the hub lists {quoted(file.name)}, and does not have it (HTTP 404)"
+            raise NotFoundError(message, "the repository is changing or broken: try again, or --exclude the file")
         from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
         with _transport_errors():
             hf_raise_for_status(response)
         raise UnluckyError(f"HTTP {status}")
+
+
+def _drain(response: "Response") -> None:
+    """Read the little text of a redirect, so that the connection can be used again."""
+    with _transport_errors():
+        left = _REDIRECT_BYTES
+        for data in response.iter_raw():
+            left -= len(data)
+            if left < 0:
+                return
 
 
 def _check_answer(response: "Response", file: RemoteFile, start: int, stop: int) -> None:

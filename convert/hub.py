@@ -8,7 +8,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,8 +121,10 @@ def find_local(model: str | Path, *, revision: str | None = None) -> Path | HubI
 
 def find_cached(hub_id: HubId) -> Path | None:
     """The snapshot of a hub's model in the cache, if it is whole."""
-    cached = _cached(hub_id)
-    return cached if cached is not None and is_complete(cached) else None
+    with suppress(OSError):  # what we may not read is not there for us; a pull says why
+        cached = _cached(hub_id)
+        return cached if cached is not None and is_complete(cached) else None
+    return None
 
 
 def check_online(hub_id: HubId, offline: bool) -> None:
@@ -165,16 +167,19 @@ def _folder(path: Path) -> Path:
 
 
 def _cached(hub_id: HubId) -> Path | None:
-    """The snapshot's folder in the cache, which may lack files; None if not even the config is there."""
+    """The snapshot's folder in the cache, which may lack files; None if not even the config is there for us to read."""
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(hub_id.repo, "config.json", revision=hub_id.revision)
-    return Path(config).parent if isinstance(config, str) else None
+    with suppress(OSError):
+        config = try_to_load_from_cache(hub_id.repo, "config.json", revision=hub_id.revision)
+        return Path(config).parent if isinstance(config, str) else None
+    return None
 
 
 @contextmanager
 def hub_errors(hub_id: HubId) -> Iterator[None]:
     """Every way that a pull can fail, as ours. No message of the hub is passed on: they hold URLs with signatures."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -188,7 +193,7 @@ def hub_errors(hub_id: HubId) -> Iterator[None]:
     except GatedRepoError as error:
         raise NotFoundError(
             f"{hub_id} is gated",
-            f"accept its terms at https://huggingface.co/{hub_id.repo}, then set HF_TOKEN or run `hf auth login`",
+            f"accept its terms at {constants.ENDPOINT}/{hub_id.repo}, then set HF_TOKEN or run `hf auth login`",
         ) from error
     except RevisionNotFoundError as error:
         raise NotFoundError(f"{hub_id.repo} has no revision {hub_id.revision}", "check the revision") from error

@@ -98,8 +98,8 @@ def _fault(name: str) -> str | None:
         return "leaves its folder"
     if any(_DEVICE.fullmatch(part) for part in parts):
         return "is a device"
-    if parts[0].lower() in (".cache", ".git", ".huggingface"):
-        return "would lie among the bookkeeping of a download"
+    if parts[0].lower() == ".git":
+        return "would lie among git's own files"
     if len(name.encode()) > _NAME_BYTES or any(len(part.encode()) > _PART_BYTES for part in parts):
         return "is too long"
     return None

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lmx.convert.listing import RemoteFile, new_hasher
-from lmx.core.files import sync_folder, write_atomically
+from lmx.core.files import sync_folder
 
 PIECE_BYTES = 2_000_000
 """What is asked for at a time, and what a death can cost for each connection."""
@@ -23,7 +23,10 @@ _HASH_BYTES = 4 << 20
 
 
 class PartFile:
-    """The pieces of one file. `write` and `finish` may be called by several threads, even after `close`."""
+    """The pieces of one file. `write` and `finish` may be called by several threads, even after `close`.
+
+    A thread that is late, of a connection that was given up, so writes nothing into a file that was checked.
+    """
 
     def __init__(self, file: RemoteFile, data: int, journal: int, paths: tuple[Path, Path], whole: set[int]) -> None:
         """Use `PartFile.open`."""
@@ -33,16 +36,14 @@ class PartFile:
         self._data, self._journal = data, journal
         self._data_path, self._journal_path = paths
         self._whole = whole
-        self._lock, self._closed = threading.Lock(), False
+        self._lock, self._sealed, self._closed = threading.Lock(), False, False
 
     @classmethod
     def open(cls, folder: Path, file: RemoteFile) -> "PartFile":
         """Go on with what is there of `file`, or begin. The caller holds the file's lock. Raises OSError."""
         paths = (folder / (file.digest + DATA_SUFFIX), folder / (file.digest + JOURNAL_SUFFIX))
-        whole = _read_journal(paths, file)
-        if whole:  # a power cut may have left half a line, in which the next would go on
-            write_atomically(paths[1], _head(file) + b"".join(b"%d\n" % piece for piece in sorted(whole)))
-        else:
+        whole, length = _read_journal(paths, file)
+        if not whole:
             discard_parts(folder, file.digest)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         data = os.open(paths[0], flags, 0o666)
@@ -52,7 +53,9 @@ class PartFile:
         except BaseException:
             os.close(data)
             raise
-        if not whole:
+        if whole:  # a death may have left half a line, in which the next would go on
+            os.ftruncate(journal, length)
+        else:
             os.write(journal, _head(file))
         return cls(file, data, journal, paths, whole)
 
@@ -70,30 +73,38 @@ class PartFile:
         """Where a piece begins and ends, in bytes."""
         return piece * PIECE_BYTES, min(self.file.size, (piece + 1) * PIECE_BYTES)
 
-    def write(self, offset: int, data: bytes) -> None:
-        """Write bytes where they belong; nothing once it is closed. Raises OSError."""
+    def write(self, offset: int, data: bytes) -> bool:
+        """Write bytes where they belong, and say yes; no once it is sealed or closed. Raises OSError."""
         view = memoryview(data)
         with self._lock:
-            while view and not self._closed:
+            while view and not self._sealed:
                 written = os.pwrite(self._data, view, offset)
                 offset, view = offset + written, view[written:]
+            return not self._sealed
 
     def finish(self, piece: int) -> None:
-        """Take note that a piece is whole; nothing once it is closed. Raises OSError."""
+        """Take note that a piece is whole; nothing once it is sealed or closed. Raises OSError."""
         with self._lock:
-            if not self._closed:
+            if not self._sealed:
                 os.write(self._journal, b"%d\n" % piece)
                 self._whole.add(piece)
 
     def begin_anew(self) -> None:
-        """Forget all pieces."""
-        self._whole.clear()
-        self.resumed_bytes = 0
-        os.ftruncate(self._journal, 0)
-        os.write(self._journal, _head(self.file))
+        """Forget all pieces, and the seal. Raises OSError."""
+        with self._lock:
+            self._whole.clear()
+            self.resumed_bytes = 0
+            os.ftruncate(self._journal, 0)
+            os.write(self._journal, _head(self.file))
+            self._sealed = self._closed
 
     def digest(self, go_on: Callable[[], bool]) -> str | None:
-        """The digest of what is here; None as soon as `go_on` says no. Raises OSError."""
+        """Seal the file, so that what is checked stays, and compute its digest; None once `go_on` says no.
+
+        Raises OSError.
+        """
+        with self._lock:
+            self._sealed = True
         return digest_of(self._data, self.file.digest, self.file.size, go_on)
 
     def install(self, target: Path) -> None:
@@ -112,7 +123,7 @@ class PartFile:
         """Let go of the files; what is in them stays, and does not change any more."""
         with self._lock:
             if not self._closed:
-                self._closed = True
+                self._sealed = self._closed = True
                 os.close(self._data)
                 os.close(self._journal)
 
@@ -120,7 +131,7 @@ class PartFile:
 def resumable_bytes(folder: Path, file: RemoteFile) -> int:
     """How much of a file is here from an earlier run."""
     paths = (folder / (file.digest + DATA_SUFFIX), folder / (file.digest + JOURNAL_SUFFIX))
-    return sum(_length(file, piece) for piece in _read_journal(paths, file))
+    return sum(_length(file, piece) for piece in _read_journal(paths, file)[0])
 
 
 def digest_of(fd: int, like: str, size: int, go_on: Callable[[], bool] = lambda: True) -> str | None:
@@ -155,14 +166,19 @@ def _length(file: RemoteFile, piece: int) -> int:
     return min(PIECE_BYTES, file.size - piece * PIECE_BYTES)
 
 
-def _read_journal(paths: tuple[Path, Path], file: RemoteFile) -> set[int]:
-    """The pieces that are whole; none where anything about the two files is not as it should be."""
+def _read_journal(paths: tuple[Path, Path], file: RemoteFile) -> tuple[set[int], int]:
+    """The pieces that are whole, and the journal's bytes up to its last whole line.
+
+    None, and 0, where anything about the two files is not as it should be.
+    """
     data, journal = paths
     with suppress(OSError, ValueError):
         found = data.lstat()
         if stat.S_ISREG(found.st_mode) and found.st_size == file.size and not journal.is_symlink():
-            head, *lines = journal.read_bytes().splitlines(keepends=True)
-            if head == _head(file):
-                pieces = {int(line) for line in lines if line.endswith(b"\n")}
-                return {piece for piece in pieces if 0 <= piece * PIECE_BYTES < file.size}
-    return set()
+            text = journal.read_bytes()
+            length = text.rfind(b"\n") + 1
+            head, *lines = text[:length].splitlines(keepends=True)
+            pieces = set(map(int, lines))
+            if head == _head(file) and all(0 <= piece * PIECE_BYTES < file.size for piece in pieces):
+                return pieces, length
+    return set(), 0

@@ -12,20 +12,24 @@ The cache (https://huggingface.co/docs/huggingface_hub/guides/manage-cache), for
 A folder has the files under their own names, and under .cache/huggingface/download what huggingface_hub keeps there.
 """
 
+import errno
 import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
 from lmx.convert.listing import RemoteFile
 from lmx.convert.part_file import discard_parts, part_digests
-from lmx.core.files import write_atomically
+from lmx.core.files import sync_folder
 
-_POLL_SECONDS = 0.1
+POLL_SECONDS = 0.1
+"""How often to try for a lock that another process holds."""
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class Place(Protocol):
@@ -96,10 +100,10 @@ class CachePlace:
         """Link, where links can be made; elsewhere copy."""
         pointer, blob = self.folder / file.name, self.blob(file.digest)
         pointer.parent.mkdir(parents=True, exist_ok=True)
-        beside = pointer.with_name(f".{file.digest[:16]}.{os.getpid()}.lmx")
+        beside = _beside(pointer, file)
         beside.unlink(missing_ok=True)
         if not _link(blob, beside):
-            shutil.copyfile(blob, beside)
+            _copy(blob, beside)
         beside.replace(pointer)
 
     def finish(self, revision: str | None) -> None:
@@ -107,8 +111,18 @@ class CachePlace:
         ref = self._repo / "refs" / (revision or "main")
         if revision == self._commit or _text(ref) == self._commit:
             return
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(ref, self._commit.encode())
+        for folder in (ref.parent, self._locks):
+            folder.mkdir(parents=True, exist_ok=True)
+        # Not beside it: whatever a death leaves among the refs is a ref to other tools
+        beside = self._locks / "ref.lmx"
+        while not self._wrote(beside, ref):
+            time.sleep(POLL_SECONDS)
+
+    def _wrote(self, beside: Path, ref: Path) -> bool:
+        with locked(beside) as held:
+            if held:
+                _replace(beside, ref, self._commit)
+            return held
 
 
 class FolderPlace:
@@ -154,20 +168,22 @@ class FolderPlace:
         path, note = self._folder / file.name, self._note(file)
         for parent in (path.parent, note.parent):
             parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{file.digest[:16]}.{os.getpid()}.lmx")
+        beside = _beside(path, file)
         beside.unlink(missing_ok=True)
         try:
             os.link(self.blob(file.digest), beside)
         except OSError:
-            shutil.copyfile(self.blob(file.digest), beside)
+            _copy(self.blob(file.digest), beside)
         beside.replace(path)
+        beside.unlink(missing_ok=True)  # where both were links to one file, before a death, a rename does nothing
+        sync_folder(path.parent)  # before the note, which would else tell of what a power cut has taken back
         # huggingface_hub's own form of it: commit, digest, and when that was so
-        write_atomically(note, f"{self._commit}\n{file.digest}\n{time.time()}\n".encode())
+        _replace(_beside(note, file), note, f"{self._commit}\n{file.digest}\n{time.time()}\n")
 
     def finish(self, revision: str | None) -> None:
         """Remove what only served the way here, but for what another process works on."""
         for path in self.parts.glob("*.lmx.lock"):
-            with locked(path, lambda: False) as held:
+            with locked(path) as held:
                 if held:
                     self.blob(path.name.removesuffix(".lmx.lock")).unlink(missing_ok=True)
                     path.unlink(missing_ok=True)
@@ -177,27 +193,16 @@ class FolderPlace:
 
 
 @contextmanager
-def locked(path: Path, go_on: Callable[[], bool], on_wait: Callable[[], None] = lambda: None) -> Iterator[bool]:
-    """Hold the lock of a path, waiting for it while `go_on`; yields whether it is held. The kernel frees it at the end.
+def locked(path: Path) -> Iterator[bool]:
+    """Try to hold the lock of a path for the block; yields whether it is held. The kernel frees it after a death.
 
-    `flock` on the path itself, as the filelock package does. on_wait: called once if somebody else holds it.
+    `flock` on the path itself, as the filelock package does.
     """
-    waits = False
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o664)
-        try:
-            if _take(fd, path):
-                yield True
-                return
-        finally:
-            os.close(fd)
-        if not go_on():
-            yield False
-            return
-        if not waits:
-            waits = True
-            on_wait()
-        time.sleep(_POLL_SECONDS)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o664)
+    try:
+        yield _take(fd, path)
+    finally:
+        os.close(fd)
 
 
 def sweep(place: Place, listed: Set[str]) -> None:
@@ -205,7 +210,7 @@ def sweep(place: Place, listed: Set[str]) -> None:
     for digest in part_digests(place.parts):
         if digest in listed and not place.blob(digest).exists():
             continue
-        with suppress(OSError), locked(place.lock_path(digest), lambda: False) as held:
+        with suppress(OSError), locked(place.lock_path(digest)) as held:
             if held:
                 discard_parts(place.parts, digest)
 
@@ -216,6 +221,32 @@ def _take(fd: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except (BlockingIOError, FileNotFoundError):  # the second: whoever had it has removed it
         return False
+    except OSError as error:
+        # Some network disks have no locks. Two pulls at once may then do the work twice; the digests still hold
+        if error.errno in _NO_LOCKS:
+            return True
+        raise
+
+
+def _beside(path: Path, file: RemoteFile) -> Path:
+    """Where a file's name is prepared: always the same, under the content's lock, so that no death leaves it there."""
+    return path.with_name(f".{file.digest[:16]}.lmx")
+
+
+def _copy(blob: Path, beside: Path) -> None:
+    shutil.copyfile(blob, beside)
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _replace(beside: Path, path: Path, text: str) -> None:
+    """Put a small file in place whole, and make that last."""
+    with beside.open("wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    sync_folder(path.parent)
 
 
 def _link(blob: Path, pointer: Path) -> bool:

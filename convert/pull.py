@@ -16,9 +16,10 @@ from lmx.convert.fetch import HubFiles, retry_after
 from lmx.convert.hub import HubId, Wish, hub_errors, is_transport_error
 from lmx.convert.listing import Listing
 from lmx.convert.part_file import resumable_bytes
+from lmx.convert.patience import Patience
 from lmx.convert.places import CachePlace, FolderPlace, Place, sweep
 from lmx.convert.pull_events import Event, Planned, Pulled
-from lmx.convert.transfer import Patience, Transfer, is_whole
+from lmx.convert.transfer import Transfer, is_whole
 from lmx.core.errors import InputError, ResourceError
 from lmx.core.files import quoted
 
@@ -88,8 +89,8 @@ class _Job:
     def finish(self, revision: str | None) -> None:
         """The last notes. A cache that cannot be written but holds all that was asked for is good enough."""
         try:
-            self.place.finish(revision)
             sweep(self.place, self.listed)
+            self.place.finish(revision)
         except (OSError, ResourceError):
             if self.planned.missing:
                 raise
@@ -101,16 +102,6 @@ def _place(wish: Wish, commit: str) -> Place:
     if wish.local_dir is not None:
         return FolderPlace(wish.local_dir, commit)
     return CachePlace(Path(constants.HF_HUB_CACHE).expanduser(), wish.hub_id.repo, commit)
-
-
-def _finish(wish: Wish, planned: Planned, place: Place) -> None:
-    """The last notes. A cache that cannot be written but holds all that was asked for is good enough."""
-    try:
-        place.finish(wish.hub_id.revision)
-        sweep(place, {file.digest for file in planned.files})
-    except (OSError, ResourceError):
-        if planned.missing:
-            raise
 
 
 def _fetch_listing(hub_id: HubId, token: str | None) -> Listing:

@@ -6,19 +6,18 @@ stopped.
 """
 
 import os
-import random
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from lmx.convert.fetch import THREAD_PREFIX, HubFiles, UnluckyError
 from lmx.convert.listing import RemoteFile
 from lmx.convert.part_file import PartFile
-from lmx.convert.places import Place, locked
+from lmx.convert.patience import Patience
+from lmx.convert.places import POLL_SECONDS, Place, locked
 from lmx.convert.pull_events import Arrived, Checking, FileEvent, Installed, Restarted, Retrying, Waiting
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
@@ -27,23 +26,6 @@ CONNECTIONS = 8
 _TICK_SECONDS = 0.1
 _LEAVE_SECONDS = 0.5
 _WHOLE_AFTER = 3  # answers without ranges, before a file is taken as a whole
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long to try: attempts in a row that bring nothing, and the seconds between them, doubled each time."""
-
-    attempts: int = 7
-    first_wait: float = 0.5
-    longest_wait: float = 20.0
-    longest_asked: float = 300.0
-    """The most that a server may ask for by Retry-After."""
-
-    def wait(self, misses: int, asked: float | None) -> float:
-        """Seconds before the next attempt. Without an order from the server, spread, so that not all come at once."""
-        if asked is not None:
-            return asked
-        return min(self.longest_wait, self.first_wait * 2 ** (misses - 1)) * random.uniform(0.7, 1.0)
 
 
 class _Job:
@@ -56,6 +38,7 @@ class _Job:
         self.pieces_left = 0
         self.done = 0
         self.whole_answers = 0
+        self.is_told = False
         self.as_a_whole = threading.Lock()
         self.resources = ExitStack()
 
@@ -146,24 +129,41 @@ class Transfer:
     def _next(self) -> tuple[_Job, PartFile, int | None] | None:
         """A piece to fetch, or None for a file that lacks none; None where there is nothing left to do."""
         with self._queue_lock:
-            while True:
+            while self._go_on():
                 job = self._open
                 if job is not None and job.part is not None and job.queue:
                     return job, job.part, job.queue.popleft()
-                if not self._waiting or not self._go_on():
+                if not self._waiting:
                     return None
-                self._open = job = self._waiting.popleft()
-                if self._begin(job) and job.part is not None and not job.queue:
+                self._open = job = self._free_job()
+                if job is None:
+                    self._stop.wait(POLL_SECONDS)
+                elif self._begin(job) and job.part is not None and not job.queue:
                     return job, job.part, None
+            return None
+
+    def _free_job(self) -> _Job | None:
+        """The first file that nobody else fetches, locked. Nothing is waited for while others could be fetched."""
+        for job in list(self._waiting):
+            if job.part is not None or self._has_lock(job):
+                self._waiting.remove(job)
+                return job
+        for job in self._waiting:
+            if not job.is_told:
+                job.is_told = True
+                self._events.put(Waiting(job.name))
+        return None
+
+    def _has_lock(self, job: _Job) -> bool:
+        with ExitStack() as resources:
+            if not resources.enter_context(locked(self._place.lock_path(job.file.digest))):
+                return False
+            job.resources = resources.pop_all()
+        return True
 
     def _begin(self, job: _Job) -> bool:
-        """Take a file's lock and see what is there of it; whether anything is left to do."""
+        """See what is there of a file; whether anything is left to do."""
         if job.part is None:
-            lock = locked(
-                self._place.lock_path(job.file.digest), self._go_on, lambda: self._events.put(Waiting(job.name))
-            )
-            if not job.resources.enter_context(lock):
-                return False
             if all(map(self._place.has, job.files)) or is_whole(self._place, job.file):
                 self._put(job)
                 return False
@@ -181,9 +181,8 @@ class Transfer:
             before = position
             try:
                 for data in self._hub.read(job.file, position, stop):
-                    if self._stop.is_set():
+                    if self._stop.is_set() or not part.write(position, data):
                         return False
-                    part.write(position, data)
                     position += len(data)
                     self._count(job, len(data))
                 if position == before:
@@ -222,9 +221,8 @@ class Transfer:
         """Write all of a file's bytes as they come, and take note of each piece that they fill."""
         position, piece = 0, 0
         for data in self._hub.read(job.file, 0, job.file.size, whole=True):
-            if self._stop.is_set():
+            if self._stop.is_set() or not part.write(position, data):
                 return
-            part.write(position, data)
             position += len(data)
             self.fetched_bytes += len(data)
             while piece < part.pieces and position >= part.span(piece)[1]:

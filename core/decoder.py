@@ -57,6 +57,10 @@ class Call:
     record: Record
     compaction: Compaction | None = None
 
+    def follow(self, call: "Call") -> bool:
+        """Take over in place what another call of the same kind says of its step; False where that cannot be done."""
+        return type(call) is type(self)
+
 
 @dataclass(frozen=True)
 class AttentionCall(Call):
@@ -66,6 +70,13 @@ class AttentionCall(Call):
     rotary: Rotary = field(kw_only=True)
     visibility: Visibility = field(kw_only=True)
     step: AttentionStep | None = field(kw_only=True, default=None)
+
+    def follow(self, call: Call) -> bool:
+        """The angles, slots and counts of its step."""
+        if not isinstance(call, AttentionCall) or self.step is None or call.step is None:
+            return False
+        self.step.follow(call.step)
+        return True
 
     def attend(
         self,
@@ -203,16 +214,20 @@ class Decoder(nn.Module, ABC, Generic[L]):
         length = inputs.embeds.shape[1]
         span = state.span(length, inputs.mask) if state is not None else Span.stateless(length, inputs.mask)
         call = self.plan(inputs, span, state)
-        x = inputs.embeds
-        if self.embed_scale is not None:
-            x = x * self.embed_scale
-        if self.training and self.embed_dropout:
-            x = F.dropout(x, self.embed_dropout)
-        for index, layer in enumerate(self.layers):
-            inputs.record.hidden(x)
-            x = layer(x, call, state.layers[index] if state is not None else None)
-        x = self.norm(x)
+        x = self.norm(self.run_layers(self.scaled(inputs.embeds), call, state))
         inputs.record.hidden(x)
         if state is not None:
             state.advance(span)
+        return x
+
+    def scaled(self, embeds: Tensor) -> Tensor:
+        """The embeddings as the first layer takes them."""
+        x = embeds if self.embed_scale is None else embeds * self.embed_scale
+        return F.dropout(x, self.embed_dropout) if self.training and self.embed_dropout else x
+
+    def run_layers(self, x: Tensor, call: Call, state: State[L] | None) -> Tensor:
+        """All layers, one after another: x [batch, length, hidden] -> the same. The layers' states are written to."""
+        for index, layer in enumerate(self.layers):
+            call.record.hidden(x)
+            x = layer(x, call, state.layers[index] if state is not None else None)
         return x

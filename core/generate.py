@@ -265,6 +265,7 @@ class _Run:
         self._model = model
         self._state = state
         self._cancel = cancel
+        self._stepper = model.stepper(state)
 
     @property
     def must_stop(self) -> bool:
@@ -301,6 +302,9 @@ class _Run:
     @torch.no_grad()
     def feed(self, input_ids: Tensor, mask: Tensor | None) -> None:
         """Run the model over [rows, length] more tokens."""
+        if mask is None and input_ids.shape[1] == 1:
+            self.logits = self._stepper.feed(input_ids.to(self._model.device))
+            return
         output: Output = self._model(
             input_ids=input_ids.to(self._model.device),
             attention_mask=None if mask is None else mask.to(self._model.device),

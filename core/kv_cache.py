@@ -70,10 +70,6 @@ class AttentionCache(LayerState):
         """Take in the span's keys and values [batch, kv_heads, length, head_dim]; return all that it may attend to."""
 
     @abstractmethod
-    def make_room(self, span: Span) -> None:
-        """See that the buffers have a slot for every token of the span."""
-
-    @abstractmethod
     def step(self, span: Span) -> tuple[Tensor, Tensor]:
         """Where the one token of each row goes, and how many slots its query sees from the first on.
 
@@ -81,9 +77,9 @@ class AttentionCache(LayerState):
         """
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of both buffers, spare slots included."""
-        return self.keys.nbytes + self.values.nbytes
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Keys and values."""
+        return self.keys, self.values
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -236,9 +232,6 @@ class WindowKVCache(AttentionCache):
         seen = (keys, values) if fresh else (torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2))
         self._write(keys, values, span)
         return seen
-
-    def make_room(self, span: Span) -> None:
-        """The ring is whole from the start."""
 
     def step(self, span: Span) -> tuple[Tensor, Tensor]:
         """The token writes over the oldest and sees the ring, as far as it is filled."""

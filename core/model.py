@@ -22,6 +22,7 @@ from lmx.core.layers.attention import Implementation
 from lmx.core.layers.moe import balance_loss
 from lmx.core.state import LayerState, State, StateError
 from lmx.core.state_file import load_state
+from lmx.core.stepper import Stepper
 
 AnyState = State[LayerState]
 
@@ -84,6 +85,10 @@ class LanguageModel(nn.Module):
     def make_state(self, batch_size: int = 1) -> AnyState:
         """An empty state for `batch_size` conversations."""
         return cast(AnyState, self.decoder.make_state(batch_size))
+
+    def stepper(self, state: AnyState) -> Stepper:
+        """What continues a state by one token a row at a time, faster than calling the model does."""
+        return Stepper(self, state)
 
     def load_state(self, path: Path) -> AnyState:
         """A state saved by `State.save`, on the model's device; it continues to the same bits.

@@ -49,9 +49,9 @@ class RecurrentState(LayerState):
         return self.KIND, self.conv.shape[1:], self.conv.dtype, self.hidden.shape[1:], self.hidden.dtype
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of both tensors."""
-        return self.conv.nbytes + self.hidden.nbytes
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Both tensors."""
+        return self.conv, self.hidden
 
 
 class MambaState(RecurrentState):

@@ -84,10 +84,19 @@ class LayerState(ABC):
         """Put a `part` behind the `held` tokens. Raises StateError as `part` does."""
         raise StateError(f"a {self.KIND} layer does not keep tokens apart", "Take a clone() of the whole state.")
 
+    def make_room(self, span: Span) -> None:
+        """See that there is room for every token of the span."""
+        return None  # most kinds never grow
+
     @property
     @abstractmethod
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The tensors that it lies in, spare room included."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory that it occupies."""
+        return sum(buffer.nbytes for buffer in self.buffers)
 
     def nbytes_at(self, length: int) -> int:
         """Bytes that it would occupy after `length` tokens. As now, unless a kind of layer grows."""

@@ -86,6 +86,7 @@ def describe(name: str, checkpoint: Checkpoint) -> Description:
     import torch
 
     from lmx.core.loader import bind, build
+    from lmx.core.native.library import kernel_path
     from lmx.core.registry import family_of
 
     family, stored = family_of(checkpoint.config), _stored(checkpoint)
@@ -112,7 +113,7 @@ def describe(name: str, checkpoint: Checkpoint) -> Description:
         vocabulary=model.config.vocab_size,
         chat_template=_template_file(checkpoint),
         license=license_of(checkpoint.folder),
-        kernels="torch",
+        kernels=kernel_path(),
         read_as=checkpoint.title if isinstance(checkpoint, OriginalCheckpoint) else None,
     )
 

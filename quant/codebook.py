@@ -94,9 +94,15 @@ class RankTable:
 
 @cache
 def rank_table(quant_type: FourBitType) -> RankTable:
-    """The table of ranks among the midpoints between neighbouring values of a four-bit type."""
+    """The table of ranks among the `midpoints` of a four-bit type."""
+    return make_rank_table(midpoints(quant_type))
+
+
+@cache
+def midpoints(quant_type: FourBitType) -> Tensor:
+    """What lies halfway between neighbouring values of a four-bit type, sorted: float32 [15]."""
     values = four_bit_map(quant_type)[list(_ORDER[quant_type])]
-    return make_rank_table((values[:-1] + values[1:]) / 2)
+    return (values[:-1] + values[1:]) / 2
 
 
 def make_rank_table(thresholds: Tensor) -> RankTable:

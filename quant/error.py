@@ -5,10 +5,12 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from lmx.core.native.quantize import can_quantize, squared_error
 from lmx.quant import int8, quanto
 from lmx.quant.four_bit import FourBit, dequantize_range
 from lmx.quant.int8 import Int8
 from lmx.quant.matmul import QuantMatrix
+from lmx.quant.native import matrix_table
 from lmx.quant.quanto import Quanto
 
 # Elements that are dequantized at a time.
@@ -16,7 +18,14 @@ _CHUNK = 1 << 18
 
 
 def rmse(q: QuantMatrix, source: Tensor) -> float:
-    """The root mean square of `dequantized - source`; a few MB of temporaries, whatever the size."""
+    """The root mean square of `dequantized - source` [rows, columns]; a few MB of temporaries, whatever the size."""
+    table = matrix_table(q) if can_quantize(source) else None
+    total = _squared_error(q, source) if table is None else squared_error(table, source)
+    return sqrt(total / source.numel())
+
+
+def _squared_error(q: QuantMatrix, source: Tensor) -> float:
+    """Its sum of squares, in plain torch."""
     total = 0.0
     if isinstance(q, FourBit):
         flat = source.reshape(-1)
@@ -28,7 +37,7 @@ def rmse(q: QuantMatrix, source: Tensor) -> float:
         for start in range(0, len(source), step):
             stop = min(start + step, len(source))
             total += _squares(_rows(q, start, stop), source[start:stop])
-    return sqrt(total / source.numel())
+    return total
 
 
 def _rows(q: Int8 | Quanto, start: int, stop: int) -> Tensor:

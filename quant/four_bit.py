@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from lmx.core.errors import InputError
+from lmx.core.native.quantize import can_quantize, encode_four_bit, encode_scales
 from lmx.quant.chunks import for_chunks
 from lmx.quant.codebook import (
     FourBitType,
     dynamic_codes,
     dynamic_map,
     four_bit_map,
+    midpoints,
     packed_codes,
     pair_values,
     rank_table,
@@ -99,16 +101,11 @@ def quantize_4bit(
     flat = x.detach().reshape(-1)
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
     absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32)
-    whole = flat.numel() // block_size * block_size
-
-    def quantize_chunk(start: int, stop: int) -> None:
-        blocks = flat[start:stop].to(torch.float32).view(-1, block_size)
-        scaled = _scale_blocks(blocks, absmax[start // block_size : stop // block_size])
-        packed[start // 2 : stop // 2] = _pack(scaled.view(-1), quant_type)
-
-    for_chunks(whole, _CHUNK, quantize_chunk)
-    if whole < flat.numel():
-        packed[whole // 2 :] = _pack(_scale_tail(flat[whole:].to(torch.float32), absmax), quant_type)
+    if can_quantize(flat):
+        codes = None if quant_type == "nf4" else packed_codes(quant_type)
+        encode_four_bit(flat, block_size, midpoints(quant_type), codes, packed, absmax)
+    else:
+        _encode(flat, block_size, quant_type, packed, absmax)
     check_finite(absmax, name)
     result = FourBit(packed.unsqueeze(1), absmax, quant_type, tuple(x.shape), x.dtype, block_size)
     return _quantize_absmax(result) if double_quant else result
@@ -158,6 +155,20 @@ def check_finite(absmax: Tensor, name: str) -> None:
         raise InputError(f"{name} holds NaN or infinity", "the source is damaged: verify or download it again")
 
 
+def _encode(flat: Tensor, block_size: int, quant_type: FourBitType, packed: Tensor, absmax: Tensor) -> None:
+    """Fill `packed` and `absmax` in plain torch: what the kernels do, and what they are held to."""
+    whole = flat.numel() // block_size * block_size
+
+    def encode_chunk(start: int, stop: int) -> None:
+        blocks = flat[start:stop].to(torch.float32).view(-1, block_size)
+        scaled = _scale_blocks(blocks, absmax[start // block_size : stop // block_size])
+        packed[start // 2 : stop // 2] = _pack(scaled.view(-1), quant_type)
+
+    for_chunks(whole, _CHUNK, encode_chunk)
+    if whole < flat.numel():
+        packed[whole // 2 :] = _pack(_scale_tail(flat[whole:].to(torch.float32), absmax), quant_type)
+
+
 def _scale_blocks(blocks: Tensor, absmax: Tensor) -> Tensor:
     """Fill `absmax` [blocks] and return `blocks` [blocks, block_size] divided by it, through the reciprocal."""
     magnitude = blocks.abs()
@@ -195,6 +206,16 @@ def _quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
     bitsandbytes first rounds the scaled value to one of 65536 steps between -1 and 1 and takes the code nearest to
     that; a block of zeros gets code 0.
     """
+    if can_quantize(x):
+        codes = torch.empty(len(x), dtype=torch.uint8)
+        absmax = torch.empty(-(-len(x) // NESTED_BLOCK_SIZE), dtype=torch.float32)
+        encode_scales(x, dynamic_codes(), codes, absmax)
+        return codes, absmax
+    return _encode_dynamic(x)
+
+
+def _encode_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in plain torch."""
     blocks = torch.nn.functional.pad(x, (0, -len(x) % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
     codes = torch.empty(blocks.shape, dtype=torch.uint8)
     absmax = torch.empty(len(blocks), dtype=torch.float32)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lmx.core.errors import InputError
+from lmx.core.native.quantize import can_quantize, encode_int8
 from lmx.quant.chunks import for_chunks
 from lmx.quant.four_bit import check_finite, check_source
 
@@ -58,15 +59,8 @@ def quantize_int8(x: Tensor, name: str = "the tensor") -> Int8:
         raise InputError(f"{name} has {x.ndim} dimensions", "int8 quantization takes matrices only")
     weight = torch.empty(x.shape, dtype=torch.int8)
     absmax = torch.empty(len(x), dtype=torch.float32)
-    source = x.detach()
-
-    def quantize_chunk(start: int, stop: int) -> None:
-        rows, largest = _round_to_half(source[start:stop])
-        scale = torch.where(largest > 0, 127.0 / largest, 0.0)
-        weight[start:stop] = rows.mul_(scale[:, None]).round_()
-        absmax[start:stop] = largest
-
-    for_chunks(len(x), max(1, _CHUNK // x.shape[1]), quantize_chunk)
+    encode = encode_int8 if can_quantize(x) else _encode
+    encode(x.detach(), weight, absmax)
     check_finite(absmax, name)
     return Int8(weight, absmax, x.dtype)
 
@@ -85,6 +79,18 @@ def dequantize_int8(q: Int8, dtype: torch.dtype | None = None) -> Tensor:
 def dequantize_rows(q: Int8, start: int, stop: int) -> Tensor:
     """The rows from `start` up to `stop`, float32 [stop - start, columns]."""
     return (q.weight[start:stop] * q.absmax[start:stop, None]).mul_(_INVERSE_127)
+
+
+def _encode(x: Tensor, weight: Tensor, absmax: Tensor) -> None:
+    """Fill `weight` and `absmax` in plain torch: what the kernels do, and what they are held to."""
+
+    def encode_chunk(start: int, stop: int) -> None:
+        rows, largest = _round_to_half(x[start:stop])
+        scale = torch.where(largest > 0, 127.0 / largest, 0.0)
+        weight[start:stop] = rows.mul_(scale[:, None]).round_()
+        absmax[start:stop] = largest
+
+    for_chunks(len(x), max(1, _CHUNK // x.shape[1]), encode_chunk)
 
 
 def _round_to_half(source: Tensor) -> tuple[Tensor, Tensor]:

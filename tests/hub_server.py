@@ -45,7 +45,8 @@ class Hub(ThreadingHTTPServer):
     ranged requests; `sent` counts the bytes of files that went out. `elsewhere`: files are answered by a redirect to
     another host, as the hub does for large ones (those are, in any case, where `signed` is another server); `tokens`
     is what each host was shown. `answers`: statuses and headers of the next requests for large files, in order.
-    `ignored_ranges`: so many requests for ranges get the whole file. `file_answer`: a status and an `X-Error-Code` for
+    `ignored_ranges`: so many requests for ranges get the whole file; `surplus` comes after each range of a large file;
+    `says_length`: whether an answer to a range tells its length. `file_answer`: a status and an `X-Error-Code` for
     every file. `wrong`: what comes in place of a file's content. `entries` replaces the files of the listing, and
     `without_metadata` takes their sizes and digests away.
     """
@@ -70,6 +71,7 @@ class Hub(ThreadingHTTPServer):
         self.without_metadata = False
         self.file_answer: tuple[int, str] | None = None
         self.ignored_ranges = 0
+        self.surplus, self.says_length, self.connections = b"", True, 0
         self.faults: list[Fault] = []
         self.ended = threading.Event()
         self.lock = threading.Lock()
@@ -94,6 +96,10 @@ class Hub(ThreadingHTTPServer):
             if self.faults and self.sent + sent >= self.faults[0].after:
                 return self.faults.pop(0)
         return None
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections += 1
+        super().process_request(request, client_address)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing: clients leave early in many tests."""
@@ -188,7 +194,12 @@ class Handler(BaseHTTPRequestHandler):
                 return
             status, body = 206, body[start:stop]
             headers |= {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
-        self._head(status, {**headers, "Content-Length": str(len(body))})
+            if self.server.surplus and len(data) >= LARGE_BYTES:
+                body = memoryview(bytes(body) + self.server.surplus)
+        if self.server.says_length:
+            headers |= {"Content-Length": str(len(body))}
+        self.close_connection = not self.server.says_length
+        self._head(status, headers)
         if not send_body:
             return
         for offset in range(0, len(body), _BLOCK):

@@ -4,7 +4,8 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hub_server import Hub, ask_here, environment, random_bytes, serving_two
 from huggingface_hub import constants
 
 from lmx.convert import pull
-from lmx.convert.transfer import Patience
+from lmx.convert.patience import Patience
 
 WEIGHTS = "model.safetensors"
 SMALL = {"config.json": b'{"model_type": "mixtral"}', "tokenizer.json": b"{}", "README.md": b"---\nlicense: mit\n---\n"}
@@ -52,13 +53,58 @@ def sha256(path: Path) -> str:
 
 
 def left_overs(cache: Path) -> list[str]:
-    """Everything in a cache that is neither a blob with the name of its digest, a link, a ref nor a lock."""
-    strange = []
-    for path in cache.rglob("*"):
-        if path.is_dir() or path.parent.name == "refs" or path.suffix == ".lock":
-            continue
-        if path.parent.name == "blobs" and len(path.name) in (40, 64):
-            continue
-        if not path.is_symlink():
-            strange.append(str(path.relative_to(cache)))
-    return strange
+    """Everything in a cache that is neither a blob with the name of its digest, a file of a snapshot, a ref nor a lock.
+
+    Where files are copied, a snapshot holds no links.
+    """
+    paths = [path.relative_to(cache) for path in cache.rglob("*") if not path.is_dir()]
+    return [str(path) for path in paths if path.name.startswith(".") or not _has_its_place(path)]
+
+
+def _has_its_place(path: Path) -> bool:
+    if path.parts[0] == ".locks":
+        return path.suffix == ".lock" and len(path.stem) in (40, 64)
+    if path.parts[1] == "blobs":
+        return len(path.name) in (40, 64)
+    return path.parts[1] in ("snapshots", "refs")
+
+
+@contextmanager
+def readable_to_all() -> Iterator[Path]:
+    """A temporary folder that other users can enter, unlike pytest's."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        cache = Path(folder) / "cache"
+        cache.mkdir()
+        yield cache
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """root may read and write anywhere: be somebody else for the block."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+def numbered(pattern: str, count: int) -> Iterable[str]:
+    return (pattern.format(number, count) for number in range(1, count + 1))
+
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+# mistralai/Mixtral-8x7B-Instruct-v0.1 and mistralai/Mixtral-8x7B-v0.1, joined: every form that the weights had there
+MIXTRAL = [
+    *(".gitattributes", "README.md", "config.json", "generation_config.json", "LICENSE", "params.json"),
+    *TOKENIZER,
+    *(f"consolidated.{number:02}.pt" for number in range(8)),
+    *numbered("model-{:05}-of-{:05}.safetensors", 19),
+    "model.safetensors.index.json",
+    *numbered("pytorch_model-{:05}-of-{:05}.bin", 19),
+    "pytorch_model.bin.index.json",
+    "original/model.safetensors",
+]

@@ -91,6 +91,13 @@ class ToyModel(nn.Module):
     def make_state(self, batch_size: int = 1) -> ToyState:
         return ToyState([[] for _ in range(batch_size)], recurrent=self.recurrent)
 
+    def stepper(self, state: ToyState) -> SimpleNamespace:
+        def feed(ids: Tensor) -> Tensor:
+            output = self(ids, attention_mask=None, state=state, logits_to_keep=1, output_router_logits=False)
+            return output.logits[:, -1]
+
+        return SimpleNamespace(feed=feed)
+
     def forward(
         self,
         input_ids: Tensor,

@@ -15,6 +15,7 @@ from lmx.core.layers.initialise import initialise_normal
 from lmx.core.layers.linear import Linear
 from lmx.core.layers.moe import ExpertBank, route
 from lmx.core.layers.norm import RMSNorm
+from lmx.core.layers.residual import added
 from lmx.core.names import ExpertStack, NameTable, Rename
 from lmx.core.registry import Family
 from lmx.core.state import Span, State
@@ -157,8 +158,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
-        x = x + self.attention(self.attention_norm(x), call, cache)
-        return x + self.mlp(self.mlp_norm(x), call)
+        x = added(x, self.attention(self.attention_norm(x), call, cache))
+        return added(x, self.mlp(self.mlp_norm(x), call))
 
 
 class OlmoeDecoder(Decoder[AttentionCache]):

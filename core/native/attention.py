@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmx.core.native.library import library
 from lmx.core.native.operation import DTYPE_CODES
+from lmx.core.native.tape import call
 
 _SERVED = (torch.float32, torch.bfloat16)
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -65,6 +66,11 @@ class AttentionStep:
         stride = half if cos.shape[0] > 1 else 0
         self._step = ctypes.byref(_Step(cosines, sines, half, stride, into, seen, slots.shape[0]))
 
+    def follow(self, step: "AttentionStep") -> None:
+        """Take over another step's angles, slots and counts, of as many rows, into the tensors of this one."""
+        for mine, other in zip(self._tensors, step._tensors, strict=True):
+            mine.copy_(other)
+
     def attend(
         self,
         query: Tensor,
@@ -96,7 +102,7 @@ class AttentionStep:
         )
         kept = _Cache(keys.data_ptr(), values.data_ptr(), *keys.stride()[:3])
         out = query.new_empty(query.shape)
-        _function()(self._step, projected, kept, out.data_ptr())
+        call(_function(), self._step, projected, kept, out.data_ptr())
         return out
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lmx.core.native.library import library
 from lmx.core.native.operation import DTYPE_CODES, define
+from lmx.core.native.tape import call
 from lmx.core.native.vector import ACTIVATION_CODES, ExpertTable, MatrixTable
 
 
@@ -37,7 +38,7 @@ def answer_many(table: ExpertTable, x: Tensor, ids: Tensor, weights: Tensor) -> 
 def dequantize_rows(table: MatrixTable, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """The rows first .. last of the one quantized matrix of a table: [last - first, columns], rounded as torch does."""
     out = torch.empty(last - first, table.columns, dtype=dtype)
-    _functions()[2](table.words.data_ptr(), first, last, DTYPE_CODES[dtype], out.data_ptr())
+    call(_functions()[2], table.words.data_ptr(), first, last, DTYPE_CODES[dtype], out.data_ptr())
     return out
 
 
@@ -59,7 +60,7 @@ def _multiply_cpu(table: Tensor, x: Tensor, rows: int) -> Tensor:
     if x.stride(-1) != 1:
         x = x.contiguous()
     out = x.new_empty(len(x), rows)
-    _functions()[0](table.data_ptr(), x.data_ptr(), x.stride(0), len(x), out.data_ptr())
+    call(_functions()[0], table.data_ptr(), x.data_ptr(), x.stride(0), len(x), out.data_ptr())
     return out
 
 
@@ -72,7 +73,7 @@ def _answer_cpu(table: Tensor, x: Tensor, ids: Tensor, weights: Tensor, activati
     out = torch.empty_like(x)
     inputs = table.data_ptr(), len(table), x.data_ptr(), len(x)
     chosen = order.data_ptr(), counts.data_ptr(), weights.data_ptr(), ids.shape[1]
-    _functions()[1](*inputs, *chosen, activation, out.data_ptr())
+    call(_functions()[1], *inputs, *chosen, activation, out.data_ptr())
     return out
 
 

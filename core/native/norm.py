@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lmx.core.native.library import library
 from lmx.core.native.operation import DTYPE_CODES, define
+from lmx.core.native.tape import call
 
 # What the kernels of this file and of scan.py and recurrence.py compute with.
 WORKING_DTYPES = (torch.float32, torch.bfloat16)
@@ -44,7 +45,7 @@ def rms_norm_parts(x: Tensor, sizes: Sequence[int], eps: float) -> Tensor:
     for size in sizes:
         start = at * x.element_size()
         source, target = x.data_ptr() + start, out.data_ptr() + start
-        _function()(source, code, total, None, target, code, total, x.numel() // total, size, eps, 0)
+        call(_function(), source, code, total, None, target, code, total, x.numel() // total, size, eps, 0)
         at += size
     return out
 
@@ -66,7 +67,7 @@ def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor
     width = x.shape[-1]
     given, made = DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype]
     places = x.data_ptr(), given, width, weight.data_ptr(), out.data_ptr(), made, width
-    _function()(*places, x.numel() // width, width, eps, offset)
+    call(_function(), *places, x.numel() // width, width, eps, offset)
     return out
 
 

@@ -10,6 +10,7 @@ from lmx.core.native.library import library
 from lmx.core.native.norm import serves
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.scan import token_rows
+from lmx.core.native.tape import call
 
 # Rows of a one-token step beyond which torch's batched product is quicker than reading the weights for each.
 MAX_ROWS = 4
@@ -89,7 +90,7 @@ def _run(
     real = 0 if lengths is None else lengths.data_ptr()
     reset_stride = 0 if len(reset) == 1 else reset.shape[1]
     sizes = *x.shape[:2], *heads, x_stride, gate_stride, reset_stride
-    _function()(_Recurrence(*places, *states, real, *sizes), DTYPE_CODES[x.dtype])
+    call(_function(), _Recurrence(*places, *states, real, *sizes), DTYPE_CODES[x.dtype])
     return y, new_state
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lmx.core.native.library import library
 from lmx.core.native.operation import DTYPE_CODES
+from lmx.core.native.tape import call
 
 # The p-norms that the kernel knows, by what it calls them.
 _NORMS = {None: 0, 1.0: 1, 2.0: 2}
@@ -32,7 +33,7 @@ def route_natively(router_logits: Tensor, top_k: int, normalize: float | None) -
     ids = torch.empty(tokens, top_k, dtype=torch.int64)
     weights = torch.empty(tokens, top_k)
     given = logits.data_ptr(), DTYPE_CODES[logits.dtype], tokens, experts, top_k, _NORMS[normalize]
-    _function()(*given, ids.data_ptr(), weights.data_ptr())
+    call(_function(), *given, ids.data_ptr(), weights.data_ptr())
     return ids, weights
 
 

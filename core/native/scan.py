@@ -9,6 +9,7 @@ from torch import Tensor
 from lmx.core.native.library import library
 from lmx.core.native.norm import serves
 from lmx.core.native.operation import DTYPE_CODES
+from lmx.core.native.tape import call
 
 # As in src/lanes.h.
 _MAX_STATES, _MAX_KERNEL = 64, 8
@@ -54,7 +55,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu
     y, new_state = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(state)
     biases = None if bias is None else bias.data_ptr()
     places = x.data_ptr(), weight.data_ptr(), biases, state.data_ptr(), new_state.data_ptr(), y.data_ptr()
-    _functions()[0](_Conv(*places, *x.shape, weight.shape[1], stride, silu), DTYPE_CODES[x.dtype])
+    call(_functions()[0], _Conv(*places, *x.shape, weight.shape[1], stride, silu), DTYPE_CODES[x.dtype])
     return y, new_state
 
 
@@ -94,7 +95,7 @@ def gated_scan(
     places = [tensor.data_ptr() for tensor in tensors]
     real = 0 if lengths is None else lengths.data_ptr()
     scan = _Scan(*places, real, *x.shape, A.shape[1], raw_stride, x_stride, gate_stride, b_stride)
-    _functions()[1](scan, DTYPE_CODES[x.dtype])
+    call(_functions()[1], scan, DTYPE_CODES[x.dtype])
     return y, new_state
 
 

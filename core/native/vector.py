@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lmx.core.native.library import library
 from lmx.core.native.operation import DTYPE_CODES, define
+from lmx.core.native.tape import call
 
 # As in src/vector.h.
 MAX_VECTORS = 4
@@ -110,7 +111,7 @@ def multiply_kept(weight: Tensor, x: Tensor) -> Tensor:
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], rows)
     kind, code, vectors = _KEPT[weight.dtype].value, DTYPE_CODES[x.dtype], x.numel() // columns
-    _functions().kept(weight.data_ptr(), rows, columns, kind, x.data_ptr(), code, vectors, out.data_ptr())
+    call(_functions().kept, weight.data_ptr(), rows, columns, kind, x.data_ptr(), code, vectors, out.data_ptr())
     return out
 
 
@@ -188,7 +189,7 @@ def _multiply_cpu(table: Tensor, x: Tensor, rows: int) -> Tensor:
     out = x.new_empty(*before, rows)
     # A tensor's len() is a function in Python: ten times slower than its shape.
     matrices, vectors, code = table.shape[0], x.numel() // columns, DTYPE_CODES[x.dtype]
-    _functions().multiply(table.data_ptr(), matrices, x.data_ptr(), code, vectors, rows, out.data_ptr())
+    call(_functions().multiply, table.data_ptr(), matrices, x.data_ptr(), code, vectors, rows, out.data_ptr())
     return out
 
 
@@ -197,7 +198,7 @@ def _experts_cpu(table: Tensor, x: Tensor, ids: Tensor, weights: Tensor, activat
     out = torch.empty_like(x)
     vectors = x.data_ptr(), DTYPE_CODES[x.dtype], x.shape[0]
     chosen = ids.data_ptr(), weights.data_ptr(), ids.shape[1]
-    if _functions().experts(table.data_ptr(), table.shape[0], *vectors, *chosen, activation, out.data_ptr()):
+    if call(_functions().experts, table.data_ptr(), table.shape[0], *vectors, *chosen, activation, out.data_ptr()):
         raise IndexError(f"experts {ids.tolist()} of a bank of {len(table)}")
     return out
 

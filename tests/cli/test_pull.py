@@ -1,5 +1,6 @@
 """`lmx pull`, `list`, `show`, `rm`, `verify`: what they print, and the exit codes."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from hub_server import COMMIT, LARGE_BYTES, Hub, environment, random_bytes
 from huggingface_hub import constants
-from pulls import SMALL, WEIGHTS, hub_with, repository, start_pull
+from pulls import MIXTRAL, SMALL, WEIGHTS, hub_with, left_overs, repository, start_pull
 from support import run_lmx
 
 from lmx.cli import pull_progress
@@ -56,6 +57,20 @@ def test_json_and_dry_run(lmx: Any, hub: Hub, cache: Path) -> None:
     assert {file["name"]: file["is_here"] for file in done["files"]} == dict.fromkeys((*SMALL, WEIGHTS), False)
     again = json.loads(lmx("pull", "org/tiny", "--json").out)
     assert (again["fetched_bytes"], again["missing_bytes"]) == (0, 0)
+
+
+def test_of_mixtrals_listing_the_safetensors_only(lmx: Any, hub: Hub) -> None:
+    hub.files.clear()
+    hub.files.update({name: name.encode() for name in MIXTRAL})
+    ran = lmx("pull", "org/tiny", "--json")
+    done = json.loads(ran.out)
+    weights = {name for name in MIXTRAL if name.startswith("model")}
+    taken = {path.name for path in Path(done["folder"]).iterdir()}
+    assert len(weights) == 20
+    assert {name for name in taken if "model" in name or "consolidated" in name} == weights
+    assert hub.sent == done["fetched_bytes"] == sum(len(name) for name in taken)
+    assert done["saved_bytes"] == sum(len(name) for name in set(MIXTRAL) - taken)
+    assert "left out" in ran.err
 
 
 def test_a_person_sees_bars(lmx: Any, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,15 +194,77 @@ def test_show_of_what_lmx_does_not_run(lmx: Any, hub: Hub) -> None:
     assert lmx("show", "org/tiny").code == 3  # its weights are random bytes
 
 
-def test_a_model_by_name_is_pulled_on_the_way(lmx: Any, hub: Hub, checkpoint: Path) -> None:
+REPOSITORIES = ("models--gpt2", "datasets--org--text", "spaces--org--demo", "models--org--gguf")
+
+
+def put_into_cache(cache: Path, folder: str, files: dict[str, bytes]) -> None:
+    """A repository as huggingface_hub would leave it."""
+    repo = cache / folder
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(COMMIT)
+    (repo / "blobs").mkdir()
+    (repo / "snapshots" / COMMIT).mkdir(parents=True)
+    for name, data in files.items():
+        blob = repo / "blobs" / hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        blob.write_bytes(data)
+        (repo / "snapshots" / COMMIT / name).symlink_to(f"../../blobs/{blob.name}")
+
+
+@pytest.mark.parametrize("folder", REPOSITORIES)
+def test_every_repository_is_shown_verified_and_deleted(lmx: Any, hub: Hub, cache: Path, folder: str) -> None:
+    """Of any kind, with the network off or away, and nothing in it that lmx could run."""
+    put_into_cache(cache, folder, {"README.md": b"---\nlicense: cc0-1.0\n---\n", "a.bin": b"abc"})
+    put_into_cache(cache, "models--org--else", {"x": b"y"})
+    hub.status = 503
+    names = [repo["model"] for repo in json.loads(lmx("list", "--json").out)["repositories"]]
+    (name,) = set(names) - {"org/else"}
+    for options in ((), ("--offline",)):
+        shown = json.loads(lmx("show", name, "--json", *options).out)
+        assert (shown["model"], shown["is_supported"], shown["files"]) == (name, False, 2)
+        assert (shown["license"], shown["commit"], shown["refs"]) == ("cc0-1.0", COMMIT, ["main"])
+    assert lmx("verify", name).code == 0
+    next((cache / folder / "snapshots").rglob("a.bin")).resolve().write_bytes(b"abd")
+    assert lmx("verify", name).code == 3
+    assert lmx("rm", name).code == 0
+    assert [path.name for path in cache.iterdir() if path.name != ".locks"] == ["models--org--else"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "org/tiny", "--prompt-ids", "1,2", "-n", "2"),
+        ("chat", "org/tiny", "-p", "hello", "-n", "2"),
+        ("eval", "org/tiny", "--ids", "IDS"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_model_by_name_is_pulled_on_the_way(
+    lmx: Any, hub: Hub, cache: Path, checkpoint: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """Resumed, checked and shown as by `lmx pull`; then taken from the cache."""
     hub.files.clear()
     hub.files.update({path.name: path.read_bytes() for path in checkpoint.iterdir()})
-    ran = lmx("generate", "org/tiny", "--prompt-ids", "1,2", "-n", "2")
+    (tmp_path / "ids.json").write_text("[[1, 2, 3]]")
+    command = tuple(part.replace("IDS", str(tmp_path / "ids.json")) for part in command)
+    ran = lmx(*command)
     assert ran.code == 0, ran.err
-    assert "pulling org/tiny" in ran.err
+    assert "pulling org/tiny: " in ran.err
+    assert lmx("verify", "org/tiny").code == 0
+    assert left_overs(cache) == []
     hub.calls.clear()
-    assert lmx("generate", "org/tiny", "--prompt-ids", "1,2", "-n", "2", "--offline").out == ran.out
-    assert hub.calls == []
+    again = lmx(*command, "--offline")
+    assert (again.code, again.out, "pulling" in again.err, hub.calls) == (0, ran.out, False, [])
+
+
+def test_a_chat_shows_the_bars_of_a_pull(lmx: Any, hub: Hub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.files.clear()
+    hub.files.update({path.name: path.read_bytes() for path in checkpoint.iterdir()})
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(pull_progress, "may_animate", lambda: True)
+    ran = lmx("chat", "org/tiny", "-p", "hello", "-n", "2")
+    assert ran.code == 0, ran.err
+    assert "all files" in ran.err
 
 
 @pytest.mark.parametrize("command", ["pull", "list", "rm", "verify"])

@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import run_lmx
+
+from lmx.core.native.library import kernel_path
 
 
 @pytest.fixture
@@ -22,13 +25,20 @@ def test_facts_are_those_of_transformers(lmx: Any, checkpoint: Path) -> None:
     experts = sum(weight.numel() for name, weight in model.named_parameters() if ".experts." in name)
     assert shown["active_parameters"] == model.num_parameters() - experts // 2, "two of four experts"
     assert shown["weight_bytes"] == model.num_parameters() * 4
-    assert (shown["dtype"], shown["quantization"], shown["kernels"]) == ("f32", None, "torch")
+    assert (shown["dtype"], shown["quantization"], shown["kernels"]) == ("f32", None, kernel_path())
     assert shown["size_on_disk"] == sum(file.stat().st_size for file in checkpoint.iterdir())
     assert shown["context_length"] == shown["state_context"] == 2048
     # keys and values, 2 layers, 2 heads of width 8, in float32
     assert shown["state_bytes"] == 2 * 2 * 2 * 8 * 4 * 2048
     assert shown["memory_to_run"] == shown["weight_bytes"] + shown["state_bytes"]
     assert shown["chat_template"] == "chat_template.jinja"
+
+
+@pytest.mark.parametrize("path", ["torch", "portable"])
+def test_the_kernels_in_use_are_named(path: str) -> None:
+    there = kernel_path() != "torch"
+    shown = json.loads(run_lmx("show", "--json", env={"LMX_KERNELS": path}).stdout)
+    assert shown["kernels"] == (path if there else "torch")
 
 
 def test_the_state_estimate_is_what_a_run_takes(checkpoint: Path) -> None:

@@ -9,11 +9,12 @@ import huggingface_hub
 import pytest
 from hub_server import COMMIT, LARGE_BYTES, Hub, tree_of
 from huggingface_hub import constants
-from pulls import WEIGHTS, hub_with, repository
+from pulls import WEIGHTS, as_nobody, hub_with, readable_to_all, repository
 
 import lmx
 from lmx.convert import cache
 from lmx.convert.cache import Repository, find_repository, remove, scan, verify
+from lmx.convert.hub import find_model
 from lmx.core.errors import ConflictError, InputError, NotFoundError
 
 NEXT = "b" * 40
@@ -98,8 +99,7 @@ def test_another_repository_with_the_same_commit_stays(two: Repository, hub: Hub
 
 
 def test_what_is_being_pulled_is_not_deleted(two: Repository, folder: Path) -> None:
-    part = folder / "models--org--tiny" / "blobs" / ("0" * 64 + ".lmx.incomplete")
-    part.write_bytes(b"")
+    """By whichever tool: all take these locks."""
     lock = folder / ".locks" / "models--org--tiny" / ("0" * 64 + ".lock")
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -168,3 +168,34 @@ def test_an_empty_cache_and_none(folder: Path, hub: Hub) -> None:
     assert scan() == []
     folder.mkdir()
     assert scan() == []
+
+
+@pytest.mark.parametrize("where", ["", "snapshots", "refs", "snapshots/" + COMMIT])
+def test_a_repository_that_we_may_not_read_hides_no_other(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Caches are shared between users."""
+    with readable_to_all() as shared:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(shared))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(shared / "no token"))
+        lmx.pull("org/tiny")
+        (shared / "models--org--other").mkdir()
+        closed = shared / "models--org--tiny" / where
+        closed.chmod(0)
+        with as_nobody():
+            assert [repo.name for repo in scan()] == ["org/other", "org/tiny"]
+            with pytest.raises(NotFoundError, match="the network is off"):
+                find_model("org/tiny", offline=True)
+            if where in ("", "snapshots"):  # else it is known, without names of revisions or without files
+                with pytest.raises(NotFoundError, match="permission denied"):
+                    find_repository("org/tiny")
+        closed.chmod(0o755)
+
+
+def test_a_cache_that_we_may_not_read(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with readable_to_all() as shared:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(shared))
+        shared.chmod(0)
+        with as_nobody(), pytest.raises(NotFoundError, match="permission denied"):
+            scan()
+        shared.chmod(0o755)

@@ -1,40 +1,23 @@
 """What a run needs of a repository, against listings of repositories as they are on the hub."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import pytest
+from pulls import MIXTRAL, numbered
 
 from lmx.convert.choose import NOT_ASKED, NOT_NEEDED, SECOND_COPY, choose
 from lmx.convert.listing import RemoteFile
 from lmx.core.errors import InputError
 
 DIGEST = "0" * 64
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 
 
 def files(*names: str, sizes: Mapping[str, int] | None = None) -> list[RemoteFile]:
     return [RemoteFile(name, (sizes or {}).get(name, 10), DIGEST) for name in names]
 
 
-def numbered(pattern: str, count: int) -> Iterable[str]:
-    return (pattern.format(number, count) for number in range(1, count + 1))
-
-
 def chosen(*names: str) -> set[str]:
     return {file.name for file in choose(files(*names)).files}
-
-
-# mistralai/Mixtral-8x7B-Instruct-v0.1 and mistralai/Mixtral-8x7B-v0.1, joined: every form that the weights had there
-MIXTRAL = [
-    *(".gitattributes", "README.md", "config.json", "generation_config.json", "LICENSE", "params.json"),
-    *TOKENIZER,
-    *(f"consolidated.{number:02}.pt" for number in range(8)),
-    *numbered("model-{:05}-of-{:05}.safetensors", 19),
-    "model.safetensors.index.json",
-    *numbered("pytorch_model-{:05}-of-{:05}.bin", 19),
-    "pytorch_model.bin.index.json",
-    "original/model.safetensors",
-]
 
 
 def test_of_mixtrals_listing_the_safetensors_only() -> None:

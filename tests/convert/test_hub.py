@@ -10,8 +10,8 @@ from huggingface_hub import constants
 
 from lmx.convert import pull
 from lmx.convert.hub import HubId, find_model, is_complete
+from lmx.convert.patience import Patience
 from lmx.convert.pickle_source import INDEX_BIN
-from lmx.convert.transfer import Patience
 from lmx.core.errors import LmxError, NetworkError, NotFoundError, UsageError
 
 FILES = {

@@ -3,16 +3,17 @@
 import logging
 import os
 import shutil
-import tempfile
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
-from hub_server import COMMIT, LARGE_BYTES, Hub, random_bytes, tree_of
+from hub_server import COMMIT, LARGE_BYTES, Hub, environment, random_bytes, tree_of
 from huggingface_hub import constants
-from pulls import SMALL, WEIGHTS, hub_with, left_overs, repository, sha256
+from pulls import SMALL, WEIGHTS, as_nobody, hub_with, left_overs, readable_to_all, repository, sha256
 
 import lmx
 from lmx.convert import pull as pulling
@@ -295,33 +296,6 @@ def test_a_cache_that_cannot_be_written(hubs: tuple[Hub, Hub], monkeypatch: pyte
             assert (lmx.pull("org/tiny", revision="v1") / WEIGHTS).is_file()
 
 
-class readable_to_all:  # noqa: N801
-    """A temporary folder that other users can enter, unlike pytest's."""
-
-    def __enter__(self) -> Path:
-        self._folder = tempfile.TemporaryDirectory()
-        path = Path(self._folder.name)
-        path.chmod(0o755)
-        (path / "cache").mkdir()
-        return path / "cache"
-
-    def __exit__(self, *exc: object) -> None:
-        self._folder.cleanup()
-
-
-class as_nobody:  # noqa: N801
-    """root may write anywhere: be somebody else for the block."""
-
-    def __enter__(self) -> None:
-        self._is_root = os.geteuid() == 0
-        if self._is_root:
-            os.seteuid(65534)
-
-    def __exit__(self, *exc: object) -> None:
-        if self._is_root:
-            os.seteuid(0)
-
-
 @pytest.mark.parametrize("how", ["environment", "option"])
 def test_the_token_goes_to_the_hub_alone(
     hubs: tuple[Hub, Hub],
@@ -385,3 +359,42 @@ def test_a_file_of_another_size_is_refused(hubs: tuple[Hub, Hub], cache: Path, s
     with pytest.raises(InputError, match=f"has {size} bytes there"):
         lmx.pull("org/tiny")
     assert not list(cache.rglob(f"snapshots/*/{WEIGHTS}"))
+
+
+def whole_after_each_death(hub: Hub, tmp_path: Path, mode: str, stride: int) -> None:
+    ran = subprocess.run(
+        [sys.executable, Path(__file__).parent.parent / "pull_child.py", tmp_path, mode, str(stride)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment(hub, tmp_path)},
+        timeout=300,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    steps = int(ran.stdout)
+    assert steps > 30
+    for step in range(1, steps, stride):
+        cache = tmp_path / str(step)
+        folder = cache / "model"
+        if mode == "folder":
+            notes = {f".cache/huggingface/download/{name}.metadata" for name in (*SMALL, WEIGHTS)}
+            assert tree_of(folder) == {*SMALL, WEIGHTS, *notes}
+        else:
+            (repo,) = huggingface_hub.scan_cache_dir(cache).repos
+            assert set(repo.refs) == {"main"}
+            assert not huggingface_hub.scan_cache_dir(cache).warnings
+            assert left_overs(cache) == []
+            (revision,) = repo.revisions
+            folder = revision.snapshot_path
+            assert tree_of(folder) == {*SMALL, WEIGHTS}
+        assert all((folder / name).read_bytes() == hub.files[name] for name in (*SMALL, WEIGHTS))
+
+
+def test_a_death_at_any_step_leaves_nothing_behind(hubs: tuple[Hub, Hub], tmp_path: Path) -> None:
+    whole_after_each_death(hubs[0], tmp_path, "links", 11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["links", "copies", "folder"])
+def test_a_death_at_each_step_leaves_nothing_behind(hubs: tuple[Hub, Hub], tmp_path: Path, mode: str) -> None:
+    whole_after_each_death(hubs[0], tmp_path, mode, 1)

@@ -45,7 +45,6 @@ NAMES = [
     "x" * 256 + ".json",
     "/".join("d" * 200 for _ in range(8)),
     ".git/hooks/post-checkout",
-    ".cache/huggingface/download/config.json.metadata",
 ]
 
 
@@ -113,6 +112,19 @@ def test_a_hostile_listing_is_refused(hub: Hub, tmp_path: Path, name: str) -> No
     refused(tmp_path)
     refused(tmp_path, include=["*"])
     refused(tmp_path, include=["config.json"], local_dir=tmp_path / "home" / "here")
+
+
+@pytest.mark.parametrize("name", [".cache/huggingface/download/config.json.metadata", ".Huggingface/x"])
+def test_notes_of_a_pull_are_not_pulled(hub: Hub, tmp_path: Path, name: str) -> None:
+    """Some honest repositories hold them, by mistake; who asks for them would have his own notes replaced."""
+    hub.files[name] = b"not a note"
+    folder = lmx.pull("org/tiny", local_dir=tmp_path / "home" / "here")
+    notes = tree_of(folder) - set(hub.files)
+    with pytest.raises(InputError, match="notes of a pull") as caught:
+        lmx.pull("org/tiny", include=["*"], local_dir=folder)
+    assert "--exclude" in caught.value.hint
+    assert tree_of(folder) - set(hub.files) == notes
+    assert not any(note.endswith("metadata.metadata") for note in notes)
 
 
 @pytest.mark.parametrize("commit", COMMITS)

@@ -1,7 +1,9 @@
 // The values of quantized matrices, to the bit what torch makes of them: code times scale in float, then rounded.
 #include <algorithm>
 
+#include "lanes.h"
 #include "prepare.h"
+#include "scratch.h"
 
 namespace lmx {
 namespace {
@@ -104,4 +106,30 @@ LMX_EXPORT void lmx_dequantize(const Matrix* m, int64_t first, int64_t last, int
                 store(values, stop - c, type, static_cast<uint8_t*>(out) + (row * m->columns + c) * size_of(type));
             }
     });
+}
+
+// The sum of (value - source)^2 over a quantized matrix and what it was made of, [rows, columns] of dtype.
+LMX_EXPORT double lmx_squared_error(const Matrix* m, const void* source, int dtype) {
+    constexpr int64_t ROWS = 8;  // whose sum is one number, whatever the threads
+    const Dtype type = static_cast<Dtype>(dtype);
+    const int64_t parts = (m->rows + ROWS - 1) / ROWS;
+    Scratch<double> sums(parts);
+    double* each = sums.data();
+    parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
+        const Decoder decoder(*m);
+        alignas(64) float values[STRETCH_OF_ROW];
+        for (int64_t part = begin; part < end; ++part) {
+            each[part] = 0;
+            for (int64_t row = part * ROWS; row < std::min((part + 1) * ROWS, m->rows); ++row)
+                for (int64_t c = 0; c < m->columns; c += STRETCH_OF_ROW) {
+                    const int64_t stop = std::min(c + STRETCH_OF_ROW, m->columns);
+                    values_of(decoder, row, c, stop, values);
+                    const auto* x = static_cast<const uint8_t*>(source) + (row * m->columns + c) * size_of(type);
+                    each[part] += lanes().squares(values, x, type, stop - c);
+                }
+        }
+    });
+    double sum = 0;
+    for (int64_t part = 0; part < parts; ++part) sum += each[part];
+    return sum;
 }

@@ -1,4 +1,4 @@
-// Which path's norms, convolutions and scans to call.
+// Which path's norms, convolutions, scans and quantizers to call.
 #include "lanes.h"
 
 namespace lmx {

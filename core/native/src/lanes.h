@@ -1,4 +1,4 @@
-// The kernels beside the matrix products: norms, short convolutions, scans. One set of functions a path (lanes_*.cpp),
+// The kernels beside the matrix products: norms, short convolutions, scans, quantizing. One set of functions a path (lanes_*.cpp),
 // each of which does a part of the work: of the rows, of the channels, of the heads.
 #pragma once
 
@@ -22,6 +22,15 @@ struct Norm {
     Dtype x_dtype;
     float eps;
     bool offset;
+};
+
+// sum = left + right for each row of `width`, in float, rounded once; a right_stride of 0 adds one row to all. Both are of
+// the sum's dtype, or of a narrower one; not a float one on the right of a narrower one.
+struct Add {
+    const void *left, *right;
+    void* sum;
+    int64_t right_stride, width;
+    Dtype left_dtype, right_dtype, sum_dtype;
 };
 
 // y_t = bias + sum_j weight[j] x_{t - kernel + 1 + j}, silu of it if asked for; bias: or null.
@@ -63,11 +72,39 @@ struct Recurrence {
     int64_t x_stride, gate_stride, reset_stride;
 };
 
+constexpr int RANKS = 16;
+constexpr int64_t MAX_BLOCK = 4096;
+// As in quant/four_bit.py.
+constexpr float SMALLEST_ABSMAX = 1e-38f;
+
+// x, in blocks of block_size, to the ranks of x / absmax among 16 sorted values, two a byte, and their absmax.
+// thresholds [15]: halfway between the values; codes [256]: for a byte of two ranks that of two codes; null: the same.
+struct FourBit {
+    const void* x;
+    int64_t block_size;
+    const float* thresholds;
+    const uint8_t* codes;
+    uint8_t* packed;
+    float* absmax;
+};
+
+// x [rows, columns], rounded to float16, to whole numbers between -127 and 127 times absmax / 127 [rows].
+struct Int8 {
+    const void* x;
+    int64_t columns;
+    uint8_t* weight;
+    float* absmax;
+};
+
 struct Lanes {
+    void (*add)(const Add&, int64_t first, int64_t last);
     void (*norm)(const Norm&, Dtype, int64_t first, int64_t last);
     void (*conv)(const Conv&, Dtype, int64_t first, int64_t last);
     void (*scan)(const Scan&, Dtype, int64_t first, int64_t last);
     void (*recurrence)(const Recurrence&, Dtype, int64_t first, int64_t last);
+    void (*four_bit)(const FourBit&, Dtype, int64_t first, int64_t last);
+    void (*int8)(const Int8&, Dtype, int64_t first, int64_t last);
+    double (*squares)(const float* values, const void* x, Dtype, int64_t count);
 };
 
 // Of the path in use.

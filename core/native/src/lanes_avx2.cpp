@@ -1,4 +1,4 @@
-// Norms, convolutions and scans with AVX2 and FMA.
+// Norms, convolutions, scans and quantizing with AVX2 and FMA.
 #include "lmx_native.h"
 
 #if defined(LMX_X86)
@@ -10,7 +10,7 @@
 namespace lmx {
 
 extern const Lanes avx2_lanes;
-const Lanes avx2_lanes{norm, conv, scan, recurrence};
+const Lanes avx2_lanes{add, norm, conv, scan, recurrence, four_bit, int8, squares};
 
 }  // namespace lmx
 

@@ -5,7 +5,9 @@
 
 #include "floats.h"
 
+#include "add_path.h"
 #include "conv_path.h"
 #include "norm_path.h"
+#include "quantize_path.h"
 #include "recurrence_path.h"
 #include "scan_path.h"

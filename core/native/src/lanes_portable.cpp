@@ -1,4 +1,4 @@
-// Norms, convolutions and scans on any CPU; four lanes are one register of SSE2 and of NEON.
+// Norms, convolutions, scans and quantizing on any CPU; four lanes are one register of SSE2 and of NEON.
 #include "lmx_native.h"
 
 #define LMX_TARGET
@@ -8,6 +8,6 @@
 namespace lmx {
 
 extern const Lanes portable_lanes;
-const Lanes portable_lanes{norm, conv, scan, recurrence};
+const Lanes portable_lanes{add, norm, conv, scan, recurrence, four_bit, int8, squares};
 
 }  // namespace lmx

@@ -23,6 +23,17 @@ LMX_AVX512 __m512i table_of(const bf16* values) {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
 }
 
+LMX_INLINE LMX_AVX512 __m256 halved(__m512 x) {
+    return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+}
+
+// The sum of each, all four by one tree: the same order of additions whatever stands beside.
+LMX_INLINE LMX_AVX512 __m128 sums_of_four(__m512 a, __m512 b, __m512 c, __m512 d) {
+    const __m256 pairs = _mm256_hadd_ps(halved(a), halved(b)), others = _mm256_hadd_ps(halved(c), halved(d));
+    const __m256 sums = _mm256_hadd_ps(pairs, others);
+    return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+}
+
 // Scales of the blocks of a few rows that are read side by side: as they are, or decoded from their codes by a table of
 // all 256 for the group of 256 blocks that a row is in.
 template <int ROWS, bool NESTED>
@@ -55,7 +66,7 @@ private:
             _mm512_store_ps(table + i, _mm512_fmadd_ps(_mm512_loadu_ps(m_.nested_map + i), absmax, offset));
         current_[row] = table;
     }
-    static_assert(ROWS <= 2, "each row needs a table of its own");
+    static_assert(!NESTED || ROWS <= 2, "each row needs a table of its own");
     const Matrix& m_;
     alignas(64) float tables_[NESTED ? 2 : 1][NESTED ? 256 : 1];
     const float* current_[ROWS] = {};
@@ -67,7 +78,7 @@ private:
 // lies above needs no mask. The first half of the lanes belongs to one unit, the second to the next: sums in float, then
 // times their blocks' scales.
 //
-// Two rows side by side share the loads of x, which are most of all loads and else the bottleneck.
+// Rows side by side share the loads of x, which are most of all loads and else the bottleneck.
 template <int ROWS, int VECTORS, bool NESTED>
 LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int64_t row, float* out, int64_t out_stride,
                                          __m512i table, RowScales<ROWS, NESTED>& scales) {
@@ -109,19 +120,27 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
             for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_fmadd_ps(parts[r][v], both, sums[r][v]);
         }
     }
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) out[v * out_stride + r] = code_scale(m) * _mm512_reduce_add_ps(sums[r][v]);
+    const __m128 factor = _mm_set1_ps(code_scale(m));
+    for (int v = 0; v < VECTORS; ++v) {
+        alignas(16) float answers[4];
+        const __m512 last = sums[ROWS - 1][v];
+        const __m128 four = sums_of_four(sums[0][v], sums[ROWS > 1][v], ROWS > 2 ? sums[ROWS > 2 ? 2 : 0][v] : last, last);
+        _mm_store_ps(answers, _mm_mul_ps(four, factor));
+        std::memcpy(out + v * out_stride, answers, ROWS * sizeof(float));
+    }
 }
 
 template <int VECTORS, bool NESTED>
 LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
                              int64_t out_stride) {
     const __m512i table = table_of(rounded_code(m));
-    RowScales<2, NESTED> scales(m);
+    constexpr int SIDE = VECTORS == 1 && !NESTED ? 4 : 2;
+    RowScales<SIDE, NESTED> scales(m);
     RowScales<1, NESTED> last_scales(m);
     int64_t row = first;
-    for (; row + 2 <= last; row += 2, out += 2) four_bit_rows<2, VECTORS>(m, x, row, out, out_stride, table, scales);
-    if (row < last) four_bit_rows<1, VECTORS>(m, x, row, out, out_stride, table, last_scales);
+    for (; row + SIDE <= last; row += SIDE, out += SIDE)
+        four_bit_rows<SIDE, VECTORS>(m, x, row, out, out_stride, table, scales);
+    for (; row < last; ++row, ++out) four_bit_rows<1, VECTORS>(m, x, row, out, out_stride, table, last_scales);
 }
 
 template <int VECTORS>

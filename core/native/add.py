@@ -1,0 +1,41 @@
+"""Sums of the CPU's kernels: residuals and biases."""
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lmx.core.native.library import library
+from lmx.core.native.norm import serves
+from lmx.core.native.operation import DTYPE_CODES
+from lmx.core.native.tape import call
+
+
+def can_add(x: Tensor, y: Tensor) -> bool:
+    """Whether `add` takes these: x contiguous, y of its shape or one row for all of x's, and not wider than x."""
+    fits = y.shape == x.shape or y.shape == x.shape[-1:]
+    wide = x.dtype == y.dtype or x.dtype == torch.float32
+    return fits and wide and x.numel() > 0 and serves(x, y) and x.is_contiguous() and y.is_contiguous()
+
+
+def add(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x + y` [..., width] in `dtype`, which is x's or wider: summed in float32 and rounded once."""
+    out = torch.empty_like(x, dtype=dtype)
+    width = x.shape[-1]
+    stride = width if y.dim() == x.dim() else 0
+    right = y.data_ptr(), DTYPE_CODES[y.dtype], stride
+    left = x.data_ptr(), DTYPE_CODES[x.dtype]
+    call(_function(), *left, *right, out.data_ptr(), DTYPE_CODES[dtype], x.numel() // width, width)
+    return out
+
+
+@cache
+def _function() -> "ctypes._NamedFuncPointer":
+    found = library()
+    if found is None:
+        raise RuntimeError("the kernels are not there: ask library() first")
+    pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    found.lmx_add.argtypes = [pointer, number, pointer, number, long, pointer, number, long, long]
+    found.lmx_add.restype = None
+    return found.lmx_add

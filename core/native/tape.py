@@ -1,0 +1,101 @@
+"""A decode step as the list of kernels that it calls: noted once, then called again without the Python between them.
+
+A step of generation runs the same kernels on the same addresses as the step before: weights and states lie where they
+lay, and what passes between the kernels may lie there again. Where nothing but kernels touches a number, calling them
+again in order is the whole step.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_Kernel = Callable[..., int | None]
+
+_aten = torch.ops.aten
+# What touches no number: it makes tensors that kernels then fill, or looks at others from another side.
+_HARMLESS = frozenset(
+    (
+        *(_aten.empty, _aten.new_empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty_strided),
+        *(_aten.view, _aten._unsafe_view, _aten._reshape_alias, _aten.as_strided, _aten.alias, _aten.detach),
+        *(_aten.select, _aten.slice, _aten.split, _aten.split_with_sizes, _aten.chunk, _aten.unbind),
+        *(_aten.transpose, _aten.t, _aten.permute, _aten.expand, _aten.squeeze, _aten.unsqueeze),
+    )
+)
+
+
+class Tape:
+    """Kernels in the order of their calls, with all that their addresses point to."""
+
+    def __init__(self) -> None:
+        self.foreign: str | None = None
+        """The first operation that was none of ours: what it computed would be missing."""
+        self._calls: list[tuple[_Kernel, tuple[object, ...]]] = []
+        self._kept: list[object] = []
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def note(self, kernel: _Kernel, arguments: tuple[object, ...]) -> None:
+        """Remember a call."""
+        self._calls.append((kernel, arguments))
+
+    def keep(self, made: object) -> None:
+        """Let something live as long as the tape."""
+        self._kept.append(made)
+
+    def replay(self) -> None:
+        """Call all kernels again, on what now lies where their arguments lay."""
+        for kernel, arguments in self._calls:
+            kernel(*arguments)
+
+
+class _Local(threading.local):
+    tape: Tape | None = None
+
+
+_local = _Local()
+
+
+def call(kernel: _Kernel, *arguments: object) -> int | None:
+    """Call a kernel of the library, and note it on the tape that is being recorded, if any."""
+    tape = _local.tape
+    if tape is not None:
+        tape.note(kernel, arguments)
+    return kernel(*arguments)
+
+
+@contextmanager
+def recording() -> Iterator[Tape]:
+    """Note all kernels that this thread calls inside. The tape serves where `foreign` is still None afterwards."""
+    tape = Tape()
+    _local.tape = tape
+    try:
+        with _Watch(tape):
+            yield tape
+    finally:
+        _local.tape = None
+
+
+class _Watch(TorchDispatchMode):
+    """Keeps every tensor that is made alive, and finds out which torch operations touch numbers."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tape = tape
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        if self._tape.foreign is None and func.overloadpacket not in _HARMLESS:
+            self._tape.foreign = str(func)
+        made: object = func(*args, **(kwargs or {}))
+        self._tape.keep(made)
+        return made

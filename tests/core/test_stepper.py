@@ -1,0 +1,145 @@
+"""Steps of noted kernels: to the bit what calling the model gives, for every family, whatever happens to the state."""
+
+import pytest
+import torch
+from families import FAMILIES, config_of
+from support import needs_kernels
+
+from lmx.core.model import LanguageModel
+from lmx.core.native.library import forced_path
+from lmx.core.stepper import Stepper
+from lmx.presets import build_dummy
+
+TAPED = ("mixtral", "olmoe")
+"""Families whose layers are kernels alone on a CPU."""
+
+
+def small(family: str, scheme: str | None = None, dtype: str = "bf16") -> LanguageModel:
+    torch.manual_seed(0)
+    return build_dummy(config_of(family), scheme, dtype=dtype)
+
+
+def fresh(model: LanguageModel, prompt: torch.Tensor):
+    state = model.make_state(len(prompt))
+    with torch.no_grad():
+        model(prompt, state=state)
+    return state
+
+
+def called(model: LanguageModel, ids: torch.Tensor, state) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, state=state, logits_to_keep=1).logits[:, -1]
+
+
+def ids(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, 60, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def same_states(one, other) -> bool:
+    pairs = zip(one.layers, other.layers, strict=True)
+    return one.length == other.length and all(
+        torch.equal(x, y)
+        for a, b in pairs
+        for x, y in zip(a.tensors(one.length).values(), b.tensors(one.length).values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("scheme", "dtype"), [(None, "bf16"), ("nf4", "bf16"), ("int8", "fp32")])
+def test_steps_are_calls_to_the_bit(family: str, rows: int, scheme: str | None, dtype: str) -> None:
+    model = small(family, scheme, dtype)
+    one, other = fresh(model, ids(rows, 5)), fresh(model, ids(rows, 5))
+    stepper = model.stepper(one)
+    for seed in range(9):
+        step = ids(rows, 1, seed)
+        assert torch.equal(stepper.feed(step), called(model, step, other))
+    assert same_states(one, other)
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", TAPED)
+def test_most_steps_call_kernels_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small(family, "nf4")
+    state = fresh(model, ids(1, 5))
+    stepper = model.stepper(state)
+    stepper.feed(ids(1, 1))
+    monkeypatch.setattr(type(model.decoder), "run_layers", lambda *_: pytest.fail("a layer was called"))
+    stepper.feed(ids(1, 1))
+    assert state.length == 7
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_token_of_a_text_is_no_other(family: str) -> None:
+    model = small(family)
+    one, other = model.make_state(), model.make_state()
+    stepper = model.stepper(one)
+    for seed in range(4):
+        assert torch.equal(stepper.feed(ids(1, 1, seed)), called(model, ids(1, 1, seed), other))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_a_cache_may_grow_and_be_cut(family: str) -> None:
+    model = small(family)
+    one, other = fresh(model, ids(1, 250)), fresh(model, ids(1, 250))
+    stepper = model.stepper(one)
+    for seed in range(12):  # over the 256 slots of the first buffer
+        assert torch.equal(stepper.feed(ids(1, 1, seed)), called(model, ids(1, 1, seed), other))
+    for state in (one, other):
+        state.truncate(100)
+    for seed in range(3):
+        assert torch.equal(stepper.feed(ids(1, 1, seed)), called(model, ids(1, 1, seed), other))
+
+
+@pytest.mark.parametrize("family", ["falcon_mamba", "recurrent_gemma"])
+def test_a_clone_taken_between_steps_stays_as_it_was(family: str) -> None:
+    model = small(family)
+    state = fresh(model, ids(1, 5))
+    stepper = model.stepper(state)
+    stepper.feed(ids(1, 1, 1))
+    stepper.feed(ids(1, 1, 2))
+    kept = state.clone()
+    first = stepper.feed(ids(1, 1, 3))
+    stepper.feed(ids(1, 1, 4))
+    assert torch.equal(model.stepper(kept).feed(ids(1, 1, 3)), first)
+
+
+def test_a_prompt_between_steps_changes_nothing() -> None:
+    model = small("recurrent_gemma")
+    one, other = fresh(model, ids(1, 5)), fresh(model, ids(1, 5))
+    stepper = model.stepper(one)
+    for seed in range(4):
+        assert torch.equal(stepper.feed(ids(1, 1, seed)), called(model, ids(1, 1, seed), other))
+        assert torch.equal(called(model, ids(1, 7, seed), one), called(model, ids(1, 7, seed), other))
+
+
+def test_watched_modules_are_called() -> None:
+    model = small("olmoe")
+    seen: list[int] = []
+    model.decoder.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    stepper = Stepper(model, fresh(model, ids(1, 5)))
+    seen.clear()
+    for seed in range(3):
+        stepper.feed(ids(1, 1, seed))
+    assert len(seen) == 3
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernels", ["avx2", "portable"])
+def test_other_paths_too(kernels: str) -> None:
+    with forced_path(kernels) as there:
+        if not there:
+            pytest.skip(f"this CPU has no {kernels}")
+        test_steps_are_calls_to_the_bit("olmoe", 1, "nf4", "bf16")
+
+
+def test_rows_of_different_lengths_are_called() -> None:
+    model = small("mixtral")
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    states = [model.make_state(2) for _ in range(2)]
+    with torch.no_grad():
+        for state in states:
+            model(ids(2, 3), attention_mask=mask, state=state)
+    stepper = model.stepper(states[0])
+    for seed in range(3):
+        assert torch.equal(stepper.feed(ids(2, 1, seed)), called(model, ids(2, 1, seed), states[1]))
