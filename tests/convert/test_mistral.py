@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -248,3 +250,28 @@ def test_the_hubs_own_files_win(source, tmp_path):
     shutil.copy(source / "model.safetensors", folder)
     shutil.copy(source / "config.json", folder)
     assert type(open_folder(folder)) is Checkpoint
+
+
+def peak_of(source, target, to) -> int:
+    """The most memory that a conversion takes, in a process of its own."""
+    code = "import sys, lmx; from lmx.quant.memory import peak_memory_bytes\n"
+    code += (
+        "lmx.convert(sys.argv[1], sys.argv[2], to=sys.argv[3], max_shard_bytes=20_000_000); print(peak_memory_bytes())"
+    )
+    return int(subprocess.check_output([sys.executable, "-c", code, str(source), str(target), to]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["safetensors", "pt"])
+def test_memory_stays_at_a_few_of_the_largest_tensors(form, tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_local_experts": 8, "num_hidden_layers": 6}
+    peaks = []
+    for name, changes in (("small", {}), ("large", sizes)):
+        folder = write_mistral(write_family(tmp_path / name, "mixtral", **changes), tmp_path / f"{name}-theirs", form)
+        there = peak_of(folder, tmp_path / f"{name}-hub", "hf")
+        peaks.append((there, peak_of(tmp_path / f"{name}-hub", tmp_path / f"{name}-back", "mistral")))
+    weights = sum(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors"))
+    stacked = 8 * 2048 * 512 * 2  # the experts of a layer in one tensor
+    assert weights > 16 * stacked
+    for small, large in zip(*peaks, strict=True):
+        assert large - small < 4 * stacked
