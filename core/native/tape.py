@@ -87,6 +87,11 @@ class _Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._tape = tape
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: the wrapper that torch would put around this class imports its compiler, seconds at the first step."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,

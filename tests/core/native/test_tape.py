@@ -1,5 +1,7 @@
 """Kernels noted and called again: the same numbers, from whatever lies at their addresses by then."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -38,6 +40,18 @@ def test_what_a_tape_points_to_lives_on() -> None:
         torch.full((1, 4096), torch.nan)
     tape.replay()
     assert torch.equal(out, rms_norm(x + x, weight, 1e-5))
+
+
+def test_recording_does_not_import_torchs_compiler() -> None:
+    code = """if True:
+        import sys, torch
+        from lmx.core.native.tape import recording
+        with recording() as tape:
+            torch.empty(6).view(2, 3)
+        assert tape.foreign is None
+        sys.exit("torch._dynamo" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("foreign", [torch.neg, lambda x: x + 1, lambda x: x.t().contiguous(), lambda x: x.copy_(x)])
