@@ -82,18 +82,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--folder", type=Path, default=Path(), help="where the GGUF files are or will be written")
     parser.add_argument("--llama-python", default=sys.executable, help="the Python that has llama-cpp-python")
+    parser.add_argument("--shallow", action="store_true", help=f"leave out {DEEP}, which takes most of the time")
     parser.add_argument("--without", nargs="*", choices=("llama.cpp", "transformers"), default=[])
     return parser.parse_args()
 
 
 def _round(name: str, model: Model, options: argparse.Namespace, figures: Figures) -> None:
-    for test in model.lmx:
+    for test in _chosen(model.lmx, options):
         _time_lmx(model, test, options.threads, figures)
     if model.llama_cpp and "llama.cpp" not in options.without:
         path = _gguf(name, options)
         answer = _run(
             [options.llama_python, str(PEERS / "llama_cpp_runner.py"), str(path), str(options.threads)],
-            ",".join(model.llama_cpp),
+            ",".join(_chosen(model.llama_cpp, options)),
         )
         for test, speed in answer.items():
             figures.add("llama.cpp Q4_0", test, speed)
@@ -105,6 +106,10 @@ def _round(name: str, model: Model, options: argparse.Namespace, figures: Figure
             answer = _run(runner, ",".join(model.transformers))
         for test, speed in answer.items():
             figures.add("transformers + bitsandbytes NF4", test, speed)
+
+
+def _chosen(tests: tuple[str, ...], options: argparse.Namespace) -> list[str]:
+    return [test for test in tests if not (options.shallow and test == DEEP)]
 
 
 def _time_lmx(model: Model, test: str, threads: int, figures: Figures) -> None:
@@ -127,7 +132,8 @@ def _time_lmx(model: Model, test: str, threads: int, figures: Figures) -> None:
     figures.add("lmx", test, result["tokens_per_second_mean"])
     share = result["flops_utilization"] if kind.startswith("pp") else result["bandwidth_utilization"]
     figures.shares.setdefault(test, []).append(share)
-    figures.bytes_per_token[test] = result["bytes_per_token"]
+    if result["bytes_per_token"] is not None:  # a prompt's is not told
+        figures.bytes_per_token[test] = result["bytes_per_token"]
     figures.peak_memory.append(result["peak_memory_bytes"])
 
 

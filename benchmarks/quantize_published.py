@@ -3,11 +3,14 @@
     python benchmarks/quantize_published.py --dir /somewhere/with/30GB [--double-quant] [--cold]
     python benchmarks/quantize_published.py --dir DIR --config config.json --layers 2
 
+LMX_KERNELS=torch in the environment measures the same without the CPU's kernels.
+
 Mixtral-8x7B unless a `config.json` says otherwise. The 93 GB of its source need not exist: it is one file of random
 bfloat16 numbers, mapped as a checkpoint is, and every fifth tensor of the same shape is the same part of it. So
 pages are touched, counted and let go as with the real files. With --cold the file's pages are also dropped from the
 cache after each use, and each matrix is read from the disk anew.
-The output is a real one, synced; it is removed at the end unless --keep is given.
+The output is a real one, synced; it is removed at the end unless --keep is given. Before and after, as many bytes as it
+takes (4 GB at most) are written to the same disk and synced: a quantizer can be no faster than that.
 """
 
 import argparse
@@ -27,6 +30,7 @@ import torch
 from lmx.core.jsonfile import JSON, read_json
 from lmx.core.loader import build, hub_shapes
 from lmx.core.mapped import Advice, FileMap
+from lmx.core.native.library import kernel_path
 from lmx.core.registry import family_of
 from lmx.core.safetensors_file import TensorInfo
 from lmx.quant.quantize import Options, predict, quantize
@@ -116,9 +120,24 @@ def _write_random(out: BinaryIO, elements: int) -> None:
         out.write(piece.bfloat16().view(torch.uint8).numpy().data)
 
 
+def disk_speed(file: Path, nbytes: int) -> float:
+    """Million bytes a second of writing a file of random bytes and syncing it, as dd conv=fsync does."""
+    piece, nbytes = os.urandom(1 << 24), min(nbytes, 4_000_000_000)
+    start = time.perf_counter()
+    try:
+        with file.open("wb", buffering=0) as out:
+            for at in range(0, nbytes, len(piece)):
+                out.write(piece[: nbytes - at])
+            os.fsync(out.fileno())
+        return nbytes / 1e6 / (time.perf_counter() - start)
+    finally:
+        file.unlink(missing_ok=True)
+
+
 def run(source: RepeatedSource, target: Path, spec: QuantSpec, options: Options) -> dict[str, object]:
     """Predict, quantize and measure."""
     predicted = predict(source, target, spec, options)
+    disk = [disk_speed(target.with_name("plain.bin"), predicted.output_bytes)]
     start = shown = time.perf_counter()
     cpu = time.process_time()
     for event in quantize(source, target, spec, options):
@@ -127,7 +146,8 @@ def run(source: RepeatedSource, target: Path, spec: QuantSpec, options: Options)
             print(f"{event.parameters / 1e9:6.2f} of {event.total / 1e9:.2f} billion parameters", flush=True)
         elif isinstance(event, Finished):
             report = event.report
-    seconds = time.perf_counter() - start
+    seconds, used = time.perf_counter() - start, time.process_time() - cpu
+    disk.append(disk_speed(target.with_name("plain.bin"), predicted.output_bytes))
     return {
         "model_type": source.config["model_type"],
         "scheme": spec.scheme,
@@ -142,9 +162,12 @@ def run(source: RepeatedSource, target: Path, spec: QuantSpec, options: Options)
         "peak_memory_bytes": report.peak_memory_bytes,
         "predicted_peak_memory_bytes": predicted.peak_memory_bytes,
         "seconds": round(seconds, 1),
-        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "cpu_seconds": round(used, 1),
         "million_parameters_per_second": round(report.parameters / seconds / 1e6, 1),
+        "million_bytes_per_second": round(report.output_bytes / seconds / 1e6),
+        "disk_million_bytes_per_second": [round(speed) for speed in disk],
         "threads": torch.get_num_threads(),
+        "kernels": kernel_path(),
     }
 
 

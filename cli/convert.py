@@ -24,11 +24,14 @@ def register(app: typer.Typer) -> None:
 
 
 def convert_command(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's folder, a GGUF, or a hub id.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A checkpoint's folder (of any layout), a GGUF, or a hub id.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The new folder; or file, NAME.gguf.")],
     *,
     to: Annotated[
-        Format | None, typer.Option(help="The format. Without it: gguf where DST ends in .gguf, else hf.")
+        Format | None,
+        typer.Option(help="The format; mistral of a Mixtral. Without it: gguf where DST ends in .gguf, else hf."),
     ] = None,
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32", "q8_0", "q4_0"] | None,
@@ -47,7 +50,7 @@ def convert_command(
     revision: Annotated[str | None, typer.Option(help="A hub model's branch, tag or commit.")] = None,
     common: CommonOptions,
 ) -> None:
-    """Write a model as a plain checkpoint in the Hugging Face layout, or as a GGUF. A quantized one is dequantized.
+    """Write a model in the Hugging Face layout, as a GGUF, or in Mistral's own files. A quantized one is dequantized.
 
     A run that was stopped goes on where it stopped when the same command is given again.
     """
@@ -58,10 +61,12 @@ def convert_command(
         watch = pull_watcher(common.quiet)
         steps = convert_events(source, job, revision=revision, offline=offline, watch=watch)
         finished = _watch(steps, Finished, may_animate() and not common.quiet)
+    if finished.read_as is not None:
+        note(f"{source}: read as {finished.read_as}", quiet=common.quiet)
     size = f"{human_count(finished.parameters)} parameters in {human_bytes(finished.output_bytes)}"
     note(f"{target}: {size}{' (predicted)' * dry_run}", quiet=common.quiet)
     facts: dict[str, object] = {"source": source, "output": str(target), "parameters": finished.parameters}
-    facts["output_bytes"] = finished.output_bytes
+    facts |= {"output_bytes": finished.output_bytes, "read_as": finished.read_as}
     failures: tuple[str, ...] = ()
     if verify and not dry_run:
         from lmx.verification import Verification, describe, verify_conversion

@@ -80,36 +80,44 @@ def _watch_bars(events: Iterator[Event]) -> Pulled:
 
 
 class _Drawing:
-    """The bars of one pull."""
+    """The bars of one pull. They begin with what an earlier run left, so that it does not count as speed."""
 
     def __init__(self, bars: "Progress", plan: Planned) -> None:
         self._bars = bars
         self._sizes = {file.name: file.size for file in plan.missing}
         self._done = dict.fromkeys(self._sizes, 0)
+        self._resumed = dict.fromkeys(self._sizes, 0)
+        self._elsewhere: set[str] = set()
         self._tasks: dict[str, TaskID] = {}
-        self._whole = bars.add_task("all files", total=sum(self._sizes.values()))
+        total = sum(self._sizes.values())
+        self._begun = total - plan.missing_bytes
+        self._whole = bars.add_task("all files", total=total, completed=self._begun)
 
     def show(self, event: Event) -> None:
         if isinstance(event, Arrived):
-            self._done[event.name] = event.done
-            self._bars.update(self._task(event.name), completed=event.done, description=_shortened(event.name))
+            was_here = event.name not in self._elsewhere
+            self._done[event.name], self._resumed[event.name] = event.done, event.resumed * was_here
+            task = self._task(event.name, event.resumed)
+            self._bars.update(task, completed=event.done, description=_shortened(event.name))
         elif isinstance(event, Installed):
-            self._done[event.name] = self._sizes.get(event.name, 0)
             if event.name in self._tasks:
                 self._bars.remove_task(self._tasks.pop(event.name))
         elif isinstance(event, Checking):
             self._say(event.name, "checking")
         elif isinstance(event, Waiting):
+            self._elsewhere.add(event.name)
             self._say(event.name, "another process fetches it")
         elif isinstance(event, Restarted):
+            self._begun -= self._resumed.get(event.name, 0)
             self._say(event.name, "was damaged, begins anew")
         elif isinstance(event, Retrying):
             self._say(event.name, f"{event.reason}, again in {event.seconds:.0f} s")
-        self._bars.update(self._whole, completed=sum(self._done.values()))
+        fetched = sum(self._done.values()) - sum(self._resumed.values())
+        self._bars.update(self._whole, completed=self._begun + fetched)
 
-    def _task(self, name: str) -> "TaskID":
+    def _task(self, name: str, resumed: int = 0) -> "TaskID":
         if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(_shortened(name), total=self._sizes.get(name))
+            self._tasks[name] = self._bars.add_task(_shortened(name), total=self._sizes.get(name), completed=resumed)
         return self._tasks[name]
 
     def _say(self, name: str, what: str) -> None:

@@ -98,4 +98,6 @@ def _rows(facts: "Description") -> list[tuple[str, str]]:
         ("license", facts.license),
         ("kernels", facts.kernels),
     ]
+    if facts.read_as is not None:
+        rows.insert(1, ("read as", facts.read_as))
     return [(name, safe_line(value)) for name, value in rows]

@@ -16,6 +16,7 @@ from lmx.core.errors import InputError
 from lmx.core.files import is_plain_name, quoted
 
 SECOND_COPY = "another copy of the weights"
+WHICH_COPY = "weights of which one must be named, by --include"
 NOT_NEEDED = "not needed to run"
 NOT_ASKED = "left out by --include or --exclude"
 
@@ -29,6 +30,7 @@ _OTHER_TOKENIZERS = ("tokenizer.model*", "*.tiktoken", "vocab.json", "merges.txt
 _BOOKKEEPING = (".cache", ".huggingface")
 _OWN_CONFIG = ("params.json", "config.yaml")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_SPLIT_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf")
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|ot|npz|tflite|mlmodel|pdparams|llamafile)"
     r"|.*\.(safetensors|bin|h5|msgpack)\.index(\.[a-z0-9]+)?\.json",
@@ -74,9 +76,10 @@ def choose(files: Sequence[RemoteFile], include: Sequence[str] = (), exclude: Se
     """
     needed = set(_matching(files, include) if include else _needed([file.name for file in files]))
     chosen = needed - set(_matching(files, exclude))
-    if (include or exclude) and not chosen:
+    if not chosen:
         patterns = ", ".join(map(quoted, (*include, *exclude)))
-        raise InputError(f"no file of the repository is left by {patterns}", "see what it holds with --dry-run")
+        why = f"is left by {patterns}" if patterns else "is one that a run needs"
+        raise InputError(f"no file of the repository {why}", "see its files on the hub, and name some by --include")
     for name in chosen:
         if not all(map(is_plain_name, name.split("/"))):
             raise InputError(f"{quoted(name)} is a name that not every disk can hold", "leave it out with --exclude")
@@ -84,11 +87,12 @@ def choose(files: Sequence[RemoteFile], include: Sequence[str] = (), exclude: Se
             raise InputError(f"{quoted(name)} would lie among the notes of a pull", "leave it out with --exclude")
     taken = tuple(sorted((file for file in files if file.name in chosen), key=lambda file: (file.size, file.name)))
     others = [file for file in files if file.name not in chosen]
+    other_weights = SECOND_COPY if any(_is_weights(name) for name in needed) else WHICH_COPY
 
     def reason(file: RemoteFile) -> str:
         if include or file.name in needed:
             return NOT_ASKED
-        return SECOND_COPY if _is_weights(file.name) else NOT_NEEDED
+        return other_weights if _is_weights(file.name) else NOT_NEEDED
 
     return Choice(taken, _grouped(others, reason))
 
@@ -125,11 +129,11 @@ def _one_copy(top: Sequence[str]) -> set[str]:
     for found in candidates:
         if any(not name.endswith(".json") for name in found):
             return found
-    # The publisher's own: one file of a kind may be it; of several nobody knows which
+    # The publisher's own: one file of a kind may be it, or one GGUF in parts; of several nobody knows which
     for suffix in ("pt", "pth", "bin", "gguf"):
         found = matching(f"*.{suffix}") - {"training_args.bin"}
         if found:
-            return found if len(found) == 1 else set()
+            return found if len({_SPLIT_GGUF.sub("", name) for name in found}) == 1 else set()
     return set()
 
 

@@ -15,8 +15,9 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The output has its name."""
+    """The output has its name. read_as: what a source in a layout of its makers was taken for, and by which files."""
 
     output: Path
     parameters: int
     output_bytes: int
+    read_as: str | None = None

@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -30,7 +30,7 @@ _REDIRECTS = 5
 _REDIRECT_BYTES = 1 << 16
 _REDIRECT_CODES = (301, 302, 303, 307, 308)
 _RETRIED_CODES = (408, 416, 425, 429)
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
 
 
 class UnluckyError(Exception):
@@ -182,8 +182,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     text = headers.get("retry-after", "").strip()
     if text.isascii() and text.isdigit():
         return float(text[:9])
-    date = email.utils.parsedate_tz(text)
-    return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+    with suppress(ValueError, OverflowError, TypeError, IndexError):  # a date that is none
+        date = email.utils.parsedate_tz(text)
+        return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+    return None
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -204,7 +206,8 @@ def _transport_errors() -> Iterator[None]:
 
 def _silence_logs() -> None:
     """Let nothing be logged in the threads that fetch: the HTTP library logs addresses, and those are signed."""
-    for name in list(logging.root.manager.loggerDict):
+    coming = {f"{library}.{part}" for library in ("httpcore", "httpcore2") for part in _LOGGED_PARTS}
+    for name in {*_TALKATIVE, *coming, *logging.root.manager.loggerDict}:
         if name.partition(".")[0] in _TALKATIVE:
             logger = logging.getLogger(name)
             logger.removeFilter(_outside)
@@ -212,6 +215,8 @@ def _silence_logs() -> None:
 
 
 _TALKATIVE = ("httpx", "httpcore", "httpx2", "httpcore2", "huggingface_hub")
+# Loggers that some of them make only once they are needed
+_LOGGED_PARTS = ("connection", "http11", "http2", "proxy", "socks")
 
 
 def _outside(_record: logging.LogRecord) -> bool:

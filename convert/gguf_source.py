@@ -88,7 +88,7 @@ class GGUFCheckpoint(Checkpoint):
             InputError: it is damaged, hostile, of another architecture or in a type that lmx does not read.
 
         """
-        opened = [_open(path) for path in _split_paths(folder)]
+        opened = [_open(path) for path in split_paths(folder)]
         metadata = opened[0].header.metadata
         where = quoted(str(folder))
         _check_splits(opened, where)
@@ -204,7 +204,8 @@ def split_siblings(names: set[str]) -> set[str]:
     return {name for name in names if not (match := _SPLIT.fullmatch(name)) or int(match[2]) == 1}
 
 
-def _split_paths(path: Path) -> list[Path]:
+def split_paths(path: Path) -> list[Path]:
+    """All files of a GGUF whose first one is `path`, by its name."""
     match = _SPLIT.fullmatch(path.name)
     if match is None or not 1 <= int(match[3]) <= _MAX_SPLITS:
         return [path]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lmx.convert.gguf_names import Change
 from lmx.convert.gguf_types import dequantize
+from lmx.convert.rotary import pair_channels, unpair_channels
 from lmx.core.errors import InputError
 from lmx.core.mapped import FileMap
 
@@ -35,8 +36,7 @@ def undo(x: Tensor, change: Change, heads: int, what: str) -> Tensor:
     """From a GGUF's numbers to the hub's."""
     match change:
         case Change.QUERY_PAIRS | Change.KEY_PAIRS:
-            pairs = x.view(heads, -1, 2, x.shape[1])  # [heads, pairs, 2, in]
-            return pairs.transpose(1, 2).reshape(x.shape)
+            return unpair_channels(x, heads)
         case Change.DECAY:
             if not (x < 0).all():
                 raise InputError(
@@ -53,8 +53,7 @@ def apply(x: Tensor, change: Change, heads: int) -> Tensor:
     """From the hub's numbers to a GGUF's."""
     match change:
         case Change.QUERY_PAIRS | Change.KEY_PAIRS:
-            halves = x.view(heads, 2, -1, x.shape[1])  # [heads, 2, pairs, in]
-            return halves.transpose(1, 2).reshape(x.shape)
+            return pair_channels(x, heads)
         case Change.DECAY:
             return x.float().exp().neg()
         case Change.CONVOLUTION:

@@ -70,12 +70,20 @@ class Wish:
         token: str | None = None,
         local_dir: str | Path | None = None,
     ) -> "Wish":
-        """A wish by the names that users give. Raises UsageError for a `repo` that is no hub id."""
+        """A wish by the names that users give. Raises UsageError for a `repo` that is no hub id, and for odd tokens."""
         hub_id = HubId.parse(repo, revision)
         if hub_id is None:
             raise UsageError(f"{quoted(repo)} is no model of the hub", "give ORG/NAME or ORG/NAME@REVISION")
         folder = None if local_dir is None else Path(local_dir).expanduser()
-        return cls(hub_id, tuple(include), tuple(exclude), token, folder)
+        return cls(hub_id, tuple(include), tuple(exclude), _checked_token(token), folder)
+
+
+def _checked_token(token: str | None) -> str | None:
+    """A token that a header can hold; an empty one, as of an unset variable, is none. Raises UsageError."""
+    token = (token or "").strip()
+    if not token.isascii() or not token.isprintable():
+        raise UsageError("--token: that is no token: it holds characters that none has", "copy it again from the hub")
+    return token or None
 
 
 def is_offline() -> bool:
@@ -137,11 +145,20 @@ def check_online(hub_id: HubId, offline: bool) -> None:
 def is_complete(folder: Path) -> bool:
     """Whether a cached snapshot has all that a run needs; the cache keeps what other tools fetched of a model, too."""
     if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
-        return False
+        return _holds_gguf(folder)
     if any((folder / name).is_file() for name in (SINGLE, SINGLE_BIN)):
         return True
     index = next((folder / name for name in (INDEX, INDEX_BIN) if (folder / name).is_file()), None)
-    return index is not None and _has_shards(folder, index)
+    return _has_shards(folder, index) if index is not None else _holds_gguf(folder)
+
+
+def _holds_gguf(folder: Path) -> bool:
+    if not any(folder.glob("*.gguf")):
+        return False
+    from lmx.convert.gguf_source import find_gguf, split_paths
+
+    gguf = find_gguf(folder)
+    return gguf is not None and all(path.is_file() for path in split_paths(gguf))
 
 
 def _has_shards(folder: Path, index: Path) -> bool:
@@ -167,12 +184,20 @@ def _folder(path: Path) -> Path:
 
 
 def _cached(hub_id: HubId) -> Path | None:
-    """The snapshot's folder in the cache, which may lack files; None if not even the config is there for us to read."""
-    from huggingface_hub import try_to_load_from_cache
+    """The snapshot's folder in the cache, which may lack files; None if it is not there for us to read.
 
-    with suppress(OSError):
-        config = try_to_load_from_cache(hub_id.repo, "config.json", revision=hub_id.revision)
-        return Path(config).parent if isinstance(config, str) else None
+    The layout is told in `lmx.convert.places`.
+    """
+    from huggingface_hub import constants
+
+    repo = Path(constants.HF_HUB_CACHE).expanduser() / "--".join(("models", *hub_id.repo.split("/")))
+    commit = hub_id.revision or "main"
+    with suppress(OSError, ValueError):
+        ref = repo / "refs" / commit
+        if ref.is_file():
+            commit = ref.read_text("utf-8").strip()
+        folder = repo / "snapshots" / commit
+        return folder if re.fullmatch(r"[0-9a-f]{40}", commit) and folder.is_dir() else None
     return None
 
 

@@ -69,13 +69,17 @@ class PickleCheckpoint(Checkpoint):
             InputError: there are no such weights, or they are damaged, hostile or in a form that lmx does not read.
 
         """
-        weight_map = read_index(folder / INDEX_BIN, ".bin") if _is_sharded(folder) else None
-        paths = [folder / name for name in sorted(set(weight_map.values()) if weight_map else [_single(folder)])]
-        checkpoint = cls(folder, _open_files(paths))
+        weight_map = _weight_map(folder)
+        checkpoint = cls.of_files(folder, _paths(folder, weight_map))
         if weight_map is not None:
             check_index(folder / INDEX_BIN, weight_map, checkpoint.infos)
         checkpoint._leave_tied_head_out()
         return checkpoint
+
+    @classmethod
+    def of_files(cls, folder: Path, paths: Sequence[Path]) -> Self:
+        """Open these files as they are, whatever config they belong to. Raises as `open`."""
+        return cls(folder, _open_files(paths))
 
     def tensor(self, name: str) -> "torch.Tensor":
         """A tensor by name: a view of the mapped file where it is dense and aligned, else a dense copy."""
@@ -107,6 +111,19 @@ def holds_pickles_only(folder: Path) -> bool:
     ):
         return False
     return bool({SINGLE_BIN, INDEX_BIN} & names or _candidates(names))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The pickles that `PickleCheckpoint.open` takes. Raises InputError where there are none, or too many."""
+    return _paths(folder, _weight_map(folder))
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    return read_index(folder / INDEX_BIN, ".bin") if _is_sharded(folder) else None
+
+
+def _paths(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
+    return [folder / name for name in (sorted(set(weight_map.values())) if weight_map else [_single(folder)])]
 
 
 def _is_same(info: TensorInfo, head: TensorInfo) -> bool:

@@ -78,8 +78,8 @@ def write_plain(source: Source, target: Path, options: Options = Options()) -> I
     targets = _targets(source, options.dtype)
     shards = plan_shards(([(item.slot,)] for item in targets.values()), options.max_shard_bytes)
     total = sum(prod(item.slot.shape) for item in targets.values())
-    with open_output(target, _job(source, options, shards), force=options.force) as output:
-        _check_room(output, shards)
+    with open_output(target, job_identity("plain", source, options, shards), force=options.force) as output:
+        check_room(output, shards)
         done = 0
         for shard in shards:
             if shard.name in output.finished:
@@ -126,7 +126,7 @@ def _write(source: Source, item: _Target, file: ShardWriter) -> None:
     for stored, wanted in item.parts:
         weight = stored.of(source.tensor(stored.hub))
         value = (weight.t() if wanted.transposed else weight).to(dtype)
-        _check_finite(value, weight, stored.hub)
+        check_finite(value, weight, stored.hub)
         first = 0 if wanted.rows is None else wanted.rows.start * item.slot.shape[-1]
         file.write(item.slot.name, value, first * ITEM_SIZES[item.slot.dtype])
         if stored.rows is None:  # else its neighbours in the same tensor come next
@@ -135,7 +135,8 @@ def _write(source: Source, item: _Target, file: ShardWriter) -> None:
         source.advise(hub, Advice.DONT_NEED)
 
 
-def _check_finite(value: Tensor, weight: Tensor, name: str) -> None:
+def check_finite(value: Tensor, weight: Tensor, name: str) -> None:
+    """Raise InputError where a weight is NaN or infinity, or became so in its new dtype. name: what errors call it."""
     if value.isfinite().all():
         return
     if weight.isfinite().all():
@@ -151,20 +152,26 @@ def _add_small_files(output: OutputFolder, source: Source, shards: tuple[Shard, 
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         config = {**config, key: str(options.dtype).removeprefix("torch.")}
     output.add("config.json", (json.dumps(config, indent=2) + "\n").encode())
+    add_companions(output, options)
+
+
+def add_companions(output: OutputFolder, options: Options) -> None:
+    """Copy the files that stand beside the weights."""
     for path in options.companions:
         output.add(path.name, read_bounded(path, _COMPANION_LIMIT_BYTES))
 
 
-def _job(source: Source, options: Options, shards: tuple[Shard, ...]) -> str:
-    """What must be the same for a half-made output to be continued: source, options, and every header."""
+def job_identity(form: str, source: Source, options: Options, shards: tuple[Shard, ...]) -> str:
+    """What must be the same for a half-made output to be continued: format, source, options, and every header."""
     stats = [(str(path), path.stat()) for path in source.files]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     headers = [hashlib.sha256(shard.header).hexdigest() for shard in shards]
-    identity = ["plain", _FORMAT, str(options.dtype), source.label, files, source.config, headers]
+    identity = [form, _FORMAT, str(options.dtype), source.label, files, source.config, headers]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _check_room(output: OutputFolder, shards: tuple[Shard, ...]) -> None:
+def check_room(output: OutputFolder, shards: tuple[Shard, ...]) -> None:
+    """Raise ResourceError where the disk has no room for what is yet to be written."""
     needed = sum(shard.size for shard in shards if shard.name not in output.finished)
     free = output.free_bytes()
     if needed > free:

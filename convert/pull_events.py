@@ -33,11 +33,12 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """So much of a file is here."""
+    """So much of a file is here; `resumed` of it since an earlier run."""
 
     name: str
     done: int
     size: int
+    resumed: int
 
 
 @dataclass(frozen=True, slots=True)

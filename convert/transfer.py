@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from queue import Empty, SimpleQueue
 
 from lmx.convert.fetch import THREAD_PREFIX, HubFiles, UnluckyError
@@ -36,7 +36,7 @@ class _Job:
         self.part: PartFile | None = None
         self.queue: deque[int] = deque()
         self.pieces_left = 0
-        self.done = 0
+        self.done = self.resumed = 0
         self.whole_answers = 0
         self.is_told = False
         self.as_a_whole = threading.Lock()
@@ -94,17 +94,17 @@ class Transfer:
             raise self._failure
 
     def _news(self, shown: dict[str, int], seconds: float) -> Iterator[FileEvent]:
-        """What has happened, waiting so long for something to; then how far each file is."""
-        try:
-            yield self._events.get(timeout=seconds) if seconds else self._events.get_nowait()
+        """How far each file is, after waiting so long for something to happen; then what has happened."""
+        happened: list[FileEvent] = []
+        with suppress(Empty):
+            happened.append(self._events.get(timeout=seconds) if seconds else self._events.get_nowait())
             while True:
-                yield self._events.get_nowait()
-        except Empty:
-            pass
+                happened.append(self._events.get_nowait())
         for job in self._jobs:
             if job.done != shown.get(job.name, 0):
                 shown[job.name] = job.done
-                yield Arrived(job.name, job.done, job.file.size)
+                yield Arrived(job.name, job.done, job.file.size, job.resumed)
+        yield from happened
 
     def _go_on(self) -> bool:
         return not self._stop.is_set()
@@ -165,12 +165,14 @@ class Transfer:
         """See what is there of a file; whether anything is left to do."""
         if job.part is None:
             if all(map(self._place.has, job.files)) or is_whole(self._place, job.file):
+                job.resumed = job.file.size
                 self._put(job)
                 return False
             job.part = PartFile.open(self._place.parts, job.file)
             job.resources.callback(job.part.close)
         job.queue = deque(job.part.missing)
         job.pieces_left, job.done = len(job.queue), job.part.resumed_bytes
+        job.resumed = job.part.resumed_bytes
         return True
 
     def _fetch(self, job: _Job, part: PartFile, piece: int) -> bool:
@@ -282,8 +284,9 @@ class Transfer:
         for file in job.files:
             if not self._place.has(file):
                 self._place.put(file)
-            self._events.put(Installed(file.name))
         job.done = job.file.size
+        for file in job.files:
+            self._events.put(Installed(file.name))
         job.resources.close()
 
 

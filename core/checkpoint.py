@@ -125,6 +125,11 @@ class Checkpoint:
         return cls(folder, (open_safetensors(folder / _only_weights(folder, names)),))
 
     @property
+    def home(self) -> Path:
+        """The folder that the user knows; `folder` is another one where the configs had to be made."""
+        return self.folder
+
+    @property
     def label(self) -> str:
         """The folder's path."""
         return str(self.folder)

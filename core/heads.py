@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lmx.core.config import ModelConfig
 from lmx.core.errors import UsageError
 from lmx.core.layers.linear import linear
+from lmx.core.native.griffin import can_cap, soft_cap
 
 HeadKind = Literal["causal", "none", "sequence", "token"]
 HEAD_KINDS: tuple[HeadKind, ...] = ("causal", "none", "sequence", "token")
@@ -33,6 +34,8 @@ class CausalHead(nn.Module):
         """Logits squashed to (-soft_cap, soft_cap), where the config has one."""
         if self.soft_cap is None:
             return logits
+        if can_cap(logits):
+            return soft_cap(logits, self.soft_cap)
         return torch.tanh(logits / self.soft_cap) * self.soft_cap
 
     def reset_parameters(self, std: float) -> None:

@@ -1,23 +1,25 @@
 """Weight names as a table: how a checkpoint on the hub calls a tensor, and how our modules do.
 
 `{}` stands for a number: a layer, an expert. Every tensor of the file must be in the table and every weight of the
-model must be found exactly once; what does not fit is an error that names the tensor.
+model must be found exactly once; what does not fit is an error that names the tensor. Imports no torch.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lmx.core.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,5})(?=\.|$)")
 
 
-def _skeleton(name: str) -> tuple[str, tuple[int, ...]]:
+def split_numbers(name: str) -> tuple[str, tuple[int, ...]]:
     """`layers.3.experts.7.w` -> (`layers.{}.experts.{}.w`, (3, 7))."""
     return _NUMBER.sub("{}", name), tuple(int(number) for number in _NUMBER.findall(name))
 
@@ -94,7 +96,7 @@ class Piece:
         """The same cut of a tensor by another name."""
         return replace(self, hub=hub)
 
-    def of(self, tensor: Tensor) -> Tensor:
+    def of(self, tensor: "Tensor") -> "Tensor":
         """The weight as a view of the file's tensor."""
         if self.rows is None:
             return tensor
@@ -146,7 +148,7 @@ class NameTable:
 
         Raises InputError for an unknown name and for a shape that cannot be.
         """
-        skeleton, indices = _skeleton(hub)
+        skeleton, indices = split_numbers(hub)
         rule = self._by_hub.get(skeleton)
         if rule is None:
             if skeleton in self._ignored:
@@ -156,7 +158,7 @@ class NameTable:
 
     def hub_name(self, ours: str) -> str:
         """What the hub's checkpoints call the tensor that holds one of our weights."""
-        skeleton, indices = _skeleton(ours)
+        skeleton, indices = split_numbers(ours)
         for rule in self.rules:
             if isinstance(rule, Rename) and rule.ours == skeleton:
                 return rule.hub.format(*indices)
@@ -169,7 +171,7 @@ class NameTable:
 
         Differs from `hub_name` where the canonical file stacks experts: quantized files hold each by itself.
         """
-        skeleton, indices = _skeleton(ours)
+        skeleton, indices = split_numbers(ours)
         for rule in self.rules:
             if isinstance(rule, Rename) and rule.ours == skeleton:
                 return rule.hub.format(*indices)
@@ -183,7 +185,7 @@ class NameTable:
                 first.setdefault(ours, rule)
         grouped: dict[Rule, dict[tuple[int, ...], Shape]] = {}
         for name, shape in wanted.items():
-            skeleton, indices = _skeleton(name)
+            skeleton, indices = split_numbers(name)
             rule = first[skeleton]
             if isinstance(rule, Rename) or rule.ours[0] == skeleton:
                 grouped.setdefault(rule, {})[indices] = shape

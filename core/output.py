@@ -21,6 +21,7 @@ from lmx.core.jsonfile import JSON
 from lmx.core.shards import Shard, ShardWriter
 
 _LOCK, _JOURNAL, _OUT, _OLD = ".lock", "journal.jsonl", "out", "old"
+_CONFIGS = ("config.json", "params.json")  # one of these makes a folder a checkpoint
 SINGLE_FILE_SUFFIX = ".gguf"
 """A target of such a name is one file, not a folder."""
 
@@ -129,7 +130,8 @@ def check_target(target: Path, *, force: bool) -> None:
     if is_single_file(target):
         replaced = target.is_file()
     else:
-        replaced = target.is_dir() and ((target / "config.json").exists() or not any(target.iterdir()))
+        configs = [target / name for name in _CONFIGS]
+        replaced = target.is_dir() and (any(path.exists() for path in configs) or not any(target.iterdir()))
     if not replaced:
         kind = "file" if is_single_file(target) else "checkpoint folder"
         raise ConflictError(f"{quoted(str(target))} is no {kind}, and is not replaced", "choose another name")

@@ -71,9 +71,9 @@ def plan_shards(groups: Iterable[Sequence[Unit]], max_bytes: int = DEFAULT_SHARD
     """
     files = list(_deal(groups, max_bytes))
     if len(files) == 1:
-        return (_make_shard(SINGLE, files[0]),)
+        return (make_shard(SINGLE, files[0]),)
     names = (f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1))
-    return tuple(_make_shard(name, units) for name, units in zip(names, files, strict=True))
+    return tuple(make_shard(name, units) for name, units in zip(names, files, strict=True))
 
 
 def _deal(groups: Iterable[Sequence[Unit]], max_bytes: int) -> Iterator[list[Unit]]:
@@ -96,7 +96,8 @@ def _nbytes(units: Iterable[Unit]) -> int:
     return sum(slot.nbytes for unit in units for slot in unit)
 
 
-def _make_shard(name: str, units: Sequence[Unit]) -> Shard:
+def make_shard(name: str, units: Sequence[Unit]) -> Shard:
+    """One file of these tensors, in the order that alignment wants."""
     slots = sorted((slot for unit in units for slot in unit), key=_alignment_rank)  # stable
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts: dict[str, int] = {}

@@ -39,7 +39,8 @@ class Stepper:
         self._model = model
         self._state = state
         self._noted: _Noted | None = None
-        self._may_note = _can_note(model)
+        # The first step may compute what layers keep of their weights, and so is not kernels alone.
+        self._tries = 2 if _can_note(model) else 0
 
     # no_grad rather than inference_mode: a state that grew in inference mode could not be continued outside of it.
     @torch.no_grad()
@@ -47,7 +48,7 @@ class Stepper:
         """Advance the state by one token a row: input_ids [rows, 1] -> logits [rows, vocab]."""
         state, head = self._state, self._model.head
         # The first token of a text may be special to a layer; and rows of different lengths are.
-        if not (self._may_note and state.length and state.lengths is None and isinstance(head, CausalHead)):
+        if not (self._tries and state.length and state.lengths is None and isinstance(head, CausalHead)):
             output = self._model(input_ids=input_ids, state=state, logits_to_keep=1, output_router_logits=False)
             return output.logits[:, -1]
         decoder = self._model.decoder
@@ -74,7 +75,7 @@ class Stepper:
             out = decoder.run_layers(x, call, self._state)
         whole = tape.foreign is None and self._places() == places
         self._noted = _Noted(tape, call, x, out, places) if whole else None
-        self._may_note = whole
+        self._tries = 2 if whole else self._tries - 1
         return out
 
     def _places(self) -> tuple[int, ...]:

@@ -7,17 +7,13 @@ a list or made up, every answer is written in the grammar files. Lines and names
 import random
 import re
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from demo_grammar import Grammar, made_up_name, normalise, slip
+
 DATA = Path(__file__).parent / "demo"
 KINDS = {"command": 0.37, "fact": 0.25, "talk": 0.1, "sum": 0.14, "unknown": 0.14}
-
-
-def normalise(text: str) -> str:
-    """What makes two lines the same: letters, digits and signs of arithmetic, without case and spacing."""
-    return " ".join(re.findall(r"[\w+*/=-]+", text.lower()))
 
 
 def load(name: str) -> dict:
@@ -50,65 +46,6 @@ class Dialogue:
         return messages
 
 
-class Grammar:
-    """Random sentences: `(a|b|)` is a choice, `{slot}` a choice among the slot's phrases, `,?` a comma or none."""
-
-    def __init__(self, rng: random.Random, sounds: dict) -> None:
-        self.rng = rng
-        self.slots: dict[str, list[str] | Callable[[], str]] = {
-            "number": lambda: str(rng.randint(0, 100)),
-            "large": lambda: str(rng.randint(100, 9999)),
-            "nonsense": lambda: made_up_word(rng, sounds),
-            "plus": ["+", "+", "plus", "and", "added to"],
-            "tight": ["+", " +", "+ "],
-        }
-
-    def expand(self, pattern: str, **values: str) -> str:
-        """One sentence of the pattern; values fill slots as they are."""
-        text = pattern
-        while found := re.search(r"\(([^()]*)\)|\{(\w+)\}", text):
-            if found[1] is not None:
-                piece = self.rng.choice(found[1].split("|"))
-            elif found[2] in values:
-                piece = "\0" + found[2] + "\0"  # put in last, so that nothing in a value is read as grammar
-            else:
-                slot = self.slots[found[2]]
-                piece = slot() if callable(slot) else self.rng.choice(slot)
-            text = text[: found.start()] + piece + text[found.end() :]
-        text = re.sub(r",\?", lambda _: self.rng.choice([",", ""]), text)
-        text = re.sub(r" +", " ", text).strip()
-        return re.sub("\0(\\w+)\0", lambda match: values[match[1]], text)
-
-
-def made_up_word(rng: random.Random, sounds: dict) -> str:
-    """A pronounceable word that probably does not exist."""
-    syllables = []
-    for _ in range(rng.choice([1, 2, 2, 3])):
-        onset = rng.choice(sounds["onsets"]) if rng.random() < 0.9 else ""
-        syllables.append(
-            onset + rng.choice(sounds["vowels"]) + (rng.choice(sounds["codas"]) if rng.random() < 0.5 else "")
-        )
-    return "".join(syllables)
-
-
-def made_up_name(rng: random.Random, sounds: dict, words: list[str]) -> str:
-    """A name: from syllables, halves of two ordinary words, or any letters; some with accents or a hyphen."""
-    kind = rng.random()
-    if kind < 0.2:
-        word = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 9)))
-    elif kind < 0.55:
-        first, last = rng.choice(words), rng.choice(words)
-        word = first[: rng.randint(1, len(first))] + last[rng.randint(0, len(last) - 1) :]
-    else:
-        word = made_up_word(rng, sounds)
-    if rng.random() < 0.08:
-        at = rng.randrange(len(word))
-        word = word[:at] + rng.choice(sounds["accents"]) + word[at + 1 :]
-    if rng.random() < 0.04:
-        word += "-" + made_up_word(rng, sounds)
-    return word[0].upper() + word[1:]
-
-
 @dataclass
 class Maker:
     """Makes dialogues from a seed."""
@@ -119,6 +56,9 @@ class Maker:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         self.other = load("other")
+        self.synonyms = {word: group for group in self.other["synonyms"] for word in group}
+        words = "|".join(re.escape(word) for word in sorted(self.synonyms, key=len, reverse=True))
+        self.replaceable = re.compile(rf"(?<![\w/-])(?:{words})(?![\w'])")
         self.grammar = Grammar(self.rng, self.other)
         self.intents: dict[str, list[dict]] = {"command": [], "fact": [], "talk": [], "unknown": []}
         for name in ("commands", "facts", "unknown"):
@@ -176,7 +116,7 @@ class Maker:
             phrase, action = self.rng.choice(phrases)
             if action and self.rng.random() < 0.85:
                 phrase = "{how} " + phrase
-            line = self.rough(self.grammar.expand(phrase))
+            line = self.rough(self.reworded(self.grammar.expand(phrase)))
             typed = self.typed(line, ends="!!.. ?" if intent["kind"] == "talk" else "????.!  ")
             if self.may_be_seen(line, typed):
                 return typed
@@ -261,12 +201,19 @@ class Maker:
             elif kind == "pet":
                 value = rng.choice(listed)
                 value += "" if rng.random() < 0.15 else f" {rng.choice(['called', 'named'])} {name}"
-            elif kind in ("colour", "city") and rng.random() < 0.6:
+            elif kind in ("colour", "city") and rng.random() < 0.4:
                 value = rng.choice(listed)
             elif kind == "colour":
-                value = made_up_word(rng, self.other)
+                value = name.lower()
             if not {value.lower(), name.lower()} & self.hidden_values:
                 return value.lower() if lower else value
+
+    def reworded(self, line: str) -> str:
+        """Some of the words replaced by others that mean the same; options and slash commands stay as they are."""
+        rng = self.rng
+        return self.replaceable.sub(
+            lambda found: rng.choice(self.synonyms[found[0]]) if rng.random() < 0.2 else found[0], line
+        )
 
     def rough(self, line: str) -> str:
         """Now and then a word that means little is put in or left out, never beside a value: wordings are endless."""
@@ -275,7 +222,10 @@ class Maker:
             small = [at for at, word in enumerate(words) if word.lower() in self.other["droppable"]]
             if small and len(words) > 2:
                 del words[rng.choice(small)]
-        while rng.random() < 0.2:
+        if rng.random() < 0.08 and len(words) > 4:
+            any_word = [at for at, word in enumerate(words) if "{" not in word]
+            del words[rng.choice(any_word)]
+        while rng.random() < 0.12:
             at = rng.randint(0, len(words))
             if not any("{" in word for word in words[max(0, at - 1) : at + 1]):
                 words.insert(at, rng.choice(self.other["fillers"]))
@@ -288,18 +238,13 @@ class Maker:
             line = rng.choice(self.other["courtesy_before"]) + rng.choice([" ", ", "]) + line
         if rng.random() < 0.05:
             line += rng.choice(self.other["courtesy_after"])
+        if rng.random() < 0.03:
+            line = rng.choice(self.other["contexts"]) + " " + line
         if typos and rng.random() < 0.06 and len(line) > 8:
             line = slip(line, rng)
         style = rng.random()
         line = line.lower() if style < 0.2 else line[0].upper() + line[1:] if style < 0.65 else line
         return line + rng.choice(ends).strip()
-
-
-def slip(line: str, rng: random.Random) -> str:
-    """One letter left out, doubled, or swapped with the next."""
-    at = rng.randrange(1, len(line) - 1)
-    before, letter, after = line[:at], line[at], line[at + 1 :]
-    return before + rng.choice([after, letter + letter + after, after[0] + letter + after[1:]])
 
 
 def heldout_lines(part: dict) -> list[str]:

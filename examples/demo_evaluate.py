@@ -6,6 +6,7 @@ python examples/demo_evaluate.py lmx/demo
 import argparse
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lmx.core.sampling import Sampling
 from lmx.core.text.tokenizer import Tokenizer
 
 MOST_TOKENS = 64
+PARTS = ("dev", "test")
 
 
 @dataclass
@@ -111,11 +113,11 @@ def measure(demo: Demo, part: dict, seed: int) -> tuple[dict[str, tuple[int, int
     return {kind: (sum(right), len(right)) for kind, right in score.items()}, failures
 
 
-def report(folder: Path, seed: int = 1, *, show: bool = False) -> None:
-    """Print the share of right answers on the wordings that were looked at and on those that were not."""
+def report(folder: Path, seed: int = 1, *, parts: Sequence[str] = PARTS, show: bool = False) -> None:
+    """Print the share of right answers on the wordings that were looked at (dev) and on those that were not (test)."""
     demo = Demo.open(folder)
     heldout = load("heldout")
-    for part in ("dev", "test"):
+    for part in parts:
         score, failures = measure(demo, heldout[part], seed)
         print(f"held out, {part}:")
         for kind, (right, count) in score.items():
@@ -129,9 +131,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--part", choices=PARTS, help="only this part (default both)")
     parser.add_argument("--show", action="store_true", help="print the failures of the part that may be looked at")
     options = parser.parse_args()
-    report(options.folder, options.seed, show=options.show)
+    report(options.folder, options.seed, parts=[options.part] if options.part else PARTS, show=options.show)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self, cast
 from lmx.convert.gguf_source import GGUFCheckpoint, find_gguf
 from lmx.convert.hub import HubId, check_online, find_local, find_model
 from lmx.convert.hub_headers import HeaderCheckpoint
+from lmx.convert.originals import find_original
 from lmx.convert.pickle_source import PickleCheckpoint, holds_pickles_only
 from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import Checkpoint, Source
@@ -184,11 +185,16 @@ def open_headers(model: str | Path | None, *, revision: str | None = None, offli
 def open_folder(folder: Path) -> Checkpoint:
     """The weights of a folder: safetensors, or pickles or a GGUF where there are none; or a GGUF itself.
 
+    A folder in a layout of its makers is opened as the hub's would be.
+
     Raises InputError, NotFoundError.
     """
     gguf = find_gguf(folder) if folder.is_dir() else folder
     if gguf is not None:
         return GGUFCheckpoint.open(gguf)
+    original = find_original(folder)
+    if original is not None:
+        return original
     return PickleCheckpoint.open(folder) if holds_pickles_only(folder) else Checkpoint.open(folder)
 
 

@@ -1,13 +1,14 @@
 """`lmx.convert`: from what a user calls a model to a plain checkpoint in the hub's layout, or a GGUF."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lmx.api import check_runnable, main_dtype, open_checkpoint, open_headers
 from lmx.convert.events import Finished, Progress
 from lmx.convert.gguf_source import GGUFCheckpoint
+from lmx.convert.original_source import OriginalCheckpoint
 from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import Checkpoint, Source
 from lmx.core.errors import UsageError
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Conversion", "Finished", "Format", "Progress", "convert", "convert_events", "predict_conversion"]
 
-Format = Literal["hf", "gguf"]
+Format = Literal["hf", "gguf", "mistral"]
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_MISTRAL_COMPANIONS = ("tokenizer.model", "chat_template", "README", "LICEN", "NOTICE", "USE_POLICY")
 _GGUF_KINDS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 
 
@@ -42,9 +44,10 @@ def convert(
 
     A run that was stopped goes on where it stopped when it is called again.
 
-    model: as for `load`. to: "hf", a plain checkpoint under the hub's names, or "gguf", one file for llama.cpp; None
-    goes by the target's name. dtype: "bf16", "fp16" or "fp32", and for a GGUF also "q8_0" or "q4_0"; None keeps plain
-    weights as they are and gives quantized ones the dtype that they had before, those of a GGUF bfloat16.
+    model: as for `load`. to: "hf", a plain checkpoint under the hub's names, "gguf", one file for llama.cpp, or
+    "mistral", a Mixtral in Mistral's own files; None goes by the target's name, and is "hf" where that says nothing.
+    dtype: "bf16", "fp16" or "fp32", and for a GGUF also "q8_0" or "q4_0"; None keeps plain weights as they are and
+    gives quantized ones the dtype that they had before, those of a GGUF bfloat16.
 
     Raises:
         UsageError: options that do not go together.
@@ -71,7 +74,8 @@ def convert_events(
 ) -> Iterator[Progress | Finished]:
     """Convert, and tell how it goes: Progress for each tensor, and at last Finished. Raises as `convert`."""
     checkpoint = open_checkpoint(model, revision=revision, offline=offline, watch=watch)
-    yield from job.run(checkpoint, model_stem(model, checkpoint, revision))
+    for event in job.run(checkpoint, model_stem(model, checkpoint, revision)):
+        yield _explained(event, checkpoint) if isinstance(event, Finished) else event
 
 
 def predict_conversion(
@@ -83,7 +87,11 @@ def predict_conversion(
     """
     checkpoint = open_headers(model, revision=revision, offline=offline)
     check_runnable(checkpoint)
-    return job.predict(checkpoint, model_stem(model, checkpoint, revision))
+    return _explained(job.predict(checkpoint, model_stem(model, checkpoint, revision)), checkpoint)
+
+
+def _explained(finished: Finished, checkpoint: Checkpoint) -> Finished:
+    return replace(finished, read_as=checkpoint.title) if isinstance(checkpoint, OriginalCheckpoint) else finished
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class Conversion:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in _GGUF_KINDS:
             raise UsageError(f"dtype {quoted(self.dtype)} is unknown", f"give {', '.join(_GGUF_KINDS)}")
-        if self.format == "hf" and self.dtype is not None and self.dtype not in _DTYPES:
+        if self.format != "gguf" and self.dtype is not None and self.dtype not in _DTYPES:
             raise UsageError(f"{self.dtype} is a type of GGUFs", "use --to gguf, or lmx quantize")
 
     @property
@@ -113,6 +121,10 @@ class Conversion:
             from lmx.convert.gguf_target import write_gguf
 
             yield from write_gguf(self.source(checkpoint), self.target, self._gguf_options(checkpoint, name))
+        elif self.format == "mistral":
+            from lmx.convert.mistral_target import write_mistral
+
+            yield from write_mistral(self.source(checkpoint), self.target, self._mistral_options(checkpoint))
         else:
             from lmx.convert.plain import write_plain
 
@@ -124,6 +136,10 @@ class Conversion:
             from lmx.convert.gguf_target import predict_gguf
 
             return predict_gguf(self.source(checkpoint), self.target, self._gguf_options(checkpoint, name))
+        if self.format == "mistral":
+            from lmx.convert.mistral_target import predict_mistral
+
+            return predict_mistral(self.source(checkpoint), self.target, self._mistral_options(checkpoint))
         from lmx.convert.plain import predict_plain
 
         return predict_plain(self.source(checkpoint), self.target, self._plain_options(checkpoint))
@@ -134,7 +150,7 @@ class Conversion:
             return checkpoint
         from lmx.quant.stored import DequantizedSource
 
-        return DequantizedSource(checkpoint, self._torch_dtype(checkpoint) if self.format == "hf" else None)
+        return DequantizedSource(checkpoint, self._torch_dtype(checkpoint) if self.format != "gguf" else None)
 
     def _plain_options(self, checkpoint: Checkpoint) -> "plain.Options":
         from lmx.convert.plain import Options
@@ -143,6 +159,11 @@ class Conversion:
         companions = tuple(companion_files(checkpoint.folder))
         shard_bytes = self.max_shard_bytes or DEFAULT_SHARD_BYTES
         return Options(self._torch_dtype(checkpoint), shard_bytes, self.force, companions)
+
+    def _mistral_options(self, checkpoint: Checkpoint) -> "plain.Options":
+        options = self._plain_options(checkpoint)
+        kept = tuple(path for path in options.companions if path.name.startswith(_MISTRAL_COMPANIONS))
+        return replace(options, companions=kept)
 
     def _gguf_options(self, checkpoint: Checkpoint, name: str) -> "gguf_target.Options":
         from lmx.convert.gguf_target import Options

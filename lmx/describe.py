@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lmx.api import check_runnable, choose_dtype, open_checkpoint, open_headers, stored_bytes
 from lmx.convert.gguf_source import GGUFCheckpoint
 from lmx.convert.hub_headers import HeaderCheckpoint
+from lmx.convert.original_source import OriginalCheckpoint
 from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import LmxError
@@ -41,6 +42,7 @@ class Description:
 
     context_length: None where the architecture has no limit. quantization: None, or the scheme and its method.
     chat_template: the file that it stands in, or None. state_bytes: one conversation of `state_context` tokens.
+    read_as: what a folder in a layout of its makers was taken for, else None.
     """
 
     model: str
@@ -59,6 +61,7 @@ class Description:
     chat_template: str | None
     license: str
     kernels: str
+    read_as: str | None = None
 
     @property
     def memory_to_run(self) -> int:
@@ -111,6 +114,7 @@ def describe(name: str, checkpoint: Checkpoint) -> Description:
         chat_template=_template_file(checkpoint),
         license=license_of(checkpoint.folder),
         kernels=kernel_path(),
+        read_as=checkpoint.title if isinstance(checkpoint, OriginalCheckpoint) else None,
     )
 
 
@@ -167,7 +171,7 @@ def _files(checkpoint: Checkpoint) -> list[Path]:
     """What is on the disk of a model."""
     if isinstance(checkpoint, GGUFCheckpoint):
         return list(checkpoint.files)
-    return [file for file in checkpoint.folder.iterdir() if file.is_file()]
+    return [file for file in checkpoint.home.iterdir() if file.is_file()]
 
 
 def _template_file(checkpoint: Checkpoint) -> str | None:
@@ -175,6 +179,8 @@ def _template_file(checkpoint: Checkpoint) -> str | None:
     folder = checkpoint.folder
     if isinstance(checkpoint, GGUFCheckpoint):
         return checkpoint.files[0].name if (folder / _TEMPLATE_FILE).exists() else None
+    if folder != checkpoint.home and not (folder / "tokenizer.json").exists():
+        return None
     if read_tokenizer_files(folder).chat_template is None:
         return None
     return _TEMPLATE_FILE if (folder / _TEMPLATE_FILE).exists() else "tokenizer_config.json"

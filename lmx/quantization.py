@@ -171,4 +171,4 @@ def model_stem(model: str | Path, source: Checkpoint, revision: str | None = Non
     hub_id = HubId.parse(model, revision) if isinstance(model, str) and not Path(model).exists() else None
     if hub_id:
         return hub_id.repo.rpartition("/")[2]
-    return source.files[0].stem if isinstance(source, GGUFCheckpoint) else source.folder.resolve().name
+    return source.files[0].stem if isinstance(source, GGUFCheckpoint) else source.home.resolve().name

@@ -13,17 +13,20 @@ from lmx.core.config import ModelConfig
 from lmx.core.errors import InputError
 from lmx.core.heads import CausalHead
 from lmx.core.layers.activation import ACTIVATIONS
+from lmx.core.layers.projection import Projection
+from lmx.core.layers.residual import added
 from lmx.core.native.matrix import answer_many, has_panels
+from lmx.core.native.mixer import Affine
 from lmx.core.native.vector import are_few, can_take, wants_gradient
 from lmx.quant.int8 import Int8
 from lmx.quant.matmul import Matrix, Product, QuantMatrix, choose_product, dequantize
-from lmx.quant.native import expert_table
+from lmx.quant.native import expert_table, matrix_table
 from lmx.quant.serialize import matrix_tensors
 
 TensorFunction = Callable[[Tensor], Tensor]
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(Projection):
     """A linear layer with a quantized weight [out_features, in_features] and, if any, a bias that is not quantized.
 
     forward: x [..., in_features] of any float dtype -> [..., out_features] of the same. Gradients flow to x and bias.
@@ -36,11 +39,19 @@ class QuantLinear(nn.Module):
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
         self._product: Product = choose_product(weight)
+        self._table = matrix_table(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ weight.T + bias`."""
         out = self._product(x)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        bias = self.bias
+        if bias is None:
+            return out
+        return added(out, bias if bias.dtype == out.dtype else bias.to(out.dtype))
+
+    def affine(self) -> Affine | None:
+        """Matrix and bias as the CPU's kernels read them; None where they cannot."""
+        return None if self._table is None else Affine(self._table, self.bias)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole weight, in `dtype` or in that of its source."""
@@ -53,7 +64,7 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: TensorFunction, recurse: bool = True) -> "QuantLinear":
         self.weight = _move(self.weight, fn)
-        self._product = choose_product(self.weight)
+        self._product, self._table = choose_product(self.weight), matrix_table(self.weight)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

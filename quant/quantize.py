@@ -209,12 +209,17 @@ def _copy(source: Source, work: _Work, file: ShardWriter) -> None:
     step = max(1, PIECE_BYTES * len(tensor) // max(1, tensor.nbytes))
     first_byte = 0
     for rows in tensor.split(step):
-        if rows.is_floating_point() and not rows.isfinite().all():
+        if rows.is_floating_point() and not _is_finite(rows):
             name = quoted(work.weight.piece.hub)
             raise InputError(f"{name} holds NaN or infinity", "the source is damaged: verify or download it again")
         file.write(work.weight.name, rows, first_byte)
         first_byte += rows.nbytes
         source.advise(work.weight.piece.hub, Advice.DONT_NEED)
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether no element is NaN or infinity, which show in the extremes; `isfinite` takes thirty times as long."""
+    return x.numel() == 0 or all(extreme.isfinite().item() for extreme in x.aminmax())
 
 
 @contextmanager

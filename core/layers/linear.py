@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmx.core.native.vector import are_few, can_multiply, multiply_kept
+from lmx.core.layers.projection import Projection
+from lmx.core.native.mixer import Affine
+from lmx.core.native.vector import MatrixTable, StoredMatrix, are_few, can_multiply, multiply_kept
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,9 +32,20 @@ def _is_ours(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-class Linear(nn.Linear):
+class Linear(nn.Linear, Projection):
     """`torch.nn.Linear` with `linear` inside: the same parameters and the same answers to rounding."""
+
+    _table: tuple[int, torch.dtype, MatrixTable] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., in_features] -> [..., out_features]."""
         return linear(x, self.weight, self.bias)
+
+    def affine(self) -> Affine | None:
+        """The weight as it lies, if the kernels read it; its table is made again where it has moved."""
+        if not can_multiply(self.weight):
+            return None
+        place, dtype = self.weight.data_ptr(), self.weight.dtype
+        if self._table is None or self._table[:2] != (place, dtype):
+            self._table = place, dtype, MatrixTable([StoredMatrix.kept(self.weight.detach())])
+        return Affine(self._table[2], self.bias)

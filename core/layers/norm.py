@@ -53,6 +53,11 @@ class OffsetRMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(width))
 
+    @property
+    def scale(self) -> Scale:
+        """What a kernel must know to do the same."""
+        return Scale(self.weight, self.eps)
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last dimension."""
         if can_normalise(x, self.weight) and x.dtype == self.weight.dtype:

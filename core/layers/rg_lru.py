@@ -52,6 +52,17 @@ class RGLRU(nn.Module):
         self.recurrent_gate_bias = nn.Parameter(torch.empty(heads, part))
         self._rate = Derived(_exponents)
 
+    @property
+    def gates(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Weight [heads, part, part] and bias [heads, part] of the input gate and of the recurrent one."""
+        input_gate = self.input_gate_weight, self.input_gate_bias
+        return input_gate, (self.recurrent_gate_weight, self.recurrent_gate_bias)
+
+    @property
+    def rate(self) -> Tensor:
+        """The exponents of 2 that the recurrent gate scales, float32 [width]."""
+        return self._rate.of(self.recurrent_param)
+
     def forward(
         self, x: Tensor, gate: Tensor | None, reset: Tensor, compaction: Compaction | None, state: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -61,8 +72,7 @@ class RGLRU(nn.Module):
         reset: [batch or 1, length] bool, True where a text begins; state: [batch, width].
         Returns the outputs in x's dtype and the state after the last token.
         """
-        input_gate = self.input_gate_weight, self.input_gate_bias
-        recurrent_gate = self.recurrent_gate_weight, self.recurrent_gate_bias
+        input_gate, recurrent_gate = self.gates
         if can_recur(x, state, *input_gate, *recurrent_gate):
             return self._natively(x, gate, reset, compaction, state)
         h, last = self._in_torch(x, reset, compaction, state)
@@ -71,14 +81,12 @@ class RGLRU(nn.Module):
     def _natively(
         self, x: Tensor, gate: Tensor | None, reset: Tensor, compaction: Compaction | None, state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        input_gate = self.input_gate_weight, self.input_gate_bias
-        recurrent_gate = self.recurrent_gate_weight, self.recurrent_gate_bias
-        rate = self._rate.of(self.recurrent_param)
+        input_gate, recurrent_gate = self.gates
         if x.shape[1] == 1 and len(x) <= MAX_ROWS and compaction is None:
-            return recur_step(x, input_gate, recurrent_gate, rate, reset, state, gate)
+            return recur_step(x, input_gate, recurrent_gate, self.rate, reset, state, gate)
         heads = self._heads(x)
         products = _product(heads, *input_gate), _product(heads, *recurrent_gate)
-        return recur(x, products, rate, reset, state, gate, None if compaction is None else compaction.lengths)
+        return recur(x, products, self.rate, reset, state, gate, None if compaction is None else compaction.lengths)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[batch, length, width] -> [heads, batch * length, width of one]."""

@@ -15,6 +15,7 @@ from lmx.core.config import ConfigReader, ModelConfig, RopeConfig, count_labels
 from lmx.core.decoder import AttentionCall, Decoder, Inputs, plan_attention
 from lmx.core.kv_cache import AttentionCache, KVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES
+from lmx.core.layers.embedding import empty_embedding
 from lmx.core.layers.initialise import initialise_normal
 from lmx.core.layers.linear import Linear
 from lmx.core.layers.moe import ExpertBank, jitter, route
@@ -222,7 +223,7 @@ class DbrxDecoder(Decoder[AttentionCache]):
         super().__init__()
         self._config = config
         self.embed_dropout = config.embed_dropout
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_id)
+        self.embed = empty_embedding(config.vocab_size, config.hidden_size, config.pad_id)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.hidden_size, bias=False)
 

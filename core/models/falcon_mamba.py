@@ -14,12 +14,17 @@ from lmx.core.decoder import Call, Decoder, Inputs
 from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS, SILU_NAMES
 from lmx.core.layers.conv import causal_conv
 from lmx.core.layers.derived import Derived
+from lmx.core.layers.embedding import empty_embedding
 from lmx.core.layers.initialise import initialise_normal
 from lmx.core.layers.linear import Linear, linear
 from lmx.core.layers.norm import RMSNorm, rms_normalise_parts
 from lmx.core.layers.padding import Compaction
+from lmx.core.layers.projection import affine, is_watched
+from lmx.core.layers.residual import added
 from lmx.core.layers.scan import selective_scan
 from lmx.core.names import NameTable, Rename
+from lmx.core.native.attention import Scale
+from lmx.core.native.mixer import MambaWeights, can_step_mamba, mamba_step
 from lmx.core.native.scan import can_scan, gated_scan
 from lmx.core.recurrent_state import MambaState
 from lmx.core.registry import Family
@@ -146,6 +151,14 @@ class Mixer(nn.Module):
             state.keep(conv, ssm)
         return self.out_proj(y if compaction is None else compaction.unpack(y))
 
+    def weights(self, norm: Scale) -> MambaWeights | None:
+        """All of it for a kernel that takes the block with its norm in one; None where kernels cannot read it."""
+        into, x, dt, out = (affine(layer) for layer in (self.in_proj, self.x_proj, self.dt_proj, self.out_proj))
+        if into is None or x is None or dt is None or out is None or not self._conv_has_silu:
+            return None
+        taps = self.conv_weight.squeeze(1)
+        return MambaWeights(norm, into, x, dt, out, taps, self.conv_bias, self._A.of(self.A_log), self.D, self.eps)
+
     def _scan(self, x: Tensor, gate: Tensor, compaction: Compaction | None, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The gated answer of the scan [batch, length, inner] and its new state.
 
@@ -176,8 +189,21 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, call: Call, state: MambaState | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
+        if state is not None and call.compaction is None:
+            stepped = self._step(x, state)
+            if stepped is not None:
+                return stepped
         answer = self.mixer(self.norm(x.to(self.norm.weight.dtype)), call.compaction, state)
-        return (x.float() if self.residual_in_fp32 else x) + answer
+        return added(x, answer, torch.float32 if self.residual_in_fp32 else x.dtype)
+
+    def _step(self, x: Tensor, state: MambaState) -> Tensor | None:
+        """The same for one token a row in one call, or None where that kernel is not for these tensors."""
+        if x.shape[1] != 1 or torch.compiler.is_compiling() or is_watched(self):
+            return None
+        weights = self.mixer.weights(self.norm.scale)
+        if weights is None or not can_step_mamba(x, weights, state.conv, state.hidden):
+            return None
+        return mamba_step(x, weights, state.conv, state.hidden, torch.float32 if self.residual_in_fp32 else x.dtype)
 
 
 class FalconMambaDecoder(Decoder[MambaState]):
@@ -188,7 +214,7 @@ class FalconMambaDecoder(Decoder[MambaState]):
     def __init__(self, config: FalconMambaConfig) -> None:
         super().__init__()
         self._config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = empty_embedding(config.vocab_size, config.hidden_size)
         self.blocks = [Block(config) for _ in range(config.layers)]
         self.layers = nn.ModuleList(self.blocks)
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
@@ -245,6 +271,7 @@ _MIXER, _OURS = "backbone.layers.{}.mixer.", "layers.{}.mixer."
 
 NAMES = NameTable(
     Rename("backbone.embeddings.weight", "embed.weight"),
+    Rename("backbone.embedding.weight", "embed.weight"),  # mamba-ssm's
     Rename("backbone.layers.{}.norm.weight", "layers.{}.norm.weight"),
     *(
         Rename(f"{_MIXER}{name}", f"{_OURS}{name}")

@@ -4,7 +4,7 @@ recurrence, the RG-LRU, to one of local attention, and a gated MLP after each.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
@@ -15,12 +15,24 @@ from lmx.core.decoder import AttentionCall, Call, Decoder, Inputs, plan_attentio
 from lmx.core.kv_cache import WindowKVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS
 from lmx.core.layers.conv import causal_conv
+from lmx.core.layers.embedding import empty_embedding
 from lmx.core.layers.initialise import initialise_normal
 from lmx.core.layers.linear import Linear
 from lmx.core.layers.norm import OffsetRMSNorm
 from lmx.core.layers.padding import Compaction
+from lmx.core.layers.projection import affine, is_watched
+from lmx.core.layers.residual import added
 from lmx.core.layers.rg_lru import RGLRU
 from lmx.core.names import NameTable, Rename
+from lmx.core.native.attention import Scale
+from lmx.core.native.griffin import (
+    GriffinWeights,
+    MlpWeights,
+    can_step_griffin,
+    can_step_mlp,
+    griffin_step,
+    mlp_step,
+)
 from lmx.core.recurrent_state import GriffinState
 from lmx.core.registry import Family
 from lmx.core.state import Span, State
@@ -119,6 +131,26 @@ class RecurrentGemmaConfig(ModelConfig):
         return self.soft_cap
 
 
+@dataclass(frozen=True)
+class GriffinCall(AttentionCall):
+    """begins: [batch or 1, length] bool, True where a text begins and the recurrences forget what was before."""
+
+    begins: Tensor = field(kw_only=True)
+
+    @classmethod
+    def of(cls, call: AttentionCall, compaction: Compaction | None) -> "GriffinCall":
+        """The same call with what the recurrences must know."""
+        shared = {entry.name: getattr(call, entry.name) for entry in fields(call)}
+        return cls(**{**shared, "compaction": compaction}, begins=call.positions == 0)
+
+    def follow(self, call: Call) -> bool:
+        """Those of the attention layers, and where texts begin."""
+        if not isinstance(call, GriffinCall) or not super().follow(call):
+            return False
+        self.begins.copy_(call.begins)
+        return True
+
+
 class LocalAttention(nn.Module):
     """Attention with rotary positions on part of each head, over the last window of tokens."""
 
@@ -142,7 +174,7 @@ class RecurrentBlock(nn.Module):
 
     def __init__(self, config: RecurrentGemmaConfig) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[config.activation]
+        self.activation, self.act = config.activation, ACTIVATIONS[config.activation]
         self.linear_y = Linear(config.hidden_size, config.lru_width)
         self.linear_x = Linear(config.hidden_size, config.lru_width)
         self.conv_weight = nn.Parameter(torch.empty(config.lru_width, 1, config.conv_width))
@@ -156,11 +188,19 @@ class RecurrentBlock(nn.Module):
         conv = torch.zeros(batch, width, kernel - 1, dtype=dtype, device=device)
         return GriffinState(conv, torch.zeros(batch, width, device=device))
 
-    def forward(self, x: Tensor, call: Call, state: GriffinState | None) -> Tensor:
+    def weights(self, norm: Scale, mlp: MlpWeights) -> GriffinWeights | None:
+        """All of it for a kernel that takes norm, block and MLP in one; None where kernels cannot read it."""
+        y, x, out = affine(self.linear_y), affine(self.linear_x), affine(self.linear_out)
+        if y is None or x is None or out is None:
+            return None
+        conv = self.conv_weight.squeeze(1), self.conv_bias
+        return GriffinWeights(norm, y, x, out, *conv, *self.rg_lru.gates, self.rg_lru.rate, self.activation, mlp)
+
+    def forward(self, x: Tensor, call: GriffinCall, state: GriffinState | None) -> Tensor:
         """x: [batch, length, hidden] -> the same; the state is advanced in place."""
         gate, branch = self.act(self.linear_y(x)), self.linear_x(x)
         before = state if state is not None else self.empty_state(x.shape[0], x.dtype, x.device)
-        reset, compaction, lengths = call.positions == 0, call.compaction, None
+        reset, compaction, lengths = call.begins, call.compaction, None
         if compaction is not None:
             lengths = compaction.lengths
             branch = compaction.pack(branch)
@@ -178,10 +218,17 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: RecurrentGemmaConfig) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[config.activation]
+        self.activation, self.act = config.activation, ACTIVATIONS[config.activation]
         self.gate = Linear(config.hidden_size, config.mlp_width)
         self.up = Linear(config.hidden_size, config.mlp_width)
         self.down = Linear(config.mlp_width, config.hidden_size)
+
+    def weights(self, norm: Scale) -> MlpWeights | None:
+        """All of it for a kernel that takes it with its norm in one; None where kernels cannot read it."""
+        gate, up, down = affine(self.gate), affine(self.up), affine(self.down)
+        if gate is None or up is None or down is None:
+            return None
+        return MlpWeights(norm, gate, up, down, self.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
@@ -200,10 +247,33 @@ class Block(nn.Module):
         self.mlp_norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(self, x: Tensor, call: AttentionCall, state: LayerMemory | None) -> Tensor:
+    def forward(self, x: Tensor, call: GriffinCall, state: LayerMemory | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
-        x = x + self.temporal(self.temporal_norm(x), call, state)
-        return x + self.mlp(self.mlp_norm(x))
+        mlp = self._weights_of_step(x, call, state)
+        if mlp is not None and isinstance(self.temporal, RecurrentBlock) and isinstance(state, GriffinState):
+            stepped = self._step(x, call, state, self.temporal, mlp)
+            if stepped is not None:
+                return stepped
+        x = added(x, self.temporal(self.temporal_norm(x), call, state))
+        return added(x, self.mlp(self.mlp_norm(x))) if mlp is None else mlp_step(x, mlp)
+
+    def _weights_of_step(self, x: Tensor, call: GriffinCall, state: LayerMemory | None) -> MlpWeights | None:
+        """Those of the MLP, where this is a step of one token a row that the kernels for whole blocks may take."""
+        if state is None or x.shape[1] != 1 or call.compaction is not None:
+            return None
+        if torch.compiler.is_compiling() or is_watched(self):
+            return None
+        weights = self.mlp.weights(self.mlp_norm.scale)
+        return weights if weights is not None and can_step_mlp(x, weights) else None
+
+    def _step(
+        self, x: Tensor, call: GriffinCall, state: GriffinState, temporal: RecurrentBlock, mlp: MlpWeights
+    ) -> Tensor | None:
+        """The whole block in one call, or None where that kernel is not for these tensors."""
+        weights = temporal.weights(self.temporal_norm.scale, mlp)
+        if weights is None or not can_step_griffin(x, weights, state.conv, state.hidden):
+            return None
+        return griffin_step(x, weights, state.conv, state.hidden, call.begins)
 
 
 class RecurrentGemmaDecoder(Decoder[LayerMemory]):
@@ -214,7 +284,7 @@ class RecurrentGemmaDecoder(Decoder[LayerMemory]):
     def __init__(self, config: RecurrentGemmaConfig) -> None:
         super().__init__()
         self._config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_id)
+        self.embed = empty_embedding(config.vocab_size, config.hidden_size, config.pad_id)
         self.blocks = [Block(config, block_type) for block_type in config.block_types]
         self.layers = nn.ModuleList(self.blocks)
         self.norm = OffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -227,12 +297,12 @@ class RecurrentGemmaDecoder(Decoder[LayerMemory]):
         """The config that the decoder was built from."""
         return self._config
 
-    def plan(self, inputs: Inputs, span: Span, state: State[LayerMemory] | None) -> AttentionCall:
+    def plan(self, inputs: Inputs, span: Span, state: State[LayerMemory] | None) -> GriffinCall:
         """Rotary tables and one mask for the attention layers, and padding out of the recurrences' way."""
         config, layers = self._config, [] if state is None else state.layers
         cache = next((layer for layer in layers if isinstance(layer, WindowKVCache)), None)
         call = plan_attention(inputs, span, cache, config.rotary_width, config.rope.theta, config.window)
-        return call if inputs.mask is None else replace(call, compaction=Compaction.of(inputs.mask))
+        return GriffinCall.of(call, None if inputs.mask is None else Compaction.of(inputs.mask))
 
     def empty_layers(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> list[LayerMemory]:
         """A ring for each attention layer, zeros for each recurrence: none of them grows."""

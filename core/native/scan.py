@@ -12,7 +12,7 @@ from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.tape import call
 
 # As in src/lanes.h.
-_MAX_STATES, _MAX_KERNEL = 64, 8
+MAX_STATES, MAX_KERNEL = 64, 8
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -45,7 +45,7 @@ def token_rows(x: Tensor) -> tuple[Tensor, int]:
 def can_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> bool:
     """Whether `convolve` takes these: all of one dtype, on the CPU, and a short kernel."""
     tensors = (x, weight, state) if bias is None else (x, weight, state, bias)
-    return weight.shape[1] <= _MAX_KERNEL and x.numel() > 0 and _alike(*tensors)
+    return weight.shape[1] <= MAX_KERNEL and x.numel() > 0 and _alike(*tensors)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu
 
 def can_scan(x: Tensor, raw: Tensor, bias: Tensor, D: Tensor, A: Tensor, state: Tensor) -> bool:
     """Whether `gated_scan` takes these: the first four of one dtype, A and the state in float32, all on the CPU."""
-    exact = A.dtype == state.dtype == torch.float32 and A.shape[1] <= _MAX_STATES
+    exact = A.dtype == state.dtype == torch.float32 and A.shape[1] <= MAX_STATES
     return exact and x.numel() > 0 and _alike(x, raw, bias, D) and serves(A, state)
 
 

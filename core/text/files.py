@@ -77,6 +77,12 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     )
 
 
+def read_config_tokens(folder: Path) -> tuple[AddedToken, ...]:
+    """The tokens that `tokenizer_config.json` adds, by their ids; none without one. Raises `InputError`."""
+    path = folder / "tokenizer_config.json"
+    return _added_tokens(_read_optional_object(path).get("added_tokens_decoder"), path)
+
+
 def read_bounded(path: Path, limit: int) -> bytes:
     """The bytes of a regular file of at most `limit` bytes. Raises `InputError` for anything else."""
     try:

@@ -256,6 +256,20 @@ def test_a_model_by_name_is_pulled_on_the_way(
     assert (again.code, again.out, "pulling" in again.err, hub.calls) == (0, ran.out, False, [])
 
 
+def test_a_gguf_by_name_is_pulled_on_the_way(lmx: Any, hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
+    gguf = tmp_path / "model-q8_0.gguf"
+    assert lmx("convert", checkpoint, gguf, "--to", "gguf", "--dtype", "q8_0").code == 0
+    hub.files.clear()
+    hub.files.update({gguf.name: gguf.read_bytes(), "README.md": b"A model."})
+    command = ("generate", "org/tiny", "--prompt-ids", "1,2", "-n", "2")
+    ran = lmx(*command)
+    assert ran.code == 0, ran.err
+    hub.calls.clear()
+    assert lmx(*command, "--offline").out == ran.out
+    assert lmx(*command).out == ran.out
+    assert hub.calls == []
+
+
 def test_a_chat_shows_the_bars_of_a_pull(lmx: Any, hub: Hub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.files.clear()
     hub.files.update({path.name: path.read_bytes() for path in checkpoint.iterdir()})

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 from pulls import MIXTRAL, numbered
 
-from lmx.convert.choose import NOT_ASKED, NOT_NEEDED, SECOND_COPY, choose
+from lmx.convert.choose import NOT_ASKED, NOT_NEEDED, SECOND_COPY, WHICH_COPY, choose
 from lmx.convert.listing import RemoteFile
 from lmx.core.errors import InputError
 
@@ -68,7 +68,10 @@ CASES: dict[str, tuple[list[str], set[str]]] = {
     ),
     "one of its own": (["2b.pt", "tokenizer.model"], {"2b.pt", "tokenizer.model"}),
     "one GGUF": (["model-q4_0.gguf"], {"model-q4_0.gguf"}),
-    "which GGUF": (["model-q4_0.gguf", "model-q8_0.gguf"], set()),
+    "one GGUF in parts": (
+        ["model-00001-of-00002.gguf", "model-00002-of-00002.gguf"],
+        {"model-00001-of-00002.gguf", "model-00002-of-00002.gguf"},
+    ),
     "no weights": (["tokenizer.json", "config.json", "plot.png"], {"tokenizer.json", "config.json"}),
 }
 
@@ -105,3 +108,16 @@ def test_a_name_that_a_disk_may_not_hold_is_refused_only_if_it_is_wanted() -> No
     assert {file.name for file in choose(files("config.json", "what?.png")).files} == {"config.json"}
     with pytest.raises(InputError, match="what"):
         choose(files("config.json", "what?.png"), ["*"])
+
+
+def test_of_several_weights_one_must_be_named() -> None:
+    choice = choose(files("config.json", "model-q4_0.gguf", "model-q8_0.gguf"))
+    assert {group.reason: group.names for group in choice.left_out} == {
+        WHICH_COPY: ("model-q4_0.gguf", "model-q8_0.gguf")
+    }
+
+
+def test_a_repository_without_anything_is_refused() -> None:
+    for names in ((), (".gitattributes", "plot.png")):
+        with pytest.raises(InputError, match="no file of the repository is one that a run needs"):
+            choose(files(*names))

@@ -12,7 +12,7 @@ from lmx.convert import pull
 from lmx.convert.hub import HubId, find_model, is_complete
 from lmx.convert.patience import Patience
 from lmx.convert.pickle_source import INDEX_BIN
-from lmx.core.errors import LmxError, NetworkError, NotFoundError, UsageError
+from lmx.core.errors import InputError, LmxError, NetworkError, NotFoundError, UsageError
 
 FILES = {
     "config.json": b"{}",
@@ -71,6 +71,17 @@ def test_a_snapshot_of_pickled_shards_is_whole_or_not(tmp_path: Path) -> None:
     assert not is_complete(tmp_path)
     (tmp_path / "b.bin").write_bytes(b"")
     assert is_complete(tmp_path)
+
+
+def test_a_snapshot_of_ggufs_is_whole_or_not(tmp_path: Path) -> None:
+    (tmp_path / "a-00001-of-00002.gguf").write_bytes(b"")
+    assert not is_complete(tmp_path)
+    (tmp_path / "a-00002-of-00002.gguf").write_bytes(b"")
+    (tmp_path / "config.json").write_bytes(b"{}")
+    assert is_complete(tmp_path)
+    (tmp_path / "b.gguf").write_bytes(b"")
+    with pytest.raises(InputError, match="holds 2 GGUFs"):
+        is_complete(tmp_path)
 
 
 def test_a_revision_is_asked_for(hub: Hub) -> None:

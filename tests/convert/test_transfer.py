@@ -8,20 +8,19 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from hub_server import Fault, Hub, wait_until
-from huggingface_hub.utils import WeakFileLock
 from pulls import AT_RISK_BYTES, WEIGHTS, hub_with, left_overs, repository, sha256, start_pull
 
 import lmx
-from lmx.convert import part_file, places
+from lmx.convert import part_file
+from lmx.convert.fetch import retry_after
 from lmx.convert.hub import Wish
 from lmx.convert.part_file import PIECE_BYTES
 from lmx.convert.pull import pull
-from lmx.convert.pull_events import Arrived, Installed, Pulled, Restarted, Retrying, Waiting
+from lmx.convert.pull_events import Arrived, Pulled, Restarted, Retrying
 from lmx.convert.transfer import CONNECTIONS
 from lmx.core.errors import InputError, NetworkError, ResourceError
 
@@ -112,6 +111,10 @@ ANSWERS = {
     "empty": [(206, {"Content-Range": f"bytes 0-0/{SIZE}"})],
     "compressed": [(206, {"Content-Encoding": "gzip"})],
     "redirected without end": [(302, {"Location": "?signed=s3cret"})] * 80,
+    "a range of too many digits": [(206, {"Content-Range": f"bytes 0-{'9' * 5000}/{SIZE}"})],
+    "a date that is none": [(429, {"Retry-After": "Wed, 21 Oct 99999 07:28:00 GMT"})],
+    "a time that is none": [(503, {"Retry-After": text}) for text in ("-5", "1e9", "x" * 5000)],
+    "statuses of no use": [(status, {}) for status in (204, 205, 300, 304, 410, 418, 451)],
 }
 
 
@@ -221,30 +224,6 @@ def test_a_changed_revision_restarts_that_file(hubs: tuple[Hub, Hub], tmp_path: 
     assert left_overs(tmp_path / "cache") == []
 
 
-def test_two_pulls_at_once_share_one_result(hubs: tuple[Hub, Hub], tmp_path: Path) -> None:
-    hub, store = hubs
-    children = [start_pull(hub, tmp_path / "cache") for _ in range(2)]
-    said = [child.communicate(timeout=60) for child in children]
-    assert [child.returncode for child in children] == [0, 0], said
-    assert said[0][0] == said[1][0]
-    assert sha256(Path(said[0][0].strip()) / WEIGHTS) == digest(hub.files)
-    assert store.sent == SIZE
-    assert left_overs(tmp_path / "cache") == []
-
-
-def test_the_second_takes_over_when_the_first_is_killed(hubs: tuple[Hub, Hub], tmp_path: Path) -> None:
-    hub, store = hubs
-    first = start_pull(hub, tmp_path / "cache")
-    store.faults = [Fault("call", 12_000_000, first.kill)]
-    wait_until(lambda: store.sent > 0)
-    second = start_pull(hub, tmp_path / "cache")
-    first.communicate(timeout=60)
-    out, err = second.communicate(timeout=60)
-    assert (first.returncode, second.returncode) == (-signal.SIGKILL, 0), err
-    assert sha256(Path(out.strip()) / WEIGHTS) == digest(hub.files)
-    assert store.sent <= SIZE + AT_RISK_BYTES
-
-
 def test_a_disk_that_fills_up_midway(hubs: tuple[Hub, Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub, store = hubs
     really, room = os.pwrite, [18_000_000]
@@ -281,38 +260,6 @@ def test_a_signal_ends_a_pull_soon_even_where_nothing_comes(
     assert "Traceback" not in err
 
 
-def test_huggingface_hub_is_waited_for(hubs: tuple[Hub, Hub], tmp_path: Path) -> None:
-    """It takes the same lock for the same content."""
-    hub, _ = hubs
-    lock = tmp_path / "cache" / ".locks" / "models--org--tiny" / f"{digest(hub.files)}.lock"
-    lock.parent.mkdir(parents=True)
-    with ExitStack() as held:
-        held.enter_context(WeakFileLock(lock))
-        events = pull(Wish.of("org/tiny"))
-        for event in events:
-            if event == Waiting(WEIGHTS):
-                held.close()
-        assert isinstance(event, Pulled)
-    assert sha256(event.folder / WEIGHTS) == digest(hub.files)
-
-
-def test_a_file_that_somebody_else_fetches_holds_up_no_other(hubs: tuple[Hub, Hub], tmp_path: Path) -> None:
-    hub, _ = hubs
-    config = hashlib.sha1(b"blob %d\0" % len(hub.files["config.json"]) + hub.files["config.json"]).hexdigest()
-    lock = tmp_path / "cache" / ".locks" / "models--org--tiny" / f"{config}.lock"
-    lock.parent.mkdir(parents=True)
-    installed = []
-    with ExitStack() as held:
-        held.enter_context(WeakFileLock(lock))
-        for event in pull(Wish.of("org/tiny")):
-            if isinstance(event, Installed):
-                installed.append(event.name)
-                if event.name == WEIGHTS:
-                    held.close()
-    assert installed[-1] == "config.json"
-    assert set(installed) == set(hub.files)
-
-
 def test_connections_are_used_again(hubs: tuple[Hub, Hub]) -> None:
     """A new one for each piece would begin slowly each time, and shake hands."""
     hub, store = hubs
@@ -328,16 +275,6 @@ def test_more_bytes_than_asked_for_are_dropped(hubs: tuple[Hub, Hub], ends: bool
     store.surplus = b"more than the range" * 1000
     store.says_length = ends
     assert sha256(lmx.pull("org/tiny") / WEIGHTS) == digest(hub.files)
-
-
-def test_a_disk_without_locks(hubs: tuple[Hub, Hub], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As some network disks are."""
-
-    def flock(fd: int, operation: int) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(places.fcntl, "flock", flock)
-    assert sha256(lmx.pull("org/tiny") / WEIGHTS) == digest(hubs[0].files)
 
 
 def test_files_of_the_same_content_come_once(hubs: tuple[Hub, Hub]) -> None:
@@ -360,3 +297,21 @@ def test_a_pull_that_is_left_early_stops(hubs: tuple[Hub, Hub]) -> None:
     assert sent < SIZE
     time.sleep(0.3)
     assert store.sent == sent
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("", None),
+        ("7", 7.0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
+        ("Wed, 21 Oct 99999 07:28:00 GMT", None),
+        ("-5", None),
+        ("1e9", None),
+        ("²", None),
+        ("9" * 5000, 999_999_999.0),
+        ("soon", None),
+    ],
+)
+def test_retry_after(text: str, seconds: float | None) -> None:
+    assert retry_after({"retry-after": text}) == seconds

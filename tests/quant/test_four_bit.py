@@ -11,6 +11,12 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(64, 4096), (7, 33), (129, 513), (3,), (1, 1), (100, 64)]
 
 
+@pytest.fixture(autouse=True)
+def plain_torch(monkeypatch):
+    """What the kernels are held to (tests/core/native/test_quantize.py)."""
+    monkeypatch.setattr(four_bit, "can_quantize", lambda x: False)
+
+
 def assert_same_as_bitsandbytes(x, quant_type, block_size, double_quant):
     packed, state = bnb.quantize_4bit(x, blocksize=block_size, quant_type=quant_type, compress_statistics=double_quant)
     q = quantize_4bit(x, quant_type, block_size, double_quant)

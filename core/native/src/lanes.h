@@ -72,6 +72,25 @@ struct Recurrence {
     int64_t x_stride, gate_stride, reset_stride;
 };
 
+// out = stream + (sums + bias), as separate operations round: the sums and what the bias makes of them to bfloat16, the
+// whole to the dtype of out. bias, stream: or null; a stream is bfloat16, or float where out is.
+struct Finish {
+    const float* sums;
+    const bf16* bias;
+    const void* stream;
+    void* out;
+    int64_t count;
+    Dtype stream_dtype, out_dtype;
+};
+
+// out = activation(gate) * up, in bfloat16; activation: a number of prepare.h, but the error function's gelu.
+struct Gate {
+    const bf16 *gate, *up;
+    bf16* out;
+    int64_t count;
+    int activation;
+};
+
 constexpr int RANKS = 16;
 constexpr int64_t MAX_BLOCK = 4096;
 // As in quant/four_bit.py.
@@ -97,6 +116,9 @@ struct Int8 {
 };
 
 struct Lanes {
+    void (*finish)(const Finish&);
+    void (*gate)(const Gate&);
+    void (*soft_cap)(bf16* x, int64_t count, float cap);
     void (*add)(const Add&, int64_t first, int64_t last);
     void (*norm)(const Norm&, Dtype, int64_t first, int64_t last);
     void (*conv)(const Conv&, Dtype, int64_t first, int64_t last);

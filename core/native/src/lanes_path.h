@@ -7,6 +7,7 @@
 
 #include "add_path.h"
 #include "conv_path.h"
+#include "finish_path.h"
 #include "norm_path.h"
 #include "quantize_path.h"
 #include "recurrence_path.h"

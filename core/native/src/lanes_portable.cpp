@@ -8,6 +8,6 @@
 namespace lmx {
 
 extern const Lanes portable_lanes;
-const Lanes portable_lanes{add, norm, conv, scan, recurrence, four_bit, int8, squares};
+const Lanes portable_lanes{finish, gate, soft_cap, add, norm, conv, scan, recurrence, four_bit, int8, squares};
 
 }  // namespace lmx

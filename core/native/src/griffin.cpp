@@ -1,0 +1,188 @@
+// One step of Griffin's blocks (arXiv 2402.19427, figure 2): the recurrent one with its MLP in one call, and the MLP of the
+// attention layers by itself. Every number is rounded where the separate kernels round it.
+#include "lanes.h"
+#include "phases.h"
+#include "product.h"
+#include "scratch.h"
+
+namespace lmx {
+namespace {
+
+// A matrix and its bias, or null.
+struct Affine {
+    const Matrix* matrix;
+    const bf16* bias;
+};
+
+// The structures of core/native/griffin.py; all 16-bit floats are bfloat16.
+// x + down(activation(gate(norm(x))) * up(norm(x))) of x and out [rows, hidden].
+struct MlpStep {
+    const bf16* x;
+    bf16* out;
+    const bf16* norm_weight;
+    Affine gate, up, down;
+    int64_t rows, hidden, inner;
+    int32_t activation;
+    float eps;
+};
+
+// x + linear_out(rg_lru(conv(linear_x(norm(x)))) * activation(linear_y(norm(x)))), and the MLP behind it, whose x and out
+// are not looked at. conv_state [rows, width, kernel - 1]; state [rows, width] and rate [width] float.
+struct GriffinStep {
+    const bf16* x;
+    bf16* out;
+    const bf16* norm_weight;
+    Affine linear_y, linear_x, linear_out;
+    const bf16 *conv_weight, *conv_bias, *input_weight, *input_bias, *recurrent_weight, *recurrent_bias;
+    const float* rate;
+    const uint8_t* reset;
+    bf16* conv_state;
+    float* state;
+    int64_t width, heads, kernel, reset_stride;
+    int32_t activation;
+    float eps;
+    MlpStep mlp;
+};
+
+constexpr int64_t WORTH_A_THREAD = 1 << 16;
+
+// The rows of x normalised and laid out for products by matrices that share them, once for every thread.
+class Normed {
+public:
+    Normed(const bf16* x, const bf16* weight, float eps, int64_t rows, int64_t hidden) : rows_(rows), y_(rows * hidden) {
+        lanes().norm(Norm{x, weight, y_.data(), hidden, hidden, hidden, BF16, eps, true}, BF16, 0, rows);
+    }
+    void lay(const Product& product, uint8_t* laid) { product.lay_all(y_.data(), rows_, laid); }
+
+private:
+    int64_t rows_;
+    Scratch<bf16> y_;
+};
+
+// out [rows, stride] = the rows first .. last of a product and its bias, and of the stream [rows, stride], if any.
+void put(const Product& product, const bf16* bias, const uint8_t* laid, int64_t rows, Share::Range range,
+         const bf16* stream, bf16* out, int64_t stride) {
+    product.multiply(laid, rows, range.first, range.last, [&](int64_t v, int64_t row, const float* sums, int64_t count) {
+        const int64_t at = v * stride + row;
+        lanes().finish(Finish{sums, bias ? bias + row : nullptr, stream ? stream + at : nullptr, out + at, count, BF16, BF16});
+    });
+}
+
+class Mlp {
+public:
+    explicit Mlp(const MlpStep& s)
+        : s_(s), gate_(*s.gate.matrix), up_(*s.up.matrix), down_(*s.down.matrix), gated_(s.rows * s.inner),
+          up_answers_(s.rows * s.inner), laid_(s.rows * down_.bytes()) {}
+
+    int64_t worth() const { return (gate_.weights() + up_.weights()) / WORTH_A_THREAD; }
+
+    // Gate and up, a stretch of their rows at a time.
+    void enter(Share share, const bf16* x) {
+        Scratch<uint8_t> for_gate(s_.rows * gate_.bytes()), for_up(s_.rows * up_.bytes());
+        Normed normed(x, s_.norm_weight, s_.eps, s_.rows, s_.hidden);
+        normed.lay(gate_, for_gate.data());
+        normed.lay(up_, for_up.data());
+        const auto [first, last] = share.of(s_.inner, STRETCH);
+        for (int64_t row = first; row < last; row += STRETCH) {
+            const Share::Range range{row, std::min(row + STRETCH, last)};
+            put(gate_, s_.gate.bias, for_gate.data(), s_.rows, range, nullptr, gated_.data(), s_.inner);
+            put(up_, s_.up.bias, for_up.data(), s_.rows, range, nullptr, up_answers_.data(), s_.inner);
+            for (int64_t v = 0; v < s_.rows; ++v) {
+                bf16* gate = gated_.data() + v * s_.inner + row;
+                const bf16* up = up_answers_.data() + v * s_.inner + row;
+                lanes().gate(Gate{gate, up, gate, range.last - row, s_.activation});
+            }
+            down_.lay(gated_.data(), s_.rows, row, range.last, laid_.data());
+        }
+    }
+
+    void leave(Share share, const bf16* x, bf16* out) {
+        put(down_, s_.down.bias, laid_.data(), s_.rows, share.of(s_.hidden, UNIT), x, out, s_.hidden);
+    }
+
+private:
+    const MlpStep& s_;
+    const Product gate_, up_, down_;
+    Scratch<bf16> gated_, up_answers_;
+    Scratch<uint8_t> laid_;
+};
+
+class Griffin {
+public:
+    explicit Griffin(const GriffinStep& s)
+        : s_(s), rows_(s.mlp.rows), hidden_(s.mlp.hidden), tiles_(s.heads * tiles_of(s.width / s.heads)),
+          y_(*s.linear_y.matrix), x_(*s.linear_x.matrix), out_(*s.linear_out.matrix), mlp_(s.mlp),
+          gate_(rows_ * s.width), branch_(rows_ * s.width), u_(rows_ * s.width), answers_(rows_ * s.width),
+          between_(rows_ * hidden_) {}
+
+    void run() {
+        parallel_phases(
+            mlp_.worth(), [this](Share share) { enter(share); }, [this](Share share) { recur(share); },
+            [this](Share share) { leave(share); }, [this](Share share) { mlp_.enter(share, between_.data()); },
+            [this](Share share) { mlp_.leave(share, between_.data(), s_.out); });
+    }
+
+private:
+    static int64_t tiles_of(int64_t width) { return (width + RECURRENCE_TILE - 1) / RECURRENCE_TILE; }
+
+    // Both branches up to the convolution, each channel on one thread.
+    void enter(Share share) {
+        Scratch<uint8_t> for_y(rows_ * y_.bytes()), for_x(rows_ * x_.bytes());
+        Normed normed(s_.x, s_.norm_weight, s_.eps, rows_, hidden_);
+        normed.lay(y_, for_y.data());
+        normed.lay(x_, for_x.data());
+        const Share::Range range = share.of(s_.width, STRETCH);
+        put(y_, s_.linear_y.bias, for_y.data(), rows_, range, nullptr, gate_.data(), s_.width);
+        put(x_, s_.linear_x.bias, for_x.data(), rows_, range, nullptr, branch_.data(), s_.width);
+        const Conv conv{branch_.data(), s_.conv_weight, s_.conv_bias, s_.conv_state, s_.conv_state, u_.data(), rows_,
+                        1, s_.width, s_.kernel, s_.width, 0};
+        const int64_t all = (s_.width + CHANNEL_GRAIN - 1) / CHANNEL_GRAIN;
+        for (int64_t v = 0; v < rows_ && range.first < range.last; ++v) {
+            bf16* gate = gate_.data() + v * s_.width + range.first;
+            lanes().gate(Gate{gate, nullptr, gate, range.last - range.first, s_.activation});
+            lanes().conv(conv, BF16, v * all + range.first / CHANNEL_GRAIN,
+                         v * all + (range.last + CHANNEL_GRAIN - 1) / CHANNEL_GRAIN);
+        }
+    }
+
+    void recur(Share share) {
+        const Recurrence step{u_.data(), nullptr, nullptr, gate_.data(), s_.input_weight, s_.input_bias,
+                              s_.recurrent_weight, s_.recurrent_bias, s_.rate, s_.state, s_.reset, s_.state,
+                              answers_.data(), nullptr, rows_, 1, s_.heads, s_.width / s_.heads, s_.width, s_.width,
+                              s_.reset_stride};
+        const auto [first, last] = share.of(tiles_, 1);
+        for (int64_t v = 0; v < rows_; ++v) lanes().recurrence(step, BF16, v * tiles_ + first, v * tiles_ + last);
+    }
+
+    // A head's answers may end within a stretch, so every thread lays out all of them.
+    void leave(Share share) {
+        Scratch<uint8_t> laid(rows_ * out_.bytes());
+        out_.lay_all(answers_.data(), rows_, laid.data());
+        put(out_, s_.linear_out.bias, laid.data(), rows_, share.of(hidden_, UNIT), s_.x, between_.data(), hidden_);
+    }
+
+    const GriffinStep& s_;
+    const int64_t rows_, hidden_, tiles_;
+    const Product y_, x_, out_;
+    Mlp mlp_;
+    Scratch<bf16> gate_, branch_, u_, answers_, between_;
+};
+
+}  // namespace
+}  // namespace lmx
+
+using namespace lmx;
+
+LMX_EXPORT void lmx_griffin_step(const GriffinStep* step) { Griffin(*step).run(); }
+
+LMX_EXPORT void lmx_mlp_step(const MlpStep* step) {
+    Mlp mlp(*step);
+    parallel_phases(
+        mlp.worth(), [&](Share share) { mlp.enter(share, step->x); },
+        [&](Share share) { mlp.leave(share, step->x, step->out); });
+}
+
+// x[i] = cap tanh(x[i] / cap), in place.
+LMX_EXPORT void lmx_soft_cap(bf16* x, int64_t count, float cap) {
+    parallel_for(count, 1 << 14, [&](int64_t first, int64_t last) { lanes().soft_cap(x + first, last - first, cap); });
+}
