@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lmx.convert.gguf_layout import BlockLayout
+from lmx.core.mapped import empty_alone
 
-_TILE_ELEMENTS = 4 << 20
+_TILE_ELEMENTS = 1 << 16  # its temporaries stay in the cache, and leave no gaps in the heap that other things fill
 
 _Blocks = Callable[[Tensor], Tensor]
 
@@ -22,7 +23,7 @@ def dequantize(layout: BlockLayout, data: Tensor, dtype: torch.dtype = torch.flo
     """The numbers of whole blocks: data: [bytes] uint8 -> [elements], computed in float32, in `dtype`."""
     decode = _DECODERS[layout.name]
     blocks = data.view(-1, layout.block_bytes)
-    out = torch.empty(len(blocks), layout.elements, dtype=dtype)
+    out = empty_alone(len(blocks) * layout.elements, dtype).view(-1, layout.elements)
     step = max(1, _TILE_ELEMENTS // layout.elements)
     for first in range(0, len(blocks), step):
         out[first : first + step] = decode(blocks[first : first + step])

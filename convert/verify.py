@@ -21,6 +21,7 @@ from lmx.core.loader import build_bound, stored_head
 from lmx.core.mapped import Advice
 from lmx.core.names import Piece
 
+_TILE_ELEMENTS = 4 << 20
 _WRITTEN_BLOCKS = ("Q8_0", "Q4_0")
 _DECAY = ".A_log"
 _DECAY_ERROR = 4 * torch.finfo(torch.float32).eps  # an exponential and its logarithm, each within an ulp
@@ -98,18 +99,25 @@ def _compare(source: Source, piece: Piece, target: Source, other: Piece) -> tupl
     ours, theirs = piece.of(source.tensor(piece.hub)), other.of(target.tensor(other.hub))
     if ours.shape != theirs.shape:
         return "different", float("nan")
+    layout, largest, verdicts = _layout(target, other), 0.0, {"equal"}
+    rows = max(1, _TILE_ELEMENTS // max(1, ours[:1].numel()))  # what is made to compare stays small
+    for first in range(0, len(ours), rows):
+        verdict, error = _compare_rows(ours[first : first + rows], theirs[first : first + rows], layout, other)
+        verdicts.add(verdict)
+        largest = error if not error <= largest else largest  # NaN, too
+    source.advise(piece.hub, Advice.DONT_NEED)
+    target.advise(other.hub, Advice.DONT_NEED)
+    return next(verdict for verdict in ("different", "rounded", "equal") if verdict in verdicts), largest
+
+
+def _compare_rows(ours: Tensor, theirs: Tensor, layout: BlockLayout | None, piece: Piece) -> tuple[str, float]:
     wide, got = ours.float(), theirs.float()
     error = (wide - got).abs()
     largest = float(error.max()) if error.numel() else 0.0
     if torch.equal(wide, got):
-        verdict = "equal"
-    elif torch.equal(ours.to(theirs.dtype), theirs) or _is_within_rounding(wide, error, _layout(target, other), other):
-        verdict = "rounded"
-    else:
-        verdict = "different"
-    source.advise(piece.hub, Advice.DONT_NEED)
-    target.advise(other.hub, Advice.DONT_NEED)
-    return verdict, largest
+        return "equal", largest
+    is_rounded = torch.equal(ours.to(theirs.dtype), theirs) or _is_within_rounding(wide, error, layout, piece)
+    return "rounded" if is_rounded else "different", largest
 
 
 def _layout(target: Source, piece: Piece) -> BlockLayout | None:

@@ -95,6 +95,20 @@ class FileMap:
             self._map.madvise(advice.value, start * page, length)
 
 
+def empty_alone(elements: int, dtype: "torch.dtype") -> "torch.Tensor":
+    """A flat tensor on pages of its own, which go back to the system as soon as nothing refers to it.
+
+    For what is large and short-lived, or made beside such: malloc keeps what is freed, and small things that live long
+    are then put into the gaps, so that the next large one no longer fits and a loader's memory grows by all of them.
+    """
+    import torch
+
+    if not elements:
+        return torch.empty(0, dtype=dtype)
+    pages = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype)
+
+
 def _no_reserve() -> int:
     """MAP_NORESERVE, which Python's mmap does not name in every version; 0 where it has no meaning."""
     if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64", "riscv64"):

@@ -297,3 +297,34 @@ def test_memory_is_a_few_of_the_largest_tensors(tmp_path):
     assert done.returncode == 0, done.stderr
     before, after = map(int, done.stdout.split())
     assert after - before < 4 * largest + (48 << 20)
+
+
+LOAD = """
+import sys
+from pathlib import Path
+from lmx.api import choose_spec, load_core, open_folder
+from lmx.memory import made_bytes
+from lmx.quant.memory import peak_memory_bytes
+import torch
+tiny, large = (open_folder(Path(path)) for path in sys.argv[1:3])
+scheme = None if sys.argv[3] == "plain" else sys.argv[3]
+kind, here = torch.bfloat16, torch.device("cpu")
+load_core(tiny, choose_spec(scheme), "causal", None, kind, here)
+before = peak_memory_bytes()
+model = load_core(large, choose_spec(scheme), "causal", None, kind, here)
+print(peak_memory_bytes() - before, made_bytes(large, kind, scheme))
+"""
+
+
+@pytest.mark.parametrize("scheme", ["plain", "nf4"])
+def test_loading_takes_the_memory_that_is_said(scheme, tmp_path):
+    """100 million parameters in experts of 8 MB as float32, of which none may stay, nor leave its room unused."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_local_experts": 8}
+    for name, changes in (("tiny", {}), ("large", sizes)):
+        source = Checkpoint.open(write_family(tmp_path / name, "mixtral", **changes))
+        to_gguf(source, tmp_path / f"{name}.gguf", "Q8_0")
+    paths = [str(tmp_path / f"{name}.gguf") for name in ("tiny", "large")]
+    done = subprocess.run([sys.executable, "-c", LOAD, *paths, scheme], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    taken, said = map(int, done.stdout.split())
+    assert taken < 1.1 * said + (64 << 20)
