@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Self
 
-from lmx.core.errors import InputError
+from lmx.core.errors import InputError, LmxError
 from lmx.core.text.child import Child, ChildError
 from lmx.core.text.files import tokenizer_path
 from lmx.core.text.stream import TextStream
@@ -35,6 +35,7 @@ class TextEngine:
             raise InputError(f"{label} holds no vocabulary", "Give a file or folder that has one.") from error
         self._keep = keep
         self._folder = folder.resolve()
+        self._label = label or str(self._folder)
         self._chat = chat
         self._lock = RLock()
         self._closed = False
@@ -137,12 +138,14 @@ class TextEngine:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """The death of the child becomes an `InputError`."""
+        """The death of the child becomes an `InputError`; errors name the folder that the user knows."""
         try:
             yield
+        except LmxError as error:
+            raise type(error)(error.message.replace(str(self._folder), self._label), error.hint) from error
         except ChildError as error:
             hint = "Its tokenizer or chat template is broken or hostile: download it again, or do not trust it."
-            raise InputError(f"{self._folder}: {error}", hint) from error
+            raise InputError(f"{self._label}: {error}", hint) from error
 
 
 def _facts(value: object) -> TextInfo:

@@ -234,6 +234,8 @@ def test_weights_of_the_hub_with_sentencepieces_vocabulary(tmp_path):
     )
     done = run_lmx("generate", str(source), "Hello world", "-n", "0", "--json")
     assert json.loads(done.stdout)["prompt_ids"] == [1, 22557, 1526], done.stderr
+    done = run_lmx("chat", str(source), "-p", "hello")
+    assert (done.returncode, f"{source} has no chat template" in done.stderr) == (3, True), done.stderr
 
 
 @needs_shared
