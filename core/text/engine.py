@@ -142,7 +142,9 @@ class TextEngine:
         try:
             yield
         except LmxError as error:
-            raise type(error)(error.message.replace(str(self._folder), self._label), error.hint) from error
+            error.message = error.message.replace(str(self._folder), self._label)
+            error.args = (error.message,)
+            raise
         except ChildError as error:
             hint = "Its tokenizer or chat template is broken or hostile: download it again, or do not trust it."
             raise InputError(f"{self._label}: {error}", hint) from error
