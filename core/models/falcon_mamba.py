@@ -283,7 +283,6 @@ NAMES = NameTable(
     Rename(_MIXER + "conv1d.weight", _OURS + "conv_weight"),
     Rename(_MIXER + "conv1d.bias", _OURS + "conv_bias"),
     Rename("backbone.norm_f.weight", "norm.weight"),
-    Rename("backbone.embedding.weight", "embed.weight"),  # mamba-ssm's spelling
     base_prefix="backbone.",
 )
 
