@@ -27,6 +27,9 @@ _DECAY = ".A_log"
 _DECAY_ERROR = 4 * torch.finfo(torch.float32).eps  # an exponential and its logarithm, each within an ulp
 
 
+_HEAD, _EMBEDDING = "head.weight", "decoder.embed.weight"
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """How many weights are equal, and rounded; which differ; the largest absolute error, and where it is."""
@@ -50,6 +53,7 @@ def compare_weights(source: Source, target: Source) -> Iterator[Progress | Compa
     Raises InputError where their configs, or the weights that they have, are of different models.
     """
     ours, theirs = _bind(source), _bind(target)
+    ours, theirs = _with_head(ours, theirs), _with_head(theirs, ours)
     if ours.keys() != theirs.keys():
         name = min(ours.keys() ^ theirs.keys())
         lacks = target if name in ours else source
@@ -88,6 +92,13 @@ class _Tally:
 def _bind(source: Source) -> Mapping[str, Piece]:
     stored = {name: info.shape for name, info in source.infos.items()}
     return build_bound(source.config, stored, stored_head(source.config, stored))[1]
+
+
+def _with_head(pieces: Mapping[str, Piece], others: Mapping[str, Piece]) -> Mapping[str, Piece]:
+    """A tied head is the embedding: where the other side has a matrix of its own, the two are compared."""
+    if _HEAD in others and _HEAD not in pieces and _EMBEDDING in pieces:
+        return {**pieces, _HEAD: pieces[_EMBEDDING]}
+    return pieces
 
 
 def _size(piece: Piece) -> int:
