@@ -1,6 +1,6 @@
 """The command line in a process whose time and memory are measured, children of its own included."""
 
-import os
+import json
 import subprocess
 import sys
 import tempfile
@@ -21,16 +21,21 @@ class Ran:
     peak_bytes: int
 
 
+# A process begins with the peak of the one that it was forked from, here that of all tests: so a small one starts it.
+_START = """if True:
+    import json, os, sys
+    report, *command = sys.argv[1:]
+    _, status, used = os.wait4(os.posix_spawn(command[0], command, os.environ), 0)
+    with open(report, "w") as file:
+        json.dump([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss], file)
+"""
+
+
 def run_measured(*args: str, cwd: Path | None = None) -> Ran:
     """Run `lmx ARGS`, with nothing on stdin."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "lmx", *args], stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd
-        )
-        _, status, used = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read().decode())
-    return Ran(child.returncode, *texts, used.ru_utime + used.ru_stime, used.ru_maxrss * RSS_UNIT)
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [sys.executable, "-I", "-S", "-c", _START, str(report), sys.executable, "-m", "lmx", *args]
+        ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, cwd=cwd)
+        code, seconds, peak = json.loads(report.read_text())
+    return Ran(code, ran.stdout, ran.stderr, seconds, peak * RSS_UNIT)
