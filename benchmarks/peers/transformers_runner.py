@@ -38,7 +38,8 @@ def build(config: Any) -> Any:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "lm_head":
+        # FalconMamba's loop on a CPU multiplies by dt_proj's weight itself, which must stay a matrix for that.
+        if isinstance(module, nn.Linear) and name != "lm_head" and not name.endswith("dt_proj"):
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, _random_linear(module))
     noise = torch.randn(1 << 22, dtype=torch.bfloat16) * 0.02
@@ -54,7 +55,7 @@ def build(config: Any) -> Any:
 
 def _choose_experts(model: Any) -> None:
     """Let it run experts in the quickest of its own ways, for one token at a time."""
-    if getattr(model.config, "_experts_implementation", None) is None:
+    if "num_experts_per_tok" not in model.config.to_dict():
         return
     speeds = {}
     for name in ("eager", "grouped_mm", "batched_mm"):
@@ -87,9 +88,12 @@ def _random_linear(linear: nn.Linear) -> nn.Module:
 
 
 def _remake_buffers(model: nn.Module, config: Any) -> None:
-    """Rotary tables are made when a module is built, which on the meta device makes nothing."""
+    """Rotary tables and scales of one are made when a module is built, which on the meta device makes nothing."""
     for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+        buffers = {key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        if set(buffers) == {"weight"}:
+            module.weight = torch.ones(buffers["weight"].shape, dtype=torch.bfloat16)
+        elif buffers:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, type(module)(config))
 
