@@ -11,7 +11,7 @@ import torch  # loads the OpenMP library that the kernels then share
 
 from lmx.core.native.build import LIBRARY_NAME
 
-_ABI = 1
+_ABI = 2
 _LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
 _AUTO = -1
 
