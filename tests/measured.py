@@ -1,4 +1,4 @@
-"""The command line in a process whose time and memory are measured, children of its own included."""
+"""Processes whose time and memory are measured, children of their own included."""
 
 import json
 import subprocess
@@ -31,11 +31,18 @@ _START = """if True:
 """
 
 
-def run_measured(*args: str, cwd: Path | None = None) -> Ran:
-    """Run `lmx ARGS`, with nothing on stdin."""
+def measure(*command: str, cwd: Path | None = None) -> Ran:
+    """Run COMMAND, with nothing on stdin."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-I", "-S", "-c", _START, str(report), sys.executable, "-m", "lmx", *args]
-        ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, cwd=cwd)
+        starter = [sys.executable, "-I", "-S", "-c", _START, str(report)]
+        ran = subprocess.run(
+            [*starter, *command], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, cwd=cwd
+        )
         code, seconds, peak = json.loads(report.read_text())
     return Ran(code, ran.stdout, ran.stderr, seconds, peak * RSS_UNIT)
+
+
+def run_measured(*args: str, cwd: Path | None = None) -> Ran:
+    """Run `lmx ARGS`."""
+    return measure(sys.executable, "-m", "lmx", *args, cwd=cwd)
