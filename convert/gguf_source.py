@@ -6,7 +6,6 @@ configs are written to a temporary folder that lives as long as the checkpoint, 
 Importing this imports no torch.
 """
 
-import json
 import os
 import re
 import tempfile
@@ -24,6 +23,7 @@ from lmx.convert.gguf_vocabulary import generation_config_of, tokenizer_files
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError
 from lmx.core.files import open_regular, quoted
+from lmx.core.jsonfile import to_json
 from lmx.core.mapped import ITEM_SIZES, Advice, FileMap
 from lmx.core.safetensors_file import TensorInfo
 
@@ -174,10 +174,10 @@ class GGUFCheckpoint(Checkpoint):
             dtype={"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[self.main_dtype],
             where=where,
         )
-        small: dict[str, bytes] = {"config.json": _json(config)}
+        small: dict[str, bytes] = {"config.json": to_json(config)}
         generation = generation_config_of(self.header, where)
         if generation:
-            small["generation_config.json"] = _json(generation)
+            small["generation_config.json"] = to_json(generation)
         small |= tokenizer_files(self.header, self.architecture.model_type, names[embedding].shape[0], where)
         for name, data in small.items():
             (self.folder / name).write_bytes(data)
@@ -305,10 +305,6 @@ def _heads(change: Change, metadata: Metadata, architecture: Architecture, shape
     if type(heads) is not int or heads < 1 or len(shape) != 2 or shape[0] % (2 * heads):
         raise InputError(f"{what} has the shape {list(shape)}, which are not {heads!r:.40} heads", _DAMAGED)
     return heads
-
-
-def _json(value: Mapping[str, object]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def find_gguf(folder: Path) -> Path | None:

@@ -7,14 +7,14 @@ import re
 from pathlib import Path
 
 from lmx.convert.mistral_names import mistral_table
-from lmx.convert.original_source import Layout, OriginalCheckpoint, find_parts, stored_shape, to_json
+from lmx.convert.original_source import Layout, OriginalCheckpoint, find_parts, stored_shape
 from lmx.convert.pickle_source import PickleCheckpoint
 from lmx.convert.vocabularies import make_vocabulary
 from lmx.core.checkpoint import CONFIG_LIMIT_BYTES, Checkpoint
 from lmx.core.config import ConfigReader
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
-from lmx.core.jsonfile import JSON, read_json
+from lmx.core.jsonfile import JSON, read_json, to_json
 from lmx.core.safetensors_file import open_safetensors
 
 PARAMS, SAFETENSORS = "params.json", "consolidated.safetensors"

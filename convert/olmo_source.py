@@ -8,7 +8,7 @@ Imports no torch.
 from pathlib import Path
 
 from lmx.convert.original_names import Change, Row, Table
-from lmx.convert.original_source import Layout, OriginalCheckpoint, find_parts, stored_shape, to_json
+from lmx.convert.original_source import Layout, OriginalCheckpoint, find_parts, stored_shape
 from lmx.convert.pickle_source import PickleCheckpoint
 from lmx.convert.vocabularies import TOKENIZER
 from lmx.convert.yaml_file import read_yaml
@@ -16,7 +16,7 @@ from lmx.core.checkpoint import Checkpoint
 from lmx.core.config import ConfigReader
 from lmx.core.errors import InputError
 from lmx.core.files import is_plain_name, quoted, read_bounded
-from lmx.core.jsonfile import JSON
+from lmx.core.jsonfile import JSON, to_json
 from lmx.core.text.files import MAX_TOKENIZER_BYTES
 
 CONFIG, WEIGHTS = "config.yaml", "model.pt"

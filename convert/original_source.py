@@ -6,7 +6,6 @@ temporary folder that lives as long as the checkpoint, beside links to what else
 folder. Importing this imports no torch.
 """
 
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from lmx.convert.original_names import Part, Table
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
-from lmx.core.jsonfile import JSON
+from lmx.core.jsonfile import JSON, to_json
 from lmx.core.mapped import ITEM_SIZES, Advice
 from lmx.core.names import split_numbers
 from lmx.core.safetensors_file import MAX_TENSORS, TensorInfo
@@ -139,11 +138,6 @@ def with_dtype(config: Mapping[str, JSON], infos: Mapping[str, TensorInfo]) -> d
     main = _STORED.get(max(counted, key=lambda kind: counted[kind]))
     named = main is None or "dtype" in config or "torch_dtype" in config
     return dict(config) if named else {**config, "dtype": main}
-
-
-def to_json(value: Mapping[str, JSON]) -> bytes:
-    """A JSON file."""
-    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def _infos(stored: Checkpoint, parts: Mapping[str, Part]) -> dict[str, TensorInfo]:

@@ -1,9 +1,10 @@
-"""Reading JSON that we do not trust: bounded, strict, and with errors that name the file and the place."""
+"""JSON files: reading those that we do not trust, bounded, strict, with errors that name the place; and writing."""
 
 import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -60,6 +61,11 @@ def parse_json(data: bytes, where: str) -> dict[str, JSON]:
     if not isinstance(value, dict):
         raise InputError(f"{where} holds a JSON {type(value).__name__}, not an object", _DAMAGED)
     return value
+
+
+def to_json(value: Mapping[str, object]) -> bytes:
+    """A JSON file as the hub writes its own."""
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def _unique_keys(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
