@@ -138,8 +138,9 @@ def find_cached(hub_id: HubId) -> Path | None:
 def check_online(hub_id: HubId, offline: bool) -> None:
     """Raise NotFoundError where a model that is not here may not be asked for."""
     if offline or is_offline():
+        hint = "run it once without --offline" if offline else "run it once without HF_HUB_OFFLINE"
         state = "not in the Hugging Face cache" if _cached(hub_id) is None else "only partly in the Hugging Face cache"
-        raise NotFoundError(f"{hub_id} is {state}, and the network is off", "run it once without --offline")
+        raise NotFoundError(f"{hub_id} is {state}, and the network is off", hint)
 
 
 def is_complete(folder: Path) -> bool:
@@ -180,7 +181,8 @@ def _exists(path: Path) -> bool:
 def _folder(path: Path) -> Path:
     if path.is_dir() or path.suffix == ".gguf":
         return path
-    raise InputError(f"{quoted(str(path))} is a file", "give the folder that holds config.json and the weights")
+    hint = "give the folder that holds config.json and the weights, or a .gguf"
+    raise InputError(f"{quoted(str(path))} is a file", hint)
 
 
 def _cached(hub_id: HubId) -> Path | None:

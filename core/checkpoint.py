@@ -224,7 +224,8 @@ def _only_weights(folder: Path, names: set[str]) -> str:
     if others:
         found = f"{where} holds no weights in the Hugging Face layout, but {quoted(others[0])}"
         raise InputError(found, f"convert it first: lmx convert {folder} DST")
-    raise InputError(f"{where} holds no weights (no *.safetensors)", _PULL_AGAIN)
+    hint = "give the folder of a model; if it is one, its download is incomplete: download it again"
+    raise InputError(f"{where} holds no weights (no *.safetensors)", hint)
 
 
 def read_index(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
