@@ -13,7 +13,7 @@ from lmx.cli.options import AnswersOption, CommonOptions, ModelArgument, Runtime
 from lmx.cli.prompts import read_messages, read_stdin, read_text, text_prompt
 from lmx.cli.session_store import sessions_folder
 from lmx.core.errors import InputError, UsageError
-from lmx.core.saved_session import session_folder
+from lmx.core.session_folders import session_folder
 from lmx.core.text.types import Message
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from lmx.cli.session_store import sessions_folder
 from lmx.core.conversation import Message
 from lmx.core.errors import ConflictError, InputError
 from lmx.core.files import quoted, write_atomically
-from lmx.core.saved_session import SessionInfo, list_sessions, read_session, remove_session
+from lmx.core.session_folders import SessionInfo, list_sessions, read_session, remove_session
 from lmx.core.text.safe import safe_line
 
 _HEADINGS = {"system": "System", "user": "User", "assistant": "Assistant"}

@@ -11,7 +11,7 @@ from lmx.core.errors import InputError
 from lmx.core.mapped import FileMap, torch_dtypes
 
 if TYPE_CHECKING:
-    from lmx.convert.gguf_source import Part
+    from lmx.convert.gguf_file import Part
 
 
 def read_part(data: FileMap, part: "Part", dtype: str, what: str) -> Tensor:

@@ -74,11 +74,6 @@ class OriginalCheckpoint(Checkpoint):
         """The weight files."""
         return self._stored.files
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The `__metadata__` of the weight files."""
-        return self._stored.metadata
-
     def tensor(self, name: str) -> "torch.Tensor":
         """A tensor by the hub's name: a view of the mapped file where nothing is to be moved, else a copy."""
         if self._parts is None:
@@ -128,6 +123,14 @@ def stored_shape(stored: Checkpoint, name: str, rank: int) -> tuple[int, ...]:
         found = "is missing" if info is None else f"has the shape {list(info.shape)}"
         raise InputError(f"{quoted(stored.label)}: tensor {quoted(name)} {found}", _MISMATCH)
     return info.shape
+
+
+def size_in(config: Mapping[str, JSON], key: str) -> int:
+    """A whole number of a config that a layout has made. Raises TypeError for anything else."""
+    value = config[key]
+    if not isinstance(value, int):
+        raise TypeError(f"{key} was read as a whole number")
+    return value
 
 
 def with_dtype(config: Mapping[str, JSON], infos: Mapping[str, TensorInfo]) -> dict[str, JSON]:

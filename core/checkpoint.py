@@ -79,11 +79,6 @@ class WeightFile(Protocol):
         ...
 
     @property
-    def metadata(self) -> Mapping[str, str]:
-        """What else it says."""
-        ...
-
-    @property
     def data(self) -> FileMap:
         """The map that views are made of."""
         ...
@@ -138,11 +133,6 @@ class Checkpoint:
     def files(self) -> tuple[Path, ...]:
         """The weight files, in the order of their names."""
         return tuple(self._files)
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The `__metadata__` of all files together; where two differ, the later file's."""
-        return {key: value for file in self._files.values() for key, value in file.metadata.items()}
 
     @property
     def total_bytes(self) -> int:
