@@ -2,14 +2,14 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from lmx.api import model_name
 from lmx.cli.console import write_json
 from lmx.cli.facts import human_bytes, human_count
-from lmx.cli.options import CommonOptions, ModelArgument, spread_groups
+from lmx.cli.options import CommonOptions, JsonOption, ModelArgument, OfflineOption, RevisionOption, spread_groups
 from lmx.cli.pull_progress import pull_watcher
 from lmx.cli.rows import write_rows
 from lmx.core.errors import InputError, LmxError, NetworkError, NotFoundError
@@ -29,9 +29,9 @@ def register(app: typer.Typer) -> None:
 def show_command(
     model: ModelArgument = None,
     *,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A hub model's branch, tag or commit.")] = None,
+    json: JsonOption = False,
+    offline: OfflineOption = False,
+    revision: RevisionOption = None,
     common: CommonOptions,
 ) -> None:
     """Show what a model is and what it needs, reading no weights.
