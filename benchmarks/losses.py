@@ -75,11 +75,10 @@ class Subject:
         """The replies that the plain model gives."""
         return [reply for reply in self.replies if is_greedy(self.plain, *reply)]
 
-    def head_loss(self, head: HeadScheme | None) -> float:
-        """Of an NF4 model in bfloat16 with such a head, nats a token."""
-        source, spec = Checkpoint.open(self.folder), QuantSpec("nf4")
-        model = load_quantized(source, spec=spec, head_scheme=head, dtype=torch.bfloat16)
-        return evaluated(model, self.sequences).nll
+    def with_head(self, head: HeadScheme | None) -> LanguageModel:
+        """The model in NF4, in bfloat16, its head quantized so."""
+        source = Checkpoint.open(self.folder)
+        return load_quantized(source, spec=QuantSpec("nf4"), head_scheme=head, dtype=torch.bfloat16)
 
 
 def demo_replies(folder: Path) -> list[Reply]:
@@ -90,7 +89,7 @@ def demo_replies(folder: Path) -> list[Reply]:
 
     tokenizer, rng = Tokenizer.load(folder), random.Random(1)
     asked = questions(load("heldout")["test"], Maker(1), rng)
-    ends = sorted(tokenizer.info.stop_ids)[:1]
+    ends = list(tokenizer.info.end_of_turn_ids[:1])
     replies = []
     for _, dialogue in rng.sample(asked, DEMO_DIALOGUES):
         *before, answer = dialogue.messages
@@ -129,9 +128,17 @@ def report(subjects: list[Subject], schemes: list[Scheme]) -> None:
         mean = geometric_mean(result.kl_divergence or 0 for result, _, _ in found.values())
         print(f"  {'mean KL, worst':16}{max(change for _, change, _ in found.values()):+.5f}  {mean:.1e}", flush=True)
     for subject in subjects:
-        plain = subject.head_loss(None)
-        heads = ", ".join(f"{head} {subject.head_loss(head) - plain:+.5f}" for head in HEADS)
-        print(f"heads of {subject.folder.name}: {heads}", flush=True)
+        report_heads(subject)
+
+
+def report_heads(subject: Subject) -> None:
+    """Print what each scheme of the head costs, beside a plain one on the same layers."""
+    base, said = subject.with_head(None), []
+    loss = evaluated(base, subject.sequences).nll
+    for head in HEADS:
+        found = evaluated(subject.with_head(head), subject.sequences, base)
+        said.append(f"{head} {found.nll - loss:+.5f} (KL {found.kl_divergence:.1e})")
+    print(f"heads of {subject.folder.name}: {', '.join(said)}", flush=True)
 
 
 def main() -> None:
@@ -139,7 +146,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER")
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
+    parser.add_argument("--threads", type=int, default=1, help="small models gain nothing from more")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     report([Subject.open(folder) for folder in options.folders or [demo_path()]], list(options.schemes))
 
 

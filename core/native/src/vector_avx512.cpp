@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t BYTES = UNIT / 2;  // a unit in four bits
 // How far ahead of themselves rows of four bits are asked for, into the second cache: the first has no room for a group of
-// wide rows, the next group and x, so that rows of 8192 asked for into it took a third longer, and those of 4096 a tenth.
+// wide rows, the next group and x, so that those asked for into it took longer.
 // Wider kinds take no less time for being asked: one row after another, the hardware sees them coming.
 constexpr int64_t AHEAD = 24576;
 
@@ -86,7 +86,7 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
     const int64_t units = m.columns / UNIT, bytes_of_row = units * BYTES;
     const int shift = log2_of(m.block_size / UNIT);
     const uint8_t* bytes = m.data + row * bytes_of_row;
-    // What memory is asked for goes from front to back all the same, some rows ahead: two streams take twice as long.
+    // What memory is asked for goes from front to back all the same, some rows ahead: two streams are slower.
     const uint8_t* soon = bytes + ROWS * bytes_of_row * std::max<int64_t>(1, AHEAD / (ROWS * bytes_of_row));
     const bf16* vectors = static_cast<const bf16*>(x.data);
     __m512 sums[ROWS][VECTORS];
