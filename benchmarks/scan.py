@@ -164,9 +164,7 @@ def time_layer(layer: Layer, tokens: int, repetitions: int) -> list[dict[str, fl
             layer.run(hidden, state)
             whole = (time.perf_counter() - begin) * 1e3
         if not all(spent.values()):
-            raise SystemExit(
-                f"{layer.title}: no time was counted for a part, so PARTS names what is not called: {spent}"
-            )
+            raise SystemExit(f"{layer.title}: PARTS names functions that are not called: {spent}")
         runs.append({**spent, "elsewhere": whole - sum(spent.values()), "whole layer": whole})
     return runs[1:]
 
