@@ -21,6 +21,7 @@ from lmx.convert.events import Finished
 from lmx.convert.gguf_target import Options as GGUFOptions
 from lmx.convert.gguf_target import write_gguf
 from lmx.convert.mistral_target import write_mistral
+from lmx.convert.plain import Options as Plain
 from lmx.convert.plain import write_plain
 from lmx.presets import PRESETS, preset
 from lmx.quant.memory import peak_memory_bytes, reset_peak_memory
@@ -60,7 +61,7 @@ def convert_all(source: RepeatedSource, folder: Path) -> None:
     measure("NF4 to the hub's layout", lambda: Conversion(plain).run(stored, "model"))
     shutil.rmtree(plain)
     if family == "mixtral":
-        measure("bf16 to Mistral's files", lambda: write_mistral(source, mistral))
+        measure("bf16 to Mistral's files", lambda: write_mistral(source, mistral, Plain()))
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from lmx.core.evaluate import Evaluation, evaluate
 from lmx.core.loader import load_model
 from lmx.core.model import LanguageModel
 from lmx.core.text.tokenizer import Tokenizer
+from lmx.core.text.types import Message
 from lmx.quant.apply import HeadScheme, load_quantized
 from lmx.quant.spec import QuantSpec, Scheme
 
@@ -92,9 +93,9 @@ def demo_replies(folder: Path) -> list[Reply]:
     ends = list(tokenizer.info.end_of_turn_ids[:1])
     replies = []
     for _, dialogue in rng.sample(asked, DEMO_DIALOGUES):
-        *before, answer = dialogue.messages
-        said = tokenizer.encode(answer["content"], add_special_tokens=False)
-        replies.append((tokenizer.encode_chat(before).ids, said + ends))
+        *before, answer = (Message(role=said["role"], content=said["content"]) for said in dialogue.messages)
+        ids = tokenizer.encode(answer["content"], add_special_tokens=False)
+        replies.append((tokenizer.encode_chat(before).ids, ids + ends))
     return replies
 
 

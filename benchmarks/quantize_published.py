@@ -28,7 +28,7 @@ from typing import BinaryIO, Literal
 
 import torch
 
-from lmx.core.jsonfile import read_json
+from lmx.core.jsonfile import JSON, read_json
 from lmx.core.loader import build, hub_shapes
 from lmx.core.mapped import Advice, FileMap
 from lmx.core.native.library import kernel_path
@@ -51,10 +51,11 @@ class RepeatedSource:
     """
 
     label = "a model of random weights"
-    generation_config = None
+    generation_config: dict[str, JSON] | None = None
 
     def __init__(self, file: Path, config: Mapping[str, object], layers: int | None, fill: Fill) -> None:
-        self.config = {**config, layers_key(config): layers or config[layers_key(config)]}
+        changed = {**config, layers_key(config): layers or config[layers_key(config)]}
+        self.config: dict[str, JSON] = json.loads(json.dumps(changed))
         with torch.device("meta"):
             model = build(self.config)
         shapes = hub_shapes(model, family_of(self.config))

@@ -43,7 +43,11 @@ def replays() -> Iterator[list[float]]:
     """Milliseconds of each replay of a tape while the context is open."""
     found: list[float] = []
     replay = Tape.replay
-    Tape.replay = lambda tape: found.append(timed(lambda: replay(tape)))  # type: ignore[method-assign]
+
+    def timed_replay(self: Tape) -> None:
+        found.append(timed(lambda: replay(self)))
+
+    Tape.replay = timed_replay  # type: ignore[method-assign]
     try:
         yield found
     finally:
