@@ -21,7 +21,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from hub_server import Cut, Fault, Hub, environment, random_bytes, serving_two
+from hub_server import Cut, Fault, Hub, environment, serving_two
 
 WEIGHTS = "model.safetensors"
 KINDS: dict[Cut, str] = {
@@ -39,7 +39,7 @@ COMMANDS = {
 
 def files(nbytes: int) -> dict[str, bytes]:
     """A repository with one file of weights."""
-    return {"config.json": b'{"model_type": "mixtral"}', "tokenizer.json": b"{}", WEIGHTS: random_bytes(nbytes)}
+    return {"config.json": b'{"model_type": "mixtral"}', "tokenizer.json": b"{}", WEIGHTS: os.urandom(nbytes)}
 
 
 def start(command: tuple[str, ...], hub: Hub, cache: Path) -> "subprocess.Popen[bytes]":
