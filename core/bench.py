@@ -83,7 +83,7 @@ class Bench:
             first = perf_counter() - start
         stepper = self._model.stepper(state)
         for _ in range(work.generate):
-            int(stepper.feed(self._random_ids(1))[0].float().argmax())  # in bf16 it takes twice as long
+            int(stepper.feed(self._random_ids(1))[0].float().argmax())  # slower in bf16
             first = first or perf_counter() - start
         sample = Sample(perf_counter() - start, first)
         if state is self._before:

@@ -62,8 +62,7 @@ def _native_product(table: MatrixTable, q: Matrix, many: Product, x: Tensor) -> 
     if isinstance(q, Tensor | Quanto):
         return many(x)
     flat = x.reshape(-1, table.columns)
-    # Quicker than torch's product of dequantized rows for any number of vectors: 3.2 ms against 12 for 8 of them times
-    # a 14336 x 4096 matrix in NF4, 18 against 28 for 64, 141 against 148 for 512 (two cores of Zen 4).
+    # Quicker than torch's product of dequantized rows, for any number of vectors (`benchmarks/products.py` times both).
     multiply = multiply_many if x.dtype == torch.bfloat16 and has_panels() else _multiply_tiles
     return multiply(table, flat).view(*x.shape[:-1], table.rows)
 

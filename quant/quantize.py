@@ -216,7 +216,7 @@ def _copy(source: Source, work: _Work, file: ShardWriter) -> None:
 
 
 def _is_finite(x: Tensor) -> bool:
-    """Whether no element is NaN or infinity, which show in the extremes; `isfinite` takes thirty times as long."""
+    """Whether no element is NaN or infinity, which show in the extremes: one pass, and no mask as large as it."""
     return x.numel() == 0 or all(extreme.isfinite().item() for extreme in x.aminmax())
 
 

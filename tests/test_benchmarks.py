@@ -57,10 +57,3 @@ def test_the_comparison_tells_its_figures(monkeypatch: pytest.MonkeyPatch, capsy
     assert "| tg128 | lmx | 20.00 | | 50% |" in said
     assert "| tg128 | llama.cpp Q4_0 | 10.00 | 1.25 | |" in said
     assert "tg128 5 MB. Peak memory of lmx: 1.00 GB." in said
-
-
-@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
-def test_every_benchmark_says_how_to_use_it(script: Path) -> None:
-    ran = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert "usage" in ran.stdout

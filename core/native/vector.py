@@ -79,7 +79,7 @@ def _code_tables(code: tuple[float, ...]) -> Tensor:
     """float32 [25], never freed: the 16 values, then the same times a factor as 16 bf16, then 1 / factor.
 
     bf16 has eight bits, and rounding the values to it would be most of a product's error. Times the best of many
-    factors they fall close to bf16 numbers, all 16 at once: NF4's error is a quarter of what it is without.
+    factors they fall close to bf16 numbers, all 16 at once.
     """
     values = torch.tensor(code, dtype=torch.float64)
     factors = torch.linspace(1.0, 2.0, 1 << 16, dtype=torch.float64)[:, None]
@@ -170,7 +170,7 @@ def _multiply_cpu(table: Tensor, x: Tensor, rows: int) -> Tensor:
     x = x.contiguous()
     *before, columns = x.shape
     out = x.new_empty(*before, rows)
-    # A tensor's len() is a function in Python: ten times slower than its shape.
+    # A tensor's len() is a function in Python, its shape is none.
     matrices, vectors, code = table.shape[0], x.numel() // columns, DTYPE_CODES[x.dtype]
     call(_multiply_table(), table.data_ptr(), matrices, x.data_ptr(), code, vectors, rows, out.data_ptr())
     return out

@@ -10,9 +10,8 @@
 
 namespace lmx {
 
-// How far ahead of themselves rows that lie side by side are asked for, into the second cache: the first has no room for a
-// group of wide rows, the next group and x, so that four-bit rows of 8192 asked for into it took a third longer, and those
-// of 4096 a tenth.
+// How far ahead of themselves rows that lie side by side are asked for, into the second cache: the first has no room for
+// a group of wide rows, the next group and x, so that those asked for into it took longer.
 constexpr int64_t AHEAD = 24576;
 
 // Always inline: a call of a function that does nothing but this is taken for one that does nothing.

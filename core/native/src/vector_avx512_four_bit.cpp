@@ -11,8 +11,8 @@ constexpr int64_t BYTES = UNIT / 2;  // a unit in four bits
 // Scales of a few rows that are read side by side, a pair of units at a time: the first unit's in the lower half of the
 // lanes, the next one's in the upper. A group of 16 units is entered before its pairs are asked for in their order.
 //
-// A block a unit: 16 scales are loaded at once, and one permutation gives a pair. Two loads into the halves of a register
-// take twice as long, a tenth of the whole product.
+// A block a unit: 16 scales are loaded at once, and one permutation gives a pair, in less time than two loads into the
+// halves of a register.
 template <int ROWS>
 class UnitScales {
 public:
@@ -92,7 +92,7 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
                                          __m512i table, Scales& scales) {
     const int64_t units = m.columns / UNIT, bytes_of_row = units * BYTES;
     const uint8_t* bytes = m.data + row * bytes_of_row;
-    // What memory is asked for goes from front to back all the same, some rows ahead: two streams take twice as long.
+    // What memory is asked for goes from front to back all the same, some rows ahead: two streams are slower.
     const uint8_t* soon = bytes + ROWS * bytes_of_row * std::max<int64_t>(1, AHEAD / (ROWS * bytes_of_row));
     const bf16* vectors = static_cast<const bf16*>(x.data);
     __m512 sums[ROWS][VECTORS];
