@@ -54,13 +54,13 @@ def _convolve(
         if HAS_LENGTHS:
             real = tl.load(lengths + row)
         slot = tl.arange(0, REACH)
-        source = real - (KERNEL - 1) + slot
-        is_slot = (slot < KERNEL - 1)[None, :] & is_channel[:, None]
-        is_new = (source >= 0)[None, :]
-        last = tl.load(x + source[None, :] * x_stride + channel[:, None], is_slot & is_new, 0.0).to(tl.float32)
-        kept = tl.load(state + held[:, None] + (real + slot)[None, :], is_slot & ~is_new, 0.0).to(tl.float32)
+        at = real - (KERNEL - 1) + slot
+        is_slot = is_channel[:, None] & (slot < KERNEL - 1)[None, :]
+        is_recent = (at >= 0)[None, :]
+        recent = tl.load(x + at[None, :] * x_stride + channel[:, None], is_slot & is_recent, 0.0).to(tl.float32)
+        kept = tl.load(state + held[:, None] + (real + slot)[None, :], is_slot & ~is_recent, 0.0).to(tl.float32)
         tl.debug_barrier()  # what one thread overwrites another may have to read
-        tl.store(new_state + held[:, None] + slot[None, :], tl.where(is_new, last, kept), is_slot)
+        tl.store(new_state + held[:, None] + slot[None, :], tl.where(is_recent, recent, kept), is_slot)
 
 
 def convolve(

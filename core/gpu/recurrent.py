@@ -179,12 +179,14 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[2:]
-        inputs = [
-            tensor if tensor is None else tensor.detach().requires_grad_(needed)
-            for tensor, needed in zip(ctx.saved_tensors, wanted, strict=True)
+        saved: tuple[Tensor | None, ...] = ctx.saved_tensors
+        inputs = [None if tensor is None else tensor.detach() for tensor in saved]
+        chosen = [
+            tensor.requires_grad_()
+            for tensor, needed in zip(inputs, wanted, strict=True)
+            if tensor is not None and needed
         ]
         with torch.enable_grad():
             outputs = ctx.oracle(*inputs)
-        chosen = [tensor for tensor, needed in zip(inputs, wanted, strict=True) if needed]
         made = iter(torch.autograd.grad(outputs, chosen, grads))
         return None, None, *(next(made) if needed else None for needed in wanted)
