@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lmx.core.gpu.words import activate, add_products, find, row_scales, vector_elements
+from lmx.core.gpu.words import activate, add_products, find, load_elements, row_scales
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def gate_and_up(
     expert = tl.load(ids + slot)
     expert = tl.where((expert >= 0) & (expert < EXPERTS), expert, 0)  # `down_and_sum` makes NaN of what is no expert
     gate, up = find(table, expert, 0), find(table, expert, 1)
-    values = tl.load(codes + tl.arange(0, 16))
+    sixteen = tl.load(codes + tl.arange(0, 16))
     vector = x + (slot // TOP_K) * HIDDEN
     ROW_WORDS: tl.constexpr = HIDDEN // PER
     gates = tl.zeros([ROWS, WORDS], tl.float32)
@@ -33,9 +33,9 @@ def gate_and_up(
         here = words < ROW_WORDS
         at = rows[:, None] * ROW_WORDS + words[None, :]
         mask = (rows < INNER)[:, None] & here[None, :]
-        elements = vector_elements(vector, words, here, PER)
-        gates = add_products(gates, values, gate, at, mask, elements, KIND, BLOCK, NESTED, PER)
-        ups = add_products(ups, values, up, at, mask, elements, KIND, BLOCK, NESTED, PER)
+        elements = load_elements(vector, words, here, PER)
+        gates = add_products(gates, sixteen, gate, at, mask, elements, KIND, BLOCK, NESTED, PER)
+        ups = add_products(ups, sixteen, up, at, mask, elements, KIND, BLOCK, NESTED, PER)
     g = tl.sum(gates, 1) * row_scales(gate, rows, rows < INNER, KIND)
     u = tl.sum(ups, 1) * row_scales(up, rows, rows < INNER, KIND)
     inner = activate(g, ACTIVATION) * u
@@ -55,7 +55,7 @@ def down_and_sum(
     """
     token = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    values = tl.load(codes + tl.arange(0, 16))
+    sixteen = tl.load(codes + tl.arange(0, 16))
     ROW_WORDS: tl.constexpr = INNER // PER
     total = tl.zeros([ROWS, WORDS], tl.float32)
     for choice in range(TOP_K):
@@ -69,8 +69,8 @@ def down_and_sum(
             here = words < ROW_WORDS
             at = rows[:, None] * ROW_WORDS + words[None, :]
             mask = (rows < HIDDEN)[:, None] & here[None, :]
-            elements = vector_elements(inner + slot * INNER, words, here, PER)
-            answer = add_products(answer, values, down, at, mask, elements, KIND, BLOCK, NESTED, PER)
+            elements = load_elements(inner + slot * INNER, words, here, PER)
+            answer = add_products(answer, sixteen, down, at, mask, elements, KIND, BLOCK, NESTED, PER)
         scale = row_scales(down, rows, rows < HIDDEN, KIND) * tl.where(known, weight, float("nan"))
         total += answer * scale[:, None]
     tl.store(out + token * HIDDEN + rows, tl.sum(total, 1).to(out.dtype.element_ty), mask=rows < HIDDEN)

@@ -41,7 +41,7 @@ def gate_and_up(
     tokens = tl.load(order + places, mask=here, other=0) // TOP_K
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     gate, up = find(table, expert, 0), find(table, expert, 1)
-    values = tl.load(codes + tl.arange(0, 16))
+    sixteen = tl.load(codes + tl.arange(0, 16))
     ROW_WORDS: tl.constexpr = HIDDEN // PER
     gates = tl.zeros([TOKENS, ROWS], tl.float32)
     ups = tl.zeros([TOKENS, ROWS], tl.float32)
@@ -52,9 +52,9 @@ def gate_and_up(
         words = start // PER + tl.arange(0, COLUMNS // PER)
         at = rows[:, None] * ROW_WORDS + words[None, :]
         mask = (rows < INNER)[:, None] & (words < ROW_WORDS)[None, :]
-        weights = dense_tile(values, gate, at, mask, KIND, BLOCK, NESTED, PER, DTYPE)
+        weights = dense_tile(sixteen, gate, at, mask, KIND, BLOCK, NESTED, PER, DTYPE)
         gates = tl.dot(tile, tl.trans(weights), gates, input_precision="ieee")
-        weights = dense_tile(values, up, at, mask, KIND, BLOCK, NESTED, PER, DTYPE)
+        weights = dense_tile(sixteen, up, at, mask, KIND, BLOCK, NESTED, PER, DTYPE)
         ups = tl.dot(tile, tl.trans(weights), ups, input_precision="ieee")
     gates *= row_scales(gate, rows, rows < INNER, KIND)[None, :]
     ups *= row_scales(up, rows, rows < INNER, KIND)[None, :]
@@ -80,7 +80,7 @@ def down(
     here = places < last
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     matrix = find(table, expert, 2)
-    values = tl.load(codes + tl.arange(0, 16))
+    sixteen = tl.load(codes + tl.arange(0, 16))
     ROW_WORDS: tl.constexpr = INNER // PER
     answers = tl.zeros([TOKENS, ROWS], tl.float32)
     for start in range(0, INNER, COLUMNS):
@@ -90,7 +90,7 @@ def down(
         words = start // PER + tl.arange(0, COLUMNS // PER)
         at = rows[:, None] * ROW_WORDS + words[None, :]
         mask = (rows < HIDDEN)[:, None] & (words < ROW_WORDS)[None, :]
-        dense = dense_tile(values, matrix, at, mask, KIND, BLOCK, NESTED, PER, DTYPE)
+        dense = dense_tile(sixteen, matrix, at, mask, KIND, BLOCK, NESTED, PER, DTYPE)
         answers = tl.dot(tile, tl.trans(dense), answers, input_precision="ieee")
     answers *= row_scales(matrix, rows, rows < HIDDEN, KIND)[None, :]
     choices = tl.load(order + places, mask=here, other=0)

@@ -28,23 +28,41 @@ def load_words(row, at, mask):
 
 
 @triton.jit
-def value(codes, words, K: tl.constexpr, KIND: tl.constexpr):
-    """The K-th value of each word, float32: for four bits what `codes` [16] says, for int8 the integer.
+def _code(words, K: tl.constexpr):
+    return (words >> (4 * (K ^ 1))) & 15  # the first of two is in the high nibble
 
-    The look-up is one shuffle in a warp: its lanes hold the 16 values. Through memory it would be an address, which
-    takes two instructions, and a load.
-    """
-    if KIND == FOUR_BIT:
-        code = (words >> (4 * (K ^ 1))) & 15  # the first of two is in the high nibble
-        return tl.reshape(tl.gather(codes, tl.reshape(code, [words.numel]), 0), words.shape)
-    elif KIND == INT8:
+
+@triton.jit
+def _part(words, K: tl.constexpr, KIND: tl.constexpr):
+    if KIND == INT8:
         return ((words << (24 - 8 * K)) >> 24).to(tl.float32)
     elif KIND == BF16:
         return (words << 16 if K == 0 else words & -65536).to(tl.float32, bitcast=True)
-    elif KIND == F16:
-        return (words >> (16 * K)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
-        return words.to(tl.float32, bitcast=True)
+        return (words >> (16 * K)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def values(codes, words, KIND: tl.constexpr, PER: tl.constexpr):
+    """What words [rows, words] hold: float32 [rows, words, PER], without scales; all of a word in one thread.
+
+    Joined so that the bits of a value's place in its word are the last dimensions, the lowest bit the very last. Codes
+    are looked up all at once: in one warp by a shuffle each (its lanes hold the 16 values), in several through shared
+    memory. Through global memory each would be an address, which takes two instructions, and a load.
+    """
+    SHAPE: tl.constexpr = [words.shape[0], words.shape[1], PER]
+    if KIND == FOUR_BIT:
+        even = tl.join(tl.join(_code(words, 0), _code(words, 4)), tl.join(_code(words, 2), _code(words, 6)))
+        odd = tl.join(tl.join(_code(words, 1), _code(words, 5)), tl.join(_code(words, 3), _code(words, 7)))
+        return tl.reshape(tl.gather(codes, tl.reshape(tl.join(even, odd), [words.numel * PER]), 0), SHAPE)
+    elif KIND == INT8:
+        even = tl.join(_part(words, 0, KIND), _part(words, 2, KIND))
+        odd = tl.join(_part(words, 1, KIND), _part(words, 3, KIND))
+        return tl.reshape(tl.join(even, odd), SHAPE)
+    elif PER == 2:
+        return tl.join(_part(words, 0, KIND), _part(words, 1, KIND))
+    else:
+        return tl.expand_dims(words.to(tl.float32, bitcast=True), 2)
 
 
 @triton.jit
@@ -71,38 +89,19 @@ def row_scales(row, rows, mask, KIND: tl.constexpr):
 
 
 @triton.jit
-def _four(x, at, mask):
-    """Elements `at` .. `at + 3` of a vector, each as a tensor of its own. Thread by thread: nothing is exchanged."""
-    elements = tl.load(x + at[:, None] + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(elements, [at.numel, 2, 2]))  # [words, 2]
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
-    return x0, x1, x2, x3
-
-
-@triton.jit
-def vector_elements(x, words, mask, PER: tl.constexpr):
-    """The `PER` elements of a vector that meet each word [words], in float32: PER tensors [words]."""
-    if PER == 8:
-        return _four(x, words * 8, mask) + _four(x, words * 8 + 4, mask)
-    elif PER == 4:
-        return _four(x, words * 4, mask)
-    elif PER == 2:
-        pairs = x + words[:, None] * 2 + tl.arange(0, 2)[None, :]
-        return tl.split(tl.load(pairs, mask=mask[:, None], other=0).to(tl.float32))
-    else:
-        return (tl.load(x + words, mask=mask, other=0).to(tl.float32),)
+def load_elements(x, words, mask, PER: tl.constexpr):
+    """The elements of a vector that meet each word [words]: float32 [words, PER]."""
+    places = x + words[:, None] * PER + tl.arange(0, PER)[None, :]
+    return tl.load(places, mask=mask[:, None], other=0).to(tl.float32)
 
 
 @triton.jit
 def add_products(
-    total, codes, row, at, mask, x, KIND: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr
-):
-    """`total` [rows, words] plus, word by word, the products of a matrix's words with `vector_elements`."""
-    words = load_words(row, at, mask)
-    part = value(codes, words, 0, KIND) * x[0][None, :]
-    for k in tl.static_range(1, PER):
-        part += value(codes, words, k, KIND) * x[k][None, :]
+    total, codes, row, at, mask, x,
+    KIND: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr,
+):  # fmt: skip
+    """`total` [rows, words] plus, word by word, the products of a matrix's words with the elements x [words, PER]."""
+    part = tl.sum(values(codes, load_words(row, at, mask), KIND, PER) * x[None, :, :], 2)
     if KIND == FOUR_BIT:
         return total + word_scales(row, at, mask, BLOCK, NESTED) * part
     else:
@@ -111,32 +110,15 @@ def add_products(
 
 @triton.jit
 def dense_tile(
-    codes, row, at, mask, KIND: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr,
-    DTYPE: tl.constexpr,
+    codes, row, at, mask,
+    KIND: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The values [rows, words * PER] of words [rows, words], for a product on tensor cores; int8 without its scale."""
     words = load_words(row, at, mask)
+    tile = values(codes, words, KIND, PER)
     if KIND == FOUR_BIT:
-        scales = word_scales(row, at, mask, BLOCK, NESTED)
-        # Joined so that the bits of an element's place in its word are the last dimensions, the lowest bit the last
-        even = tl.join(
-            tl.join((value(codes, words, 0, KIND) * scales).to(DTYPE), (value(codes, words, 4, KIND) * scales).to(DTYPE)),
-            tl.join((value(codes, words, 2, KIND) * scales).to(DTYPE), (value(codes, words, 6, KIND) * scales).to(DTYPE)),
-        )
-        odd = tl.join(
-            tl.join((value(codes, words, 1, KIND) * scales).to(DTYPE), (value(codes, words, 5, KIND) * scales).to(DTYPE)),
-            tl.join((value(codes, words, 3, KIND) * scales).to(DTYPE), (value(codes, words, 7, KIND) * scales).to(DTYPE)),
-        )
-        return tl.reshape(tl.join(even, odd), [words.shape[0], words.shape[1] * PER])
-    elif PER == 4:
-        even = tl.join(value(codes, words, 0, KIND).to(DTYPE), value(codes, words, 2, KIND).to(DTYPE))
-        odd = tl.join(value(codes, words, 1, KIND).to(DTYPE), value(codes, words, 3, KIND).to(DTYPE))
-        return tl.reshape(tl.join(even, odd), [words.shape[0], words.shape[1] * PER])
-    elif PER == 2:
-        both = tl.join(value(codes, words, 0, KIND).to(DTYPE), value(codes, words, 1, KIND).to(DTYPE))
-        return tl.reshape(both, [words.shape[0], words.shape[1] * PER])
-    else:
-        return value(codes, words, 0, KIND).to(DTYPE)
+        tile *= word_scales(row, at, mask, BLOCK, NESTED)[:, :, None]
+    return tl.reshape(tile.to(DTYPE), [words.shape[0], words.shape[1] * PER])
 
 
 @triton.jit
