@@ -101,15 +101,15 @@ class MatrixTile:
         it the better, up to where the sums (tokens * rows * 4 bytes, for gate and up twice) fill the registers. But
         tiles that most experts cannot fill are work for nothing.
         """
-        tokens = 128 if tokens_per_expert > 64 else 64 if tokens_per_expert > 32 else 32 if tokens_per_expert > 16 else 16
+        tokens = min(128, max(16, triton.next_power_of_2(round(tokens_per_expert))))
         return cls(tokens, rows, 64 if element_size == 2 else 32, 8 if tokens * rows >= 64 * 128 else 4)
 
 
 class DeviceBank:
     """The matrices of a bank of experts on one device, as its kernels are told of them; keeps their tensors alive.
 
-    Each matrix is a tensor of its own, wherever the allocator put it (or a view of a stack, as in DBRX's files), so that
-    no stride leads from one expert to the next: the kernels read addresses from a table on the device, 40 bytes a
+    Each matrix is a tensor of its own, wherever the allocator put it (or a view of a stack, as in DBRX's files): no
+    stride leads from one expert to the next. So the kernels read addresses from a table on the device, 40 bytes a
     matrix, which costs a program two loads that hit the cache. It is made once, and again when the module moves.
     """
 
@@ -170,12 +170,12 @@ class DeviceBank:
         tile = VectorTile.choose(tokens * top_k * self.inner, self.hidden // first.per_word, 1)
         experts_decode.gate_and_up[(tokens * top_k, triton.cdiv(self.inner, tile.rows))](
             x, ids, self._table, self._codes[0], inner, **shape, ACTIVATION=ACTIVATION_CODES[self.activation],
-            **first.constants(), ROWS=tile.rows, WORDS=tile.words, num_warps=tile.warps,
+            **first.constants(), ROWS=tile.rows, WORDS=tile.words, num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip
         tile = VectorTile.choose(tokens * self.hidden, self.inner // last.per_word, 2)
         experts_decode.down_and_sum[(tokens, triton.cdiv(self.hidden, tile.rows))](
             inner, ids, weights, self._table, self._codes[1], out, **shape,
-            **last.constants(), ROWS=tile.rows, WORDS=tile.words, num_warps=tile.warps,
+            **last.constants(), ROWS=tile.rows, WORDS=tile.words, num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip
         return out
 
@@ -193,12 +193,14 @@ class DeviceBank:
             x, order, starts, first_tiles, self._table, self._codes[0], inner, **shape, TOP_K=top_k,
             ACTIVATION=ACTIVATION_CODES[self.activation], **first.constants(),
             TOKENS=tile.tokens, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+            enable_fp_fusion=True,
         )  # fmt: skip
         answers = x.new_full((choices, self.hidden), torch.nan)  # what the id of no expert leaves
         tile = MatrixTile(tile.tokens, 128, tile.columns, 8 if tile.tokens > 32 else 4)
         experts_prefill.down[(tiles, triton.cdiv(self.hidden, tile.rows))](
             inner, order, weights, starts, first_tiles, self._table, self._codes[1], answers, **shape,
             **last.constants(), TOKENS=tile.tokens, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+            enable_fp_fusion=True,
         )  # fmt: skip
         return answers.view(tokens, top_k, self.hidden).sum(1)
 

@@ -13,7 +13,7 @@ def gate_and_up(
     KIND: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """`act(gate(x)) * up(x)`, `ROWS` rows of one chosen expert a program: x [tokens, hidden] -> [tokens * top_k, inner].
+    """`act(gate(x)) * up(x)`, `ROWS` rows of a chosen expert a program: x [tokens, hidden] -> [tokens * top_k, inner].
 
     Programs for the same rows of other choices are neighbours, so that an expert that several tokens chose is read from
     memory once and from the cache after that.
