@@ -1,20 +1,20 @@
 """What the tests of the CUDA kernels share: Triton's interpreter on the CPU, and a real card."""
 
-import os
 from importlib.util import find_spec
 
 import pytest
 import torch
 
+from lmx.core.gpu.launch import interpreted
+
 _HAS_TRITON = find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 needs_triton = pytest.mark.skipif(not _HAS_TRITON, reason="Triton is not installed: pip install 'lmx[gpu]'")
 needs_interpreter = pytest.mark.skipif(
-    not _INTERPRETED, reason="Triton's interpreter is off: set TRITON_INTERPRET=1 before Triton is imported"
+    not interpreted(), reason="Triton's interpreter is off: set TRITON_INTERPRET=1 before Triton is imported"
 )
 needs_card = pytest.mark.skipif(
-    _INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device, or TRITON_INTERPRET=1 keeps Triton off it"
+    interpreted() or not torch.cuda.is_available(), reason="no CUDA device, or TRITON_INTERPRET=1 keeps Triton off it"
 )
 
 

@@ -17,6 +17,7 @@ _INSTALL = "install lmx with its extra `gpu`"
 _CAPABILITY = (8, 0)
 
 
+@cache
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python, on CPU tensors: TRITON_INTERPRET=1, set before Triton is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,6 +49,14 @@ def why_not(device: torch.device) -> str | None:
     except (RuntimeError, OSError, ImportError, AssertionError, CalledProcessError) as error:
         return f"Triton cannot launch a kernel here: {str(error).strip().partition(chr(10))[0]}"
     return None
+
+
+def cuda_path() -> str | None:
+    """Which code runs banks of experts and scans on the CUDA device, in words; None where there is no device."""
+    if not torch.cuda.is_available():
+        return None
+    obstacle = why_not(torch.device("cuda", torch.cuda.current_device()))
+    return "triton" if obstacle is None else f"torch ({obstacle})"
 
 
 @cache
