@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -36,7 +37,7 @@ class FrozenGraph:
         """Note the work; all memory that it wrote to is afterwards as before, and what it made is garbage."""
         recorder = _Recorder(self._calls)
         try:
-            with recorder:
+            with _Reads(), recorder:
                 work()
         finally:
             recorder.put_back()
@@ -48,6 +49,15 @@ class FrozenGraph:
                 if info.alias_info is None:
                     assert old.shape == new.shape, f"{func} changed its shape"
                     old.copy_(new)
+
+
+class _Reads(TorchFunctionMode):
+    """Refuses what reads a tensor's memory without an operation that a dispatch mode would see."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.cpu):
+            raise RuntimeError(f"{func.__name__} cannot be captured")
+        return func(*args, **(kwargs or {}))
 
 
 class _Recorder(TorchDispatchMode):
