@@ -16,6 +16,7 @@ from lmx.core.heads import CausalHead
 from lmx.core.layers.moe import Bank
 from lmx.core.layers.projection import Projection, is_watched
 from lmx.core.sampling import Chosen, Sampler, finite
+from lmx.core.state import StateError
 from lmx.core.static_step import StaticStep
 from lmx.core.stepper import Stepper
 
@@ -108,15 +109,15 @@ class GraphStepper(Stepper):
         try:
             for number in count(1):
                 if number != limit:
-                    self._go_on(sampler, mailbox)
+                    self._go_on(mailbox)
                     ahead = True
                 yield mailbox.receive()
                 if not ahead:
                     return
                 ahead = False
         finally:
-            if ahead and self._step is not None:
-                self._take_back(self._step)
+            if ahead:
+                self._take_back()
 
     @property
     def _is_plain(self) -> bool:
@@ -132,17 +133,23 @@ class GraphStepper(Stepper):
         mailbox.send(step.report)
 
     @torch.no_grad()
-    def _go_on(self, sampler: Sampler, mailbox: "Mailbox") -> None:
+    def _go_on(self, mailbox: "Mailbox") -> None:
         """Compute with the token that was chosen last, which the host may not know yet, and choose the next one."""
-        step = self._ready(sampler)
+        step = self._step
+        if step is None or not step.follows:
+            raise StateError("the state was changed in the middle of an answer", "Close the answer's iterator first.")
+        if step.make_room():
+            self._graph = None
         mailbox.begin()
         step.prepare()
         self._advance(step)
         mailbox.send(step.report)
 
     @torch.no_grad()
-    def _take_back(self, step: StaticStep) -> None:
-        step.undo()
+    def _take_back(self) -> None:
+        """Undo the last step, unless the state went elsewhere because nobody closed the answer in time."""
+        if self._step is not None and self._step.follows:
+            self._step.undo()
 
     def _ready(self, sampler: Sampler | None) -> StaticStep:
         """The step for the state as it is now; its graph is dropped where anything has moved or grown."""
@@ -181,7 +188,7 @@ class Mailbox:
     """Brings what a device chose to the host, which may fetch it one step later."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
+        self._device, self._on_cuda = device, device.type == "cuda"
         self._reports = torch.zeros(2, 2, dtype=torch.float64, pin_memory=self._on_cuda)
         self._sent = self._received = 0
         self._begun: list[torch.cuda.Event] = []
@@ -193,13 +200,13 @@ class Mailbox:
     def begin(self) -> None:
         """Note when the device begins with the next report."""
         if self._on_cuda:
-            self._begun[self._sent % 2].record()
+            self._begun[self._sent % 2].record(torch.cuda.current_stream(self._device))
 
     def send(self, report: Tensor) -> None:
         """Let the device bring a report, float64 [2]; at most one may still be on its way."""
         self._reports[self._sent % 2].copy_(report, non_blocking=True)
         if self._on_cuda:
-            self._ended[self._sent % 2].record()
+            self._ended[self._sent % 2].record(torch.cuda.current_stream(self._device))
         self._sent += 1
 
     def receive(self) -> Chosen:

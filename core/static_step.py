@@ -32,7 +32,7 @@ def slots_for(layers: Sequence[LayerState], tokens: int) -> int:
 
     Reading all that a context could hold would cost too much: OLMoE's 4,096 tokens are 0.54 GB of keys and values, and
     its active weights in four bits 0.7 GB. With two sizes an octave a step reads at most half more than it must, a
-    quarter on average, and growing to a whole context means eight captures. Rings stop at their window (one more says
+    fifth on average, and growing to a whole context means eight captures. Rings stop at their window (one more says
     that they go round), and what has no slots needs but one size.
     """
     units = -(-tokens // _UNIT)

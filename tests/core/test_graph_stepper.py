@@ -16,6 +16,7 @@ from graph_steps import GREEDY, PLAIN, assert_same, called, graphed, prompt, rea
 from lmx.core.errors import InputError
 from lmx.core.graph_stepper import GraphStepper, reason_against
 from lmx.core.sampling import Sampler, Sampling
+from lmx.core.state import StateError
 from lmx.core.static_step import slots_for
 from lmx.presets import build_dummy
 
@@ -179,6 +180,30 @@ def test_where_a_capture_fails_steps_run_one_by_one() -> None:
     assert tokens == called(model, other, logits, Sampler(GREEDY, []), 12)
     assert stepper.refusal is not None
     assert_same(one, other)
+
+
+def test_a_state_that_is_changed_under_an_answer_is_found() -> None:
+    model = small("olmoe")
+    state, logits = read(model, prompt(9))
+    choices = GraphStepper(model, state, FrozenGraph).choices(logits[0], Sampler(GREEDY, []))
+    next(choices)
+    state.truncate(4)
+    with pytest.raises(StateError, match="changed"):
+        next(choices)
+    assert state.length == 4
+
+
+def test_an_answer_closed_too_late_changes_nothing() -> None:
+    model = small("falcon_mamba")
+    (state, logits), (other, _) = read(model, prompt(9)), read(model, prompt(9))
+    choices = GraphStepper(model, state, FrozenGraph).choices(logits[0], Sampler(GREEDY, []))
+    tokens = [next(choices).token_id for _ in range(4)]
+    for held in (state, other):  # the step ahead has put the last token in
+        more = prompt(3, seed=1) if held is state else torch.cat((torch.tensor([tokens]), prompt(3, seed=1)), 1)
+        with torch.no_grad():
+            model(more, state=held)
+    choices.close()
+    assert_same(state, other)
 
 
 def test_nan_is_found_and_the_state_stays_whole() -> None:
