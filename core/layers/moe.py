@@ -1,5 +1,6 @@
 """Mixture of experts: the router's choice, the bank of experts, and the load balancing loss."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -135,7 +136,19 @@ def _(
     return torch.empty_like(x)
 
 
-class ExpertBank(nn.Module):
+class Bank(nn.Module):
+    """All experts of one layer, however they are stored.
+
+    forward: x [tokens, hidden], ids and weights [tokens, top_k] -> [tokens, hidden].
+    """
+
+    @property
+    @abstractmethod
+    def capturable(self) -> bool:
+        """Whether a step can be captured in a CUDA graph: the ids of the chosen experts never leave the device."""
+
+
+class ExpertBank(Bank):
     """All experts of one layer: gated MLPs, `down(act(gate(x)) * up(x))`.
 
     Each expert's matrices are parameters of their own, so that they can be views of a mapped file in whatever order
@@ -153,6 +166,11 @@ class ExpertBank(nn.Module):
         self._table: ExpertTable | None = None
         self._on_device: DeviceBank | None = None
         self._place: tuple[int, ...] = ()
+
+    @property
+    def capturable(self) -> bool:
+        """Not this one: the host sorts the tokens by expert."""
+        return False
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' answers."""
