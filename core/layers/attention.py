@@ -1,6 +1,6 @@
 """Grouped-query attention over keys that may come from a cache, a ring, or the call itself."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,6 +22,10 @@ class Visibility:
 
     mask: Tensor | None
     causal: bool = False
+
+    def to(self, device: torch.device) -> "Visibility":
+        """The same for a layer on another device."""
+        return self if self.mask is None else replace(self, mask=self.mask.to(device))
 
 
 def clip(states: Tensor, limit: float | None) -> Tensor:
