@@ -114,7 +114,7 @@ class KVCache(AttentionCache):
             return Visibility(None)
         slots = torch.arange(span.start + span.length, device=self.keys.device)[None]
         queries = slots[:, span.start :] if span.ordinals is None else span.ordinals.clamp(min=0)
-        return Visibility(_seen(queries, slots, None))
+        return Visibility(_seen(queries, slots, None), causal=span.ordinals is None)
 
     def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Write behind what is there; return views of all slots in use."""

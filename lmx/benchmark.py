@@ -275,7 +275,7 @@ class _Subject:
         return per_token * speed / self._ceilings.bandwidth
 
     def _flops_utilization(self, work: "Workload", speed: float) -> float | None:
-        """The share of the matrix peak that products and attention take; None as above, or where tokens are generated."""
+        """The share of the matrix peak that a prompt takes; None as above, or where tokens are generated."""
         from lmx.core.bench import attention_flops
         from lmx.core.generate import PROMPT_CHUNK
 
