@@ -62,7 +62,7 @@ def measure_ceilings(
 def _bandwidth(device: torch.device, nbytes: int, rounds: int) -> float:
     numbers = torch.ones(nbytes // 4, device=device)
     readers: tuple[Callable[[], Tensor], ...] = (numbers.sum, numbers.amax)
-    return numbers.nbytes / min(_seconds(reader, device, rounds) for reader in readers)
+    return numbers.nbytes / min(best_seconds(reader, device, rounds) for reader in readers)
 
 
 def _flops(device: torch.device, width: int, rounds: int) -> float:
@@ -71,21 +71,21 @@ def _flops(device: torch.device, width: int, rounds: int) -> float:
 
 def _gpu_flops(device: torch.device, width: int, rounds: int) -> float:
     x, weight = (torch.randn(width, width, dtype=torch.bfloat16, device=device) for _ in range(2))
-    return 2 * width**3 / _seconds(lambda: F.linear(x, weight), device, rounds)
+    return 2 * width**3 / best_seconds(lambda: F.linear(x, weight), device, rounds)
 
 
 def _product(device: torch.device, width: int, dtype: torch.dtype, rounds: int) -> float:
     x, weight = (torch.ones(rows, width, dtype=dtype, device=device) for rows in (_VECTORS, width))
-    return 2 * _VECTORS * width * width / _seconds(lambda: F.linear(x, weight), device, rounds)
+    return 2 * _VECTORS * width * width / best_seconds(lambda: F.linear(x, weight), device, rounds)
 
 
-def _seconds(work: Callable[[], Tensor], device: torch.device, rounds: int) -> float:
+def best_seconds(work: Callable[[], object], device: torch.device, rounds: int) -> float:
     """The shortest of some runs, after one that does not count."""
     work()
     return min(_timed(work, device) for _ in range(rounds))
 
 
-def _timed(work: Callable[[], Tensor], device: torch.device) -> float:
+def _timed(work: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         return timed_by_events(work, device)
     synchronize(device)
