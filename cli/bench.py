@@ -17,7 +17,7 @@ from lmx.cli.options import CommonOptions, RuntimeOptions, spread_groups
 from lmx.cli.pull_progress import pull_watcher
 from lmx.core.errors import UsageError
 from lmx.core.text.safe import safe_line
-from lmx.device import limit_gpu_memory, limit_threads
+from lmx.device import choose_budgets, limit_threads
 from lmx.pulling import Watcher
 
 _EXAMPLE = "Example: lmx bench allenai/OLMoE-1B-7B-0924 --dummy --4bit --head int8 -p 512 -n 128 -d 0,3968"
@@ -78,9 +78,10 @@ def bench_command(
     if double_quant and not runtime.four_bit:
         raise UsageError("--double-quant is for --4bit", "give both, or leave it out")
     printer = make_printer(output, None if compare is None else Earlier.read(compare))
-    nbytes = runtime.gpu_memory_bytes
+    gpu_memory = runtime.gpu_memory_bytes
     limit_threads(runtime.threads)
-    limit_gpu_memory(nbytes, runtime.device)
+    if gpu_memory is not None:
+        choose_budgets(runtime.device, gpu_memory)  # refuses it before anything is read
     workloads = [(p, n, d) for d in depths for p, n in tests]
     setting = _setting(runtime, dummy, double_quant, pull_watcher(common.quiet))
     events = _events(models or [None], workloads, repetitions, setting)
@@ -95,6 +96,7 @@ def _setting(runtime: RuntimeOptions, dummy: bool, double_quant: bool, watch: Wa
         double_quant=double_quant,
         head_scheme=runtime.head_scheme,
         attention=runtime.attention,
+        gpu_memory=runtime.gpu_memory_bytes,
         dummy=dummy,
         revision=runtime.revision,
         offline=runtime.offline or dummy,

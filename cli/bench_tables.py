@@ -153,9 +153,11 @@ class Markdown(Printer):
     def finish(self) -> None:
         """Write the ceilings, and each model's load time and memory."""
         for result in self._last.values():
+            on_gpu = result.peak_gpu_memory_bytes
+            gpu = "" if on_gpu is None else f" and {human_bytes(on_gpu)} of the GPU's"
             write(
                 f"\n{safe_line(result.model)}: loaded in {result.load_seconds:.2f} s, peak memory "
-                f"{human_bytes(result.peak_memory_bytes)}; ceilings of {safe_line(result.gpu or result.cpu)} "
+                f"{human_bytes(result.peak_memory_bytes)}{gpu}; ceilings of {safe_line(result.gpu or result.cpu)} "
                 f"({_on(result)}): {result.memory_bandwidth / 1e9:.1f} GB/s read, "
                 f"{result.matrix_flops / 1e12:.3f} TFLOP/s in matrix products\n"
             )

@@ -83,7 +83,8 @@ def _base(
     with OpenedModel.open(name, offline=runtime.offline, watch=pull_watcher(common.quiet)) as opened:
         dtype = running.model.decoder.embed.weight.dtype
         say_memory(opened, common, dtype)
-        yield opened.load(device=runtime.device, dtype=dtype, attention=runtime.attention)
+        memory = runtime.gpu_memory_bytes
+        yield opened.load(device=runtime.device, dtype=dtype, attention=runtime.attention, gpu_memory=memory)
 
 
 def _evaluate(

@@ -57,7 +57,10 @@ class RuntimeOptions:
         Literal["sdpa", "eager", "flash"], typer.Option(help="How to compute attention; flash needs CUDA.")
     ] = "sdpa"
     gpu_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="The most GPU memory to use, such as 20GB; needs CUDA.")
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="The most to take of each GPU, such as 20GB; the rest stays on the CPU. Needs CUDA."
+        ),
     ] = None
     offline: OfflineOption = False
     revision: RevisionOption = None

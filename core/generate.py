@@ -274,8 +274,8 @@ class _Run:
             self.feed(input_ids[:, part], None if mask is None else mask[:, part])
             self.columns = min(first + chunk, input_ids.shape[1])
         self.prompt_is_read = self.columns == input_ids.shape[1]
-        if self._model.device.type != "cpu":
-            torch.accelerator.synchronize(self._model.device)
+        if self.logits.device.type != "cpu":  # all that was computed went into them, on whatever devices
+            torch.accelerator.synchronize(self.logits.device)
         self.prompt_seconds = perf_counter() - start
 
     def read_prompt_in_two(self, input_ids: Tensor, before_last: Callable[[], None], chunk: int) -> None:

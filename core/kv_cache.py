@@ -112,6 +112,7 @@ class KVCache(AttentionCache):
 
     def visibility(self, span: Span) -> Visibility:
         """Keys lie in slots 0 .. start + length."""
+        span = span.to(self.keys.device)
         if span.at is not None:
             return _filled(span.at, span.start + 1)
         if span.ordinals is None and span.start == 0:
@@ -120,7 +121,7 @@ class KVCache(AttentionCache):
             return Visibility(None)
         slots = torch.arange(span.start + span.length, device=self.keys.device)[None]
         queries = slots[:, span.start :] if span.ordinals is None else span.ordinals.clamp(min=0)
-        return Visibility(_seen(queries, slots, None))
+        return Visibility(_seen(queries, slots, None), causal=span.ordinals is None)
 
     def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Write behind what is there; return views of all slots in use."""
@@ -211,6 +212,7 @@ class WindowKVCache(AttentionCache):
 
     def visibility(self, span: Span) -> Visibility:
         """One token is written first and sees the ring; several see the ring as it was, and each other."""
+        span = span.to(self.keys.device)
         if span.at is not None:
             return _filled(span.at, min(span.start + 1, self.window))
         if span.ordinals is None and span.start == 0:

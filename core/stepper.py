@@ -104,6 +104,8 @@ def one_by_one(feed: Callable[[Tensor], Tensor], logits: Tensor, sampler: Sample
 
 def _can_note(model: "LanguageModel") -> bool:
     """Whether a step of this model may consist of kernels alone, and nobody wants to see its modules called."""
-    if model.device.type != "cpu" or model.training or model.attention != "sdpa" or library() is None:
+    if model.device.type != "cpu" or model.decoder.placement is not None or library() is None:
+        return False
+    if model.training or model.attention != "sdpa":
         return False
     return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

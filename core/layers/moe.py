@@ -50,9 +50,9 @@ def balance_loss(router_logits: Sequence[Tensor], top_k: int, mask: Tensor | Non
     probability = torch.zeros(experts, device=router_logits[0].device)
     rows = torch.zeros((), device=router_logits[0].device)
     for logits in router_logits:
-        probabilities = F.softmax(logits, dim=-1)
+        probabilities = F.softmax(logits.to(counts.device), dim=-1)
         ids = torch.topk(probabilities, top_k, dim=-1).indices
-        real = torch.ones(ids.shape[0], device=ids.device) if mask is None else mask.reshape(-1).float()
+        real = torch.ones(len(ids), device=ids.device) if mask is None else mask.reshape(-1).to(ids.device).float()
         counts = counts.index_add(0, ids.flatten(), real.repeat_interleave(top_k))
         probability = probability + (probabilities.float() * real[:, None]).sum(0)
         rows = rows + real.sum()

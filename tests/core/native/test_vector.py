@@ -21,8 +21,8 @@ pytestmark = needs_kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rounding of the answer, and in bf16 that of the table of values.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}
-# Whole blocks; an odd number of them; rows that share blocks; odd rows and columns; a single element; groups of 16 units
-# and a part of one.
+# Whole blocks; an odd number of them; rows that share blocks; odd rows and columns; a single element; groups of 16
+# units and a part of one.
 SHAPES = [(130, 256), (37, 192), (5, 100), (7, 33), (1, 1), (3, 4096), (9, 1280)]
 
 
