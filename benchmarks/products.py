@@ -48,10 +48,10 @@ def products(weight: Tensor) -> dict[str, tuple[Product, int]]:
 
 def _bitsandbytes(weight: Tensor) -> Product:
     """Its layer in evaluation mode, which it packs anew for CPUs with AVX-512 BF16."""
-    layer = bitsandbytes.nn.Linear4bit(
+    layer = bitsandbytes.nn.modules.Linear4bit(
         weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4"
     )
-    layer.weight = bitsandbytes.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4")
+    layer.weight = bitsandbytes.nn.modules.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4")
     multiply: Product = layer.to("cpu").eval()
     return multiply
 

@@ -18,6 +18,7 @@ from statistics import median
 
 import torch
 
+from lmx.core.heads import CausalHead
 from lmx.core.native.tape import Tape
 from lmx.presets import PRESETS, build_dummy, preset
 
@@ -65,11 +66,13 @@ def profile(name: str, layers: int, steps: int) -> dict[str, float]:
     for one in (state, other):
         model(prompt, state=one, logits_to_keep=1)
     hidden = torch.randn(1, 1, model.decoder.embed.embedding_dim, dtype=torch.bfloat16)
-    stepper = model.stepper(state)
+    stepper, head = model.stepper(state), model.head
+    if not isinstance(head, CausalHead):
+        raise TypeError(f"{name} has no output head")
     works: dict[str, Callable[[], object]] = {
         "modules": lambda: model(ids, state=other, logits_to_keep=1, output_router_logits=False),
         "noted": lambda: stepper.feed(ids),
-        "head": lambda: model.head(hidden, model.decoder.embed.weight),
+        "head": lambda: head(hidden, model.decoder.embed.weight),
     }
     for _ in range(WARM_UP):
         for work in works.values():
