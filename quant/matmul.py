@@ -29,6 +29,8 @@ Product = Callable[[Tensor], Tensor]
 _TILE = 1 << 18
 # The same where the kernels dequantize: enough for torch's product to run at its full speed.
 _NATIVE_TILE = 1 << 20
+# Vectors in two groups still take less time than dequantizing rows for all of them (`benchmarks/products.py --vectors 8`).
+_FEW = 2 * MAX_VECTORS
 # Activations beyond it are multiplied in 16 bits by LLM.int8() (arXiv 2208.07339, section 3.2).
 _OUTLIER_THRESHOLD = 6.0
 
@@ -57,7 +59,7 @@ def _native_product(table: MatrixTable, q: Matrix, many: Product, x: Tensor) -> 
     """Multiply by the kernels where they are quicker, else by `many`: x [..., columns] -> [..., rows]."""
     if not can_take(x, table.columns):
         return many(x)
-    if x.numel() <= MAX_VECTORS * table.columns:
+    if x.numel() <= _FEW * table.columns:
         return table.multiply(x)
     if isinstance(q, Tensor | Quanto):
         return many(x)

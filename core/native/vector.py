@@ -138,7 +138,7 @@ class MatrixTable:
         return MatrixTable, (self._matrices,)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """X [..., columns] -> [..., sum of rows] of the same dtype; up to MAX_VECTORS vectors."""
+        """X [..., columns] -> [..., sum of rows] of the same dtype; MAX_VECTORS vectors at a time."""
         # Past the dispatcher where nothing watches: it takes longer than all else around a small product.
         run = _multiply if torch.compiler.is_compiling() else _multiply_cpu
         out: Tensor = run(self.words, x, self.rows)
