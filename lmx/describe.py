@@ -158,11 +158,10 @@ class _Stored:
 
 
 def _stored(checkpoint: Checkpoint) -> _Stored:
+    shapes = {info.name: info.shape for info in checkpoint.infos.values()}
     if isinstance(checkpoint, GGUFCheckpoint):
-        shapes = {info.name: info.shape for info in checkpoint.infos.values()}
         return _Stored(shapes, sorted(checkpoint.layouts), checkpoint.quantization)
     if not checkpoint.is_quantized:
-        shapes = {info.name: info.shape for info in checkpoint.infos.values()}
         return _Stored(shapes, sorted(stored_bytes(checkpoint)))
     from lmx.quant.stored import StoredMatrices, find_matrices, plain_infos
 

@@ -9,6 +9,7 @@ from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import ResourceError
 from lmx.core.files import quoted
 from lmx.core.mapped import stored_name
+from lmx.core.memory import available_memory_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +51,6 @@ def check_memory(
     needed = made_bytes(checkpoint, dtype, quantize)
     if not needed:
         return None
-    from lmx.quant.memory import available_memory_bytes
-
     free = available_memory_bytes()
     if free is not None and needed > free:
         raise ResourceError(

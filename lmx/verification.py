@@ -15,8 +15,8 @@ from lmx.core.checkpoint import Checkpoint, Source
 from lmx.core.evaluate import Evaluation, evaluate
 from lmx.core.loader import load_model
 from lmx.core.mapped import stored_name
+from lmx.core.memory import available_memory_bytes
 from lmx.memory import made_bytes
-from lmx.quant.memory import available_memory_bytes
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
