@@ -1,7 +1,7 @@
 """Compiles the kernels of banks of experts for a card that need not be there; prints what each needs, as JSON.
 
-Run in a process of its own: `python compile_experts.py CAPABILITY...`. The calls are those that a bank of a published size
-makes; in place of launching, each is compiled.
+Run in a process of its own: `python compile_experts.py CAPABILITY...`. The calls are those of banks of published sizes;
+in place of launching, each is compiled.
 """
 
 import json
