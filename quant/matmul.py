@@ -154,9 +154,10 @@ def _bitsandbytes_4bit(q: FourBit) -> Product:
     from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]
 
     state = _quant_state(q)
+    packed = q.packed.t()  # before 0.50 it wants the row that this makes of the column, and 0.50 takes either
 
     def product(x: Tensor) -> Tensor:
-        return matmul_4bit(x, q.packed, quant_state=state).to(x.dtype)
+        return matmul_4bit(x, packed, quant_state=state).to(x.dtype)
 
     return product
 
