@@ -19,6 +19,7 @@ from lmx.core.layers.residual import added
 from lmx.core.native.matrix import answer_many, has_panels
 from lmx.core.native.mixer import Affine
 from lmx.core.native.vector import are_few, can_take, wants_gradient
+from lmx.quant.gpu import device_bank
 from lmx.quant.int8 import Int8
 from lmx.quant.matmul import Matrix, Product, QuantMatrix, choose_product, dequantize
 from lmx.quant.native import expert_table, matrix_table
@@ -125,9 +126,11 @@ class QuantExpertBank(Bank):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' answers, in the dtype of x.
 
-        The CPU's kernels take all of it in one call. Else tokens are sorted by expert, so that each expert that was hit
-        is dequantized once.
+        The kernels of the device take all of it in one call. Else tokens are sorted by expert, so that each expert that
+        was hit is dequantized once.
         """
+        if self._on_device is not None and self._on_device.can_take(x, weights):
+            return self._on_device.answer(x, ids, weights)
         table = self._table
         if table is not None and can_take(x, table.hidden) and not wants_gradient(weights):
             if are_few(x, table.hidden):
@@ -165,6 +168,7 @@ class QuantExpertBank(Bank):
             for gate, up, down in zip(self.gate, self.up, self.down, strict=True)
         ]
         self._table = expert_table(self.gate, self.up, self.down, self.activation)
+        self._on_device = device_bank(self.gate, self.up, self.down, self.activation)
 
     def _apply(self, fn: TensorFunction, recurse: bool = True) -> "QuantExpertBank":
         for matrices in (self.gate, self.up, self.down):
