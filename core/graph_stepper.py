@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from lmx.core.model import AnyState, LanguageModel
 
 
+_DEVICE = "cuda"
+
+
 class Graph(Protocol):
     """Work of a device that can be noted once and then be run again, on the same tensors."""
 
@@ -222,7 +225,7 @@ class Mailbox:
 
 def reason_against(model: "LanguageModel") -> str | None:
     """Why a step of this model cannot be captured, or None where it can."""
-    if model.device.type != "cuda":
+    if model.device.type != _DEVICE:
         return "the model is not on a CUDA device"
     if model.training or model.attention != "sdpa" or not isinstance(model.head, CausalHead):
         return "the model is in training, without a head for tokens, or with another attention than sdpa"
