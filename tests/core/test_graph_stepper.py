@@ -17,6 +17,7 @@ from graph_steps import GREEDY, PLAIN, assert_same, called, graphed, prompt, rea
 from lmx.core.errors import InputError
 from lmx.core.graph_stepper import GraphStepper, reason_against
 from lmx.core.loader import build
+from lmx.core.recurrent_state import RecurrentState
 from lmx.core.sampling import Sampler, Sampling
 from lmx.core.state import StateError
 from lmx.core.static_step import slots_for
@@ -131,6 +132,22 @@ def test_fed_tokens_give_the_logits_of_calls(family: str, rows: int) -> None:
                 torch.testing.assert_close(model(more, state=one).logits, model(more, state=other).logits)
     assert stepper.refusal is None
     assert_same(one, other)
+
+
+@pytest.mark.parametrize("family", ["falcon_mamba", "recurrent_gemma"])
+def test_kernels_may_write_to_the_state_themselves(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small(family)
+    other, logits = read(model, prompt(9))
+    expected = called(model, other, logits, Sampler(GREEDY, []), 12)
+
+    def keep(self: RecurrentState, conv: torch.Tensor, hidden: torch.Tensor) -> None:
+        self.conv.copy_(conv)
+        self.hidden.copy_(hidden)
+
+    monkeypatch.setattr(RecurrentState, "keep", keep)
+    state, logits = read(model, prompt(9))
+    assert graphed(model, state, logits, Sampler(GREEDY, []), 12) == expected
+    assert_same(state, other)
 
 
 def test_fed_and_chosen_by_turns() -> None:
