@@ -17,17 +17,11 @@ class Visibility:
     """Which keys each query of one call sees: the same for every attention layer of a model.
 
     mask: [batch or 1, 1, queries, keys], True where seen; None where all keys are, or, with `causal`, all earlier ones
-    (then there are as many keys as queries). For `sdpa` it may be what is added to the scores instead.
+    (then there are as many keys as queries).
     """
 
     mask: Tensor | None
     causal: bool = False
-
-    def added(self, dtype: torch.dtype) -> "Visibility":
-        """The same as what is added to scores of this dtype, so that no layer has to make it of the mask."""
-        if self.mask is None:
-            return self
-        return Visibility(torch.zeros_like(self.mask, dtype=dtype).masked_fill(~self.mask, float("-inf")), self.causal)
 
 
 def clip(states: Tensor, limit: float | None) -> Tensor:
