@@ -177,7 +177,8 @@ def plan_attention(
         visibility = causal_visibility(span, window, device, inputs.positions if inputs.mask is None else None)
     rotary = rotary_tables(positions, rotary_width, theta)
     step = None
-    if cache is not None and span.length == 1 and inputs.implementation == "sdpa" and can_step(rotary[0]):
+    on_host = span.length == 1 and span.at is None
+    if cache is not None and on_host and inputs.implementation == "sdpa" and can_step(rotary[0]):
         step = AttentionStep(*rotary, *cache.step(span))
     return AttentionCall(
         span,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lmx.core.config import ModelConfig
 from lmx.core.decoder import Decoder, Inputs, Record
 from lmx.core.errors import UsageError
+from lmx.core.graph_stepper import GraphStepper, reason_against
 from lmx.core.heads import (
     CausalHead,
     ClassHead,
@@ -93,7 +94,7 @@ class LanguageModel(nn.Module):
 
     def stepper(self, state: AnyState) -> Stepper:
         """What continues a state by one token a row at a time, faster than calling the model does."""
-        return Stepper(self, state)
+        return Stepper(self, state) if reason_against(self) is not None else GraphStepper(self, state)
 
     def load_state(self, path: Path) -> AnyState:
         """A state saved by `State.save`, each layer's on the layer's device; it continues to the same bits.

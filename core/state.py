@@ -33,6 +33,8 @@ class Span:
     start: real tokens that every row already holds (the most, if they differ); length: columns of this call;
     ordinals: [batch, length], each real token's number in its row, -1 for padding; None while no row was ever padded;
     held: [batch], real tokens that each row already holds; None likewise. whole: whether no column is padding.
+    at: int64 [1], the number in every row of a call's one token, where only the device knows it; start is then the
+    largest number that it may have. For calls that are captured once and replayed for many tokens.
     """
 
     start: int
@@ -40,6 +42,7 @@ class Span:
     ordinals: Tensor | None = None
     held: Tensor | None = None
     whole: bool = True
+    at: Tensor | None = None
 
     @classmethod
     def stateless(cls, columns: int, mask: Tensor | None) -> "Span":
@@ -60,6 +63,8 @@ class Span:
         """Rotary positions: real tokens count from 0 in each row; padding gets 0. [batch or 1, length]."""
         if self.ordinals is not None:
             return self.ordinals.clamp(min=0)
+        if self.at is not None:
+            return self.at[None]
         return torch.arange(self.start, self.start + self.length, device=device)[None]
 
 

@@ -94,7 +94,6 @@ def describe(name: str, checkpoint: Checkpoint, budgets: "Sequence[Budget]" = ()
     import torch
 
     from lmx.core.loader import bind, build
-    from lmx.core.native.library import kernel_path
     from lmx.core.registry import family_of
 
     family, stored = family_of(checkpoint.config), _stored(checkpoint)
@@ -121,7 +120,7 @@ def describe(name: str, checkpoint: Checkpoint, budgets: "Sequence[Budget]" = ()
         vocabulary=model.config.vocab_size,
         chat_template=_template_file(checkpoint),
         license=license_of(checkpoint.folder),
-        kernels=kernel_path(),
+        kernels=_kernels(),
         read_as=checkpoint.title if isinstance(checkpoint, OriginalCheckpoint) else None,
         layers=model.config.layers,
         placement=_placement(checkpoint, dtype, budgets),
@@ -138,6 +137,15 @@ def _placement(checkpoint: Checkpoint, dtype: "torch.dtype", budgets: "Sequence[
     model, weights = weight_bytes(checkpoint, dtype)
     sizes = measure_parts(model, weights, state_bytes(model, dtype))
     return plan_placement(sizes, budgets).shares(sizes)
+
+
+def _kernels() -> str:
+    """Which code multiplies on the CPU and, if there is one, on the CUDA device."""
+    from lmx.core.gpu.launch import cuda_path
+    from lmx.core.native.library import kernel_path
+
+    on_cuda = cuda_path()
+    return kernel_path() if on_cuda is None else f"{kernel_path()}, on CUDA {on_cuda}"
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ from lmx.core.config import ModelConfig
 from lmx.core.errors import InputError
 from lmx.core.heads import CausalHead
 from lmx.core.layers.activation import ACTIVATIONS
+from lmx.core.layers.moe import Bank
 from lmx.core.layers.projection import Projection
 from lmx.core.layers.residual import added
 from lmx.core.native.matrix import answer_many, has_panels
 from lmx.core.native.mixer import Affine
 from lmx.core.native.vector import are_few, can_take, wants_gradient
+from lmx.quant.gpu import device_bank
 from lmx.quant.int8 import Int8
 from lmx.quant.matmul import Matrix, Product, QuantMatrix, choose_product, dequantize
 from lmx.quant.native import expert_table, matrix_table
@@ -53,6 +55,11 @@ class QuantLinear(Projection):
         """Matrix and bias as the CPU's kernels read them; None where they cannot."""
         return None if self._table is None else Affine(self._table, self.bias)
 
+    @property
+    def capturable(self) -> bool:
+        """Not in int8: LLM.int8() looks on the host for columns that stand out."""
+        return not isinstance(self.weight, Int8)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole weight, in `dtype` or in that of its source."""
         return dequantize(self.weight, dtype)
@@ -85,7 +92,7 @@ class QuantHead(CausalHead):
         return self.capped(self.output(hidden.to(embedding.dtype)))
 
 
-class QuantExpertBank(nn.Module):
+class QuantExpertBank(Bank):
     """`lmx.core.layers.moe.ExpertBank` on quantized matrices: gated MLPs, `down(act(gate(x)) * up(x))`.
 
     gate, up: one matrix [inner, hidden] an expert; down: one [hidden, inner] an expert. A matrix that was kept from
@@ -111,12 +118,19 @@ class QuantExpertBank(nn.Module):
         self.activation = activation
         self._choose_products()
 
+    @property
+    def capturable(self) -> bool:
+        """Where the card's kernels take it; else the host sorts the tokens by expert."""
+        return self._on_device is not None
+
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' answers, in the dtype of x.
 
-        The CPU's kernels take all of it in one call. Else tokens are sorted by expert, so that each expert that was hit
-        is dequantized once.
+        The kernels of the device take all of it in one call. Else tokens are sorted by expert, so that each expert that
+        was hit is dequantized once.
         """
+        if self._on_device is not None and self._on_device.can_take(x, weights):
+            return self._on_device.answer(x, ids, weights)
         table = self._table
         if table is not None and can_take(x, table.hidden) and not wants_gradient(weights):
             if are_few(x, table.hidden):
@@ -154,6 +168,7 @@ class QuantExpertBank(nn.Module):
             for gate, up, down in zip(self.gate, self.up, self.down, strict=True)
         ]
         self._table = expert_table(self.gate, self.up, self.down, self.activation)
+        self._on_device = device_bank(self.gate, self.up, self.down, self.activation)
 
     def _apply(self, fn: TensorFunction, recurse: bool = True) -> "QuantExpertBank":
         for matrices in (self.gate, self.up, self.down):

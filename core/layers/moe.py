@@ -1,16 +1,21 @@
 """Mixture of experts: the router's choice, the bank of experts, and the load balancing loss."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmx.core.gpu.launch import can_launch
 from lmx.core.layers.activation import ACTIVATIONS
 from lmx.core.native.matrix import answer_many, has_panels
 from lmx.core.native.router import can_route, route_natively
-from lmx.core.native.vector import ExpertTable, StoredMatrix, are_few, can_multiply, can_take
+from lmx.core.native.vector import Expert, ExpertTable, StoredMatrix, are_few, can_describe, can_multiply, can_take
+
+if TYPE_CHECKING:
+    from lmx.core.gpu.experts import DeviceBank
 
 
 def route(router_logits: Tensor, top_k: int, normalize: float | None) -> tuple[Tensor, Tensor]:
@@ -131,7 +136,19 @@ def _(
     return torch.empty_like(x)
 
 
-class ExpertBank(nn.Module):
+class Bank(nn.Module):
+    """All experts of one layer, however they are stored.
+
+    forward: x [tokens, hidden], ids and weights [tokens, top_k] -> [tokens, hidden].
+    """
+
+    @property
+    @abstractmethod
+    def capturable(self) -> bool:
+        """Whether a step can be captured in a CUDA graph: the ids of the chosen experts never leave the device."""
+
+
+class ExpertBank(Bank):
     """All experts of one layer: gated MLPs, `down(act(gate(x)) * up(x))`.
 
     Each expert's matrices are parameters of their own, so that they can be views of a mapped file in whatever order
@@ -147,7 +164,14 @@ class ExpertBank(nn.Module):
         self.up = nn.ParameterList(torch.empty(inner, hidden) for _ in range(experts))
         self.down = nn.ParameterList(torch.empty(hidden, inner) for _ in range(experts))
         self._table: ExpertTable | None = None
+        self._on_device: DeviceBank | None = None
         self._place: tuple[int, ...] = ()
+
+    @property
+    def capturable(self) -> bool:
+        """Where the card's kernels take it; else the host sorts the tokens by expert."""
+        gate, up, down = _matrices(self.gate), _matrices(self.up), _matrices(self.down)
+        return can_launch(gate[0]) and self._device_bank(gate, up, down) is not None
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' answers."""
@@ -157,6 +181,10 @@ class ExpertBank(nn.Module):
         # The choice of experts is data: inside a compiled graph it must be one opaque operation.
         if torch.compiler.is_compiling():
             return torch.ops.lmx.experts(x, ids, weights, gate, up, down, self.activation)
+        if can_launch(x):
+            bank = self._device_bank(gate, up, down)
+            if bank is not None and bank.can_take(x, weights):
+                return bank.answer(x, ids, weights)
         few, many = are_few(x, gate[0].shape[1]), _are_many(x, gate[0])
         table = self._native_table(gate, up, down) if few or many else None
         if table is not None:
@@ -167,19 +195,32 @@ class ExpertBank(nn.Module):
     def _native_table(self, gate: list[Tensor], up: list[Tensor], down: list[Tensor]) -> ExpertTable | None:
         """What the kernels are told, once for as long as the matrices stay where they are."""
         matrices = (*gate, *up, *down)
-        place = tuple(matrix.data_ptr() for matrix in matrices)
-        if place != self._place:
+        if self._is_elsewhere(matrices):
             narrow = all(can_multiply(matrix) and matrix.element_size() == 2 for matrix in matrices)
-            self._table = _make_table(gate, up, down, self.activation) if narrow else None
-            self._place = place
+            self._table = ExpertTable(_describe(gate, up, down), self.activation) if narrow else None
         return self._table
 
+    def _device_bank(self, gate: list[Tensor], up: list[Tensor], down: list[Tensor]) -> "DeviceBank | None":
+        """The same of the kernels for CUDA devices."""
+        matrices = (*gate, *up, *down)
+        if self._is_elsewhere(matrices) and all(map(can_describe, matrices)):
+            from lmx.core.gpu.experts import DeviceBank
+
+            self._on_device = DeviceBank.make(_describe(gate, up, down), self.activation)
+        return self._on_device
+
+    def _is_elsewhere(self, matrices: tuple[Tensor, ...]) -> bool:
+        """Whether the matrices lie elsewhere than when this was last asked."""
+        place = tuple(matrix.data_ptr() for matrix in matrices)
+        before, self._place = self._place, place
+        return place != before
+
     def __getstate__(self) -> dict[str, object]:
-        """Without the table, which a copy makes of its own tensors."""
-        return {**self.__dict__, "_table": None, "_place": ()}
+        """Without the tables, which a copy makes of its own tensors."""
+        return {**self.__dict__, "_table": None, "_on_device": None, "_place": ()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpertBank":
-        self._table, self._place = None, ()  # it holds the tensors that it was made of
+        self._table, self._on_device, self._place = None, None, ()  # they hold the tensors that they were made of
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -189,9 +230,9 @@ def _are_many(x: Tensor, matrix: Tensor) -> bool:
     return x.dtype == matrix.dtype == torch.bfloat16 and can_take(x, matrix.shape[1]) and has_panels()
 
 
-def _make_table(gate: list[Tensor], up: list[Tensor], down: list[Tensor], activation: str) -> ExpertTable:
+def _describe(gate: list[Tensor], up: list[Tensor], down: list[Tensor]) -> list[Expert]:
     banks = [[StoredMatrix.kept(matrix.detach()) for matrix in matrices] for matrices in (gate, up, down)]
-    return ExpertTable(list(zip(*banks, strict=True)), activation)
+    return list(zip(*banks, strict=True))
 
 
 def _matrices(experts: nn.ParameterList) -> list[Tensor]:

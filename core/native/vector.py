@@ -36,7 +36,7 @@ _KEPT = {torch.bfloat16: Kind.BF16, torch.float32: Kind.F32, torch.float16: Kind
 
 @dataclass(frozen=True, eq=False)
 class StoredMatrix:
-    """A matrix [rows, columns] on the CPU and what its values are made of.
+    """A matrix [rows, columns] and what its values are made of.
 
     data: uint8 two codes a byte, the first in the high nibble; int8; or floats that were kept from quantization.
     absmax: float32 a block (or its uint8 code: see `nested_map`), or float32 a row for int8.
@@ -83,6 +83,11 @@ def _code_tables(code: tuple[float, ...]) -> Tensor:
     factor = factors[errors.argmin()]
     rounded = (factor * values).bfloat16().view(torch.float32)
     return torch.cat((values.float(), rounded, (1 / factor).float()))
+
+
+def can_describe(weight: Tensor) -> bool:
+    """Whether a matrix of floats is of a kind that kernels know."""
+    return weight.dtype in _KEPT
 
 
 def can_multiply(weight: Tensor) -> bool:
