@@ -41,7 +41,9 @@ class CommonOptions:
 class RuntimeOptions:
     """How and where a model runs."""
 
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to run.")] = "auto"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to run; auto takes a GPU if there is one.")
+    ] = "auto"
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None,
         typer.Option(help="Convert the weights. Without it: as stored; of several dtypes, that of most."),

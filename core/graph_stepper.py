@@ -6,6 +6,7 @@ makes text of a token, the card computes with that token already, and where the 
 """
 
 from collections.abc import Callable, Generator
+from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from lmx.core.model import AnyState, LanguageModel
 
 
+_DEVICE = "cuda"
+
+
 class Graph(Protocol):
     """Work of a device that can be noted once and then be run again, on the same tensors."""
 
@@ -40,12 +44,18 @@ class Graph(Protocol):
         ...
 
 
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs of a device: torch keeps a workspace of cuBLAS, up to 32 MiB, for every stream it has seen."""
+    return torch.cuda.Stream(device)
+
+
 class CudaGraph:
-    """`torch.cuda.CUDAGraph` on a stream of its own, as torch's documentation wants warming up and capture."""
+    """`torch.cuda.CUDAGraph`, warmed up and captured on a stream of its own, as torch's documentation wants it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _capture_stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def warm_up(self, work: Callable[[], None]) -> None:
@@ -222,7 +232,7 @@ class Mailbox:
 
 def reason_against(model: "LanguageModel") -> str | None:
     """Why a step of this model cannot be captured, or None where it can."""
-    if model.device.type != "cuda":
+    if model.device.type != _DEVICE:
         return "the model is not on a CUDA device"
     if model.training or model.attention != "sdpa" or not isinstance(model.head, CausalHead):
         return "the model is in training, without a head for tokens, or with another attention than sdpa"

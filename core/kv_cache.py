@@ -112,9 +112,9 @@ class KVCache(AttentionCache):
 
     def visibility(self, span: Span) -> Visibility:
         """Keys lie in slots 0 .. start + length."""
-        span = span.to(self.keys.device)
         if span.at is not None:
             return _filled(span.at, span.start + 1)
+        span = span.to(self.keys.device)
         if span.ordinals is None and span.start == 0:
             return causal_visibility(span, None, self.keys.device)
         if span.ordinals is None and span.length == 1:
@@ -212,9 +212,9 @@ class WindowKVCache(AttentionCache):
 
     def visibility(self, span: Span) -> Visibility:
         """One token is written first and sees the ring; several see the ring as it was, and each other."""
-        span = span.to(self.keys.device)
         if span.at is not None:
             return _filled(span.at, min(span.start + 1, self.window))
+        span = span.to(self.keys.device)
         if span.ordinals is None and span.start == 0:
             return causal_visibility(span, self.window, self.keys.device)
         slots = torch.arange(self.window, device=self.keys.device)

@@ -16,6 +16,7 @@ from lmx.core.decoder import AttentionCall, Call, Decoder, Inputs
 from lmx.core.device_sampling import DeviceSampler
 from lmx.core.heads import CausalHead
 from lmx.core.kv_cache import KVCache, WindowKVCache
+from lmx.core.layers.attention import Visibility
 from lmx.core.recurrent_state import RecurrentState
 from lmx.core.sampling import Sampler
 from lmx.core.state import LayerState, Span
@@ -150,10 +151,12 @@ class StaticStep:
 
 
 def _added(call: Call, embeds: Tensor) -> Call:
-    """The call with its mask as numbers to add."""
-    if not isinstance(call, AttentionCall):
+    """The call with its mask as numbers to add to scores, which torch's kernels would else make of it in every layer."""
+    if not isinstance(call, AttentionCall) or call.visibility.mask is None:
         return call
-    return replace(call, visibility=call.visibility.added(embeds.dtype))
+    seen = call.visibility.mask
+    hidden = torch.zeros_like(seen, dtype=embeds.dtype).masked_fill(~seen, float("-inf"))
+    return replace(call, visibility=Visibility(hidden))
 
 
 def _same(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], kind: int) -> bool:

@@ -127,15 +127,6 @@ def describe(name: str, checkpoint: Checkpoint, budgets: "Sequence[Budget]" = ()
     )
 
 
-def _kernels() -> str:
-    """Which code multiplies on the CPU and, if there is one, on the CUDA device."""
-    from lmx.core.gpu.launch import cuda_path
-    from lmx.core.native.library import kernel_path
-
-    on_cuda = cuda_path()
-    return kernel_path() if on_cuda is None else f"{kernel_path()}, on CUDA {on_cuda}"
-
-
 def _placement(checkpoint: Checkpoint, dtype: "torch.dtype", budgets: "Sequence[Budget]") -> "tuple[Share, ...]":
     """What loading would put on which device."""
     if not budgets:
@@ -148,6 +139,15 @@ def _placement(checkpoint: Checkpoint, dtype: "torch.dtype", budgets: "Sequence[
     return plan_placement(sizes, budgets).shares(sizes)
 
 
+def _kernels() -> str:
+    """Which code multiplies on the CPU and, if there is one, on the CUDA device."""
+    from lmx.core.gpu.launch import cuda_path
+    from lmx.core.native.library import kernel_path
+
+    on_cuda = cuda_path()
+    return kernel_path() if on_cuda is None else f"{kernel_path()}, on CUDA {on_cuda}"
+
+
 @dataclass(frozen=True)
 class _Stored:
     """What a checkpoint's weights are: the shapes they really have, the dtypes of the plain ones, the quantization."""
@@ -158,10 +158,11 @@ class _Stored:
 
 
 def _stored(checkpoint: Checkpoint) -> _Stored:
-    shapes = {info.name: info.shape for info in checkpoint.infos.values()}
     if isinstance(checkpoint, GGUFCheckpoint):
+        shapes = {info.name: info.shape for info in checkpoint.infos.values()}
         return _Stored(shapes, sorted(checkpoint.layouts), checkpoint.quantization)
     if not checkpoint.is_quantized:
+        shapes = {info.name: info.shape for info in checkpoint.infos.values()}
         return _Stored(shapes, sorted(stored_bytes(checkpoint)))
     from lmx.quant.stored import StoredMatrices, find_matrices, plain_infos
 

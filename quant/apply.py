@@ -19,6 +19,7 @@ from lmx.core.loader import assign_moved, build_bound, held_bytes, start_missing
 from lmx.core.mapped import Advice
 from lmx.core.model import LanguageModel
 from lmx.core.names import Piece
+from lmx.core.native.library import library
 from lmx.core.placement import HOST, Budget, Destinations
 from lmx.quant.four_bit import quantize_4bit
 from lmx.quant.int8 import quantize_int8
@@ -49,9 +50,9 @@ def load_quantized(
     """Load a model whose linear layers and experts are quantized, as far as the checkpoint or `spec` says.
 
     On the CPU, matrices that the checkpoint holds stay views of its mapped files. Others are quantized one at a time:
-    what memory it takes beside the model is that of the largest matrix, and no page of the source stays. On a card a
-    matrix is quantized where it will lie: the 16 bits a weight that must get there take a tenth of the time that the
-    CPU would need to make four of them.
+    what memory it takes beside the model is that of the largest matrix, and no page of the source stays. For a card
+    they are quantized by the CPU's kernels, which are as quick as the bus, so that a quarter of the bytes cross it and
+    the card never holds 16 bits of them; on the card where those kernels were not built. Both give the same bytes.
 
     spec: quantize a plain checkpoint; None takes it as it is. head_scheme: quantize the matrix of the output head; of a
     model that ties it to the embedding only the head's copy is quantized. dtype: of all other weights; None keeps each
@@ -152,9 +153,9 @@ def _moved(source: Source, stored: StoredMatrices, piece: Piece, there: torch.de
 
 
 def _quantize(source: Source, piece: Piece, spec: QuantSpec, there: torch.device) -> QuantMatrix:
-    """Read one matrix, quantize it where it will lie, and let its pages go; optimum-quanto's types on the CPU."""
+    """Read one matrix, quantize it, and let its pages go; optimum-quanto's types always on the CPU."""
     weight = piece.of(source.tensor(piece.hub))
-    if spec.quanto_type is None:
+    if library() is None and spec.quanto_type is None:
         weight = weight.to(there)
     matrix = quantize_matrix(weight, spec, piece.hub).to(there)
     if piece.rows is None:  # else its neighbours in the same tensor come next

@@ -29,7 +29,7 @@ Product = Callable[[Tensor], Tensor]
 _TILE = 1 << 18
 # The same where the kernels dequantize: enough for torch's product to run at its full speed.
 _NATIVE_TILE = 1 << 20
-# Vectors in two groups still take less time than dequantizing rows for all of them (`benchmarks/products.py --vectors 8`).
+# Vectors in two groups still take less time than rows dequantized for all (`benchmarks/products.py --vectors 8`).
 _FEW = 2 * MAX_VECTORS
 # Activations beyond it are multiplied in 16 bits by LLM.int8() (arXiv 2208.07339, section 3.2).
 _OUTLIER_THRESHOLD = 6.0
@@ -155,9 +155,10 @@ def _bitsandbytes_4bit(q: FourBit) -> Product:
     from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]
 
     state = _quant_state(q)
+    packed = q.packed.t()  # before 0.50 it wants the row that this makes of the column, and 0.50 takes either
 
     def product(x: Tensor) -> Tensor:
-        return matmul_4bit(x, q.packed, quant_state=state).to(x.dtype)
+        return matmul_4bit(x, packed, quant_state=state).to(x.dtype)
 
     return product
 

@@ -120,8 +120,8 @@ class QuantExpertBank(Bank):
 
     @property
     def capturable(self) -> bool:
-        """Not this one: the host sorts the tokens by expert."""
-        return False
+        """Where the card's kernels take it; else the host sorts the tokens by expert."""
+        return self._on_device is not None
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' answers, in the dtype of x.

@@ -169,8 +169,9 @@ class ExpertBank(Bank):
 
     @property
     def capturable(self) -> bool:
-        """Not this one: the host sorts the tokens by expert."""
-        return False
+        """Where the card's kernels take it; else the host sorts the tokens by expert."""
+        gate, up, down = _matrices(self.gate), _matrices(self.up), _matrices(self.down)
+        return can_launch(gate[0]) and self._device_bank(gate, up, down) is not None
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' answers."""

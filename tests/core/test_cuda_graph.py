@@ -9,6 +9,7 @@ from families import FAMILIES, config_of
 from graph_steps import GREEDY, assert_same, called, graphed, prompt, read, small
 
 from lmx.core.device_sampling import DeviceSampler
+from lmx.core.gpu.launch import why_not
 from lmx.core.graph_stepper import CudaGraph, GraphStepper, reason_against
 from lmx.core.model import LanguageModel
 from lmx.core.sampling import Sampler, Sampling
@@ -74,6 +75,24 @@ def test_four_bit_layers_are_captured(family: str) -> None:
     tokens, one = graphed_on_card(model, 9, Sampler(GREEDY, []), 30)
     assert len(tokens) == 30
     assert one.length == 9 + 29
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "dbrx"])
+@pytest.mark.parametrize("scheme", [None, "nf4"])
+def test_banks_of_triton_are_captured(family: str, scheme: str | None) -> None:
+    torch.manual_seed(0)
+    model = build_dummy(config_of(family), scheme, dtype="bf16").to("cuda")
+    if (obstacle := why_not(model.device)) is not None:
+        pytest.skip(obstacle)
+    assert reason_against(model) is None
+    one, other = read(model, prompt(9))[0], read(model, prompt(9))[0]
+    stepper = GraphStepper(model, one)
+    with torch.no_grad():
+        for seed in range(8):
+            token = prompt(1, 1, seed).cuda()
+            expected = model(token, state=other).logits[:, -1]
+            torch.testing.assert_close(stepper.feed(token), expected, rtol=0.02, atol=0.02)
+    assert stepper.refusal is None
 
 
 def test_llm_int8_is_not_captured() -> None:

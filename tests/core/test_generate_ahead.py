@@ -125,6 +125,7 @@ def test_a_conversation_goes_on(family: str, text: ToyText) -> None:
         if most == 99:
             assert_alike(mine, theirs)
         assert one.ids == other.ids
+        assert other._conversation.head.held == one._conversation.head.held == other._keeper.live.length
         assert_same(one._keeper.live, other._keeper.live)
     assert_alike(list(other.regenerate()), list(one.regenerate()))
     assert_same(one._keeper.live, other._keeper.live)

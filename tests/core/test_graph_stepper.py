@@ -9,16 +9,20 @@ from contextlib import closing
 
 import pytest
 import torch
+from device_bank import with_device_banks
 from families import CONFIGS, FAMILIES, config_of
 from frozen_graph import FrozenGraph
 from graph_steps import GREEDY, PLAIN, assert_same, called, graphed, prompt, read, small, torch_alone
 
 from lmx.core.errors import InputError
 from lmx.core.graph_stepper import GraphStepper, reason_against
+from lmx.core.loader import build
+from lmx.core.recurrent_state import RecurrentState
 from lmx.core.sampling import Sampler, Sampling
 from lmx.core.state import StateError
 from lmx.core.static_step import slots_for
 from lmx.presets import build_dummy
+from lmx.quant.modules import QuantLinear
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +134,22 @@ def test_fed_tokens_give_the_logits_of_calls(family: str, rows: int) -> None:
     assert_same(one, other)
 
 
+@pytest.mark.parametrize("family", ["falcon_mamba", "recurrent_gemma"])
+def test_kernels_may_write_to_the_state_themselves(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small(family)
+    other, logits = read(model, prompt(9))
+    expected = called(model, other, logits, Sampler(GREEDY, []), 12)
+
+    def keep(self: RecurrentState, conv: torch.Tensor, hidden: torch.Tensor) -> None:
+        self.conv.copy_(conv)
+        self.hidden.copy_(hidden)
+
+    monkeypatch.setattr(RecurrentState, "keep", keep)
+    state, logits = read(model, prompt(9))
+    assert graphed(model, state, logits, Sampler(GREEDY, []), 12) == expected
+    assert_same(state, other)
+
+
 def test_fed_and_chosen_by_turns() -> None:
     model = small("recurrent_gemma")
     (one, _), (other, _) = read(model, prompt(5)), read(model, prompt(5))
@@ -220,9 +240,35 @@ def test_nan_is_found_and_the_state_stays_whole() -> None:
 
 
 def test_what_is_captured_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small("falcon_mamba")
+    model = small("olmoe")
     assert "CUDA" in (reason_against(model) or "")
-    assert type(model.stepper(model.make_state())).__name__ == "Stepper"
+    assert not isinstance(model.stepper(model.make_state()), GraphStepper)
+    with torch.device("meta"):
+        card = build(config_of("olmoe")).eval()
+    monkeypatch.setattr("lmx.core.graph_stepper._DEVICE", "meta")
+    assert "decoder.layers.0.mlp.experts needs the host" in (reason_against(card) or "")
+    assert reason_against(with_device_banks(card)) is None
+    assert isinstance(card.stepper(card.make_state()), GraphStepper)
+    card.attention = "flash"
+    assert "sdpa" in (reason_against(card) or "")
+    card.attention = "sdpa"
+    hook = card.decoder.layers[1].register_forward_hook(lambda *_: None)
+    assert "watches" in (reason_against(card) or "")
+    hook.remove()
+    card.decoder.norm.to_empty(device="cpu")
+    assert "several devices" in (reason_against(card) or "")
+
+
+def test_llm_int8_asks_the_host() -> None:
+    capturable = [
+        layer.capturable
+        for scheme in ("nf4", "int8")
+        for layer in build_dummy(config_of("falcon_mamba"), scheme, dtype="fp32").modules()
+        if isinstance(layer, QuantLinear)
+    ]
+    half = len(capturable) // 2
+    assert capturable == [True] * half + [False] * half
+    assert half > 0
 
 
 @pytest.mark.parametrize(
