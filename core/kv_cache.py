@@ -112,10 +112,10 @@ class KVCache(AttentionCache):
 
     def visibility(self, span: Span) -> Visibility:
         """Keys lie in slots 0 .. start + length."""
-        if span.ordinals is None and span.start == 0:
-            return causal_visibility(span, None, self.keys.device)
         if span.at is not None:
             return _filled(span.at, span.start + 1)
+        if span.ordinals is None and span.start == 0:
+            return causal_visibility(span, None, self.keys.device)
         if span.ordinals is None and span.length == 1:
             return Visibility(None)
         slots = torch.arange(span.start + span.length, device=self.keys.device)[None]
@@ -211,10 +211,10 @@ class WindowKVCache(AttentionCache):
 
     def visibility(self, span: Span) -> Visibility:
         """One token is written first and sees the ring; several see the ring as it was, and each other."""
-        if span.ordinals is None and span.start == 0:
-            return causal_visibility(span, self.window, self.keys.device)
         if span.at is not None:
             return _filled(span.at, min(span.start + 1, self.window))
+        if span.ordinals is None and span.start == 0:
+            return causal_visibility(span, self.window, self.keys.device)
         slots = torch.arange(self.window, device=self.keys.device)
         if span.length == 1:
             if span.ordinals is None:
