@@ -17,7 +17,7 @@ MAX_KERNEL = _PROMPT[0] + 1
 """Only the program of the first steps may need the old state, since it writes the new one in its place."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _convolve(
     x, weight, bias, state, new_state, lengths, y,
     length, channels, x_batch_stride, x_stride,
@@ -25,8 +25,8 @@ def _convolve(
     STEPS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    t = tl.program_id(1).to(tl.int64) * STEPS + tl.arange(0, STEPS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    t = tl.program_id(0).to(tl.int64) * STEPS + tl.arange(0, STEPS)
     is_channel = channel < channels
     is_real = (t < length)[:, None] & is_channel[None, :]
     x += row * x_batch_stride
@@ -49,7 +49,7 @@ def _convolve(
         total = silu(total)
     tl.store(y + (row * length + t)[:, None] * channels + channel[None, :], total, is_real)
 
-    if KERNEL > 1 and tl.program_id(1) == 0:
+    if KERNEL > 1 and tl.program_id(0) == 0:
         real = tl.full((), length, tl.int64)
         if HAS_LENGTHS:
             real = tl.load(lengths + row)
@@ -74,7 +74,7 @@ def convolve(
     kernel = weight.shape[1]
     steps, width = _STEP if length == 1 else _PROMPT
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grid = triton.cdiv(channels, width), triton.cdiv(length, steps), batch
+    grid = triton.cdiv(length, steps), triton.cdiv(channels, width), batch
     _convolve[grid](
         *(x, weight, bias, state, new_state, lengths, y, length, channels, x.stride(0), x.stride(1)),
         **{"KERNEL": kernel, "REACH": triton.next_power_of_2(max(1, kernel - 1)), "SILU": silu},

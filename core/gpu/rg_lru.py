@@ -27,7 +27,7 @@ _PROMPT, _STEP = (64, 16), (1, 128)
 _COLUMNS, _INPUTS = 32, 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _recur(
     x, input_gate, recurrent_gate, rate, reset, state, gate, new_state, lengths, y,
     length, part, x_batch_stride, x_stride, gate_batch_stride, gate_stride, reset_batch_stride,

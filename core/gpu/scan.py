@@ -30,7 +30,7 @@ _CHANNELS, _TILE = 16, 128
 _STEP_CHANNELS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _scan(
     raw, bias, x, gate, B, C, D, A, state, new_state, lengths, y,
     length, inner, states,
