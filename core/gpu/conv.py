@@ -1,7 +1,8 @@
 """The short causal convolution before a recurrence, for prompts and steps alike: one launch, the state in place.
 
 A prompt's input is read from memory once (its other taps find it in the cache) and the answer written once: 4 bytes a
-number in 16 bits, 67 MB or 14 us on 4.8 TB/s for 2,048 tokens of FalconMamba-7B's 8,192 channels.
+number in 16 bits, 67 MB or 14 us on 4.8 TB/s for 2,048 tokens of FalconMamba-7B's 8,192 channels. A warp issues about
+620 instructions for 512 numbers, 22 us for all on 132 multiprocessors at 1.76 GHz.
 """
 
 import torch
@@ -11,10 +12,9 @@ from torch import Tensor
 
 from lmx.core.gpu.floats import silu
 
-# Steps and channels of a program: of a prompt, and of one token.
-_PROMPT, _STEP = (16, 64), (1, 128)
-MAX_KERNEL = _PROMPT[0] + 1
-"""Only the program of the first steps may need the old state, since it writes the new one in its place."""
+# Steps and channels of a program: of a prompt, and of one token. Only the program of the first steps may need the old
+# state, since it writes the new one in its place: a kernel reaches back 16 steps at most.
+_PROMPT, _STEP = (32, 64), (1, 128)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -37,12 +37,13 @@ def _convolve(
         total += tl.load(bias + channel, is_channel, 0.0).to(tl.float32)[None, :]
     for j in tl.static_range(KERNEL):
         source = t - (KERNEL - 1) + j
-        is_new = (source >= 0)[:, None]
         place = source[:, None] * x_stride + channel[None, :]
-        value = tl.load(x + place, is_real & is_new, 0.0).to(tl.float32)
-        if j < KERNEL - 1:
-            old = tl.load(state + held[None, :] + (t + j)[:, None], is_real & ~is_new, 0.0).to(tl.float32)
-            value = tl.where(is_new, value, old)
+        value = tl.load(x + place, is_real & (source >= 0)[:, None], 0.0).to(tl.float32)
+        if j < KERNEL - 1 and tl.program_id(0) == 0:
+            is_old = is_real & (source < 0)[:, None]
+            value = tl.where(
+                is_old, tl.load(state + held[None, :] + (t + j)[:, None], is_old, 0.0).to(tl.float32), value
+            )
         tap = tl.load(weight + channel * KERNEL + j, is_channel, 0.0).to(tl.float32)
         total += tap[None, :] * value
     if SILU:
@@ -59,7 +60,7 @@ def _convolve(
         is_recent = (at >= 0)[None, :]
         recent = tl.load(x + at[None, :] * x_stride + channel[:, None], is_slot & is_recent, 0.0).to(tl.float32)
         kept = tl.load(state + held[:, None] + (real + slot)[None, :], is_slot & ~is_recent, 0.0).to(tl.float32)
-        tl.debug_barrier()  # what one thread overwrites another may have to read
+        tl.debug_barrier()  # the state may lie where the new one goes, and threads share what is small
         tl.store(new_state + held[:, None] + slot[None, :], tl.where(is_recent, recent, kept), is_slot)
 
 

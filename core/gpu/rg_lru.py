@@ -70,6 +70,7 @@ def _recur(
             drive *= tl.load(gate + t * gate_stride + channel[None, :], is_token, 0.0).to(tl.float32)
         place = (row * length + t) * width + channel[None, :]
         tl.store(y + place, tl.where(is_real, drive, 0.0), (t < length) & is_channel[None, :])
+    tl.debug_barrier()  # the state may lie where the new one goes, and threads share what is small
     tl.store(new_state + row * width + channel, h, is_channel)
 
 
@@ -104,6 +105,7 @@ def _step_with_gates(
     drive = tl.load(x + channel, is_channel, 0.0).to(tl.float32) * sigmoid(opened)
     h = tl.load(state + row * width + channel, is_channel, 0.0)
     h = tl.where(begins, drive, decay * h + drive * gain)
+    tl.debug_barrier()  # the state may lie where the new one goes, and threads share what is small
     tl.store(new_state + row * width + channel, h, is_channel)
     if HAS_GATE:
         h *= tl.load(gate + row * gate_stride + channel, is_channel, 0.0).to(tl.float32)

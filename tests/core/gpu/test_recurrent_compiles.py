@@ -37,7 +37,7 @@ KERNELS = [
     Kernel("conv", "_convolve", CONV, {**TAPS, "SILU": True, "STEPS": 1, "CHANNELS": 128, **ALL_ROWS}),
     Kernel(
         *("conv", "_convolve", {**CONV, "lengths": I64}),
-        {**TAPS, "SILU": False, "STEPS": 16, "CHANNELS": 64, "HAS_LENGTHS": True},
+        {**TAPS, "SILU": False, "STEPS": 32, "CHANNELS": 64, "HAS_LENGTHS": True},
     ),
 ]
 
