@@ -44,7 +44,8 @@ def _compile(kernel, capability):
     names = function.arg_names
     signature = {name: kernel.pointers.get(name, "i32") for name in names}
     signature |= dict.fromkeys(kernel.constants, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in kernel.constants}
+    whole = [name for name in names if signature[name] not in ("constexpr", "fp32")]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in whole}
     source = ASTSource(fn=function, signature=signature, constexprs=kernel.constants, attrs=aligned)
     made = compile_source(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernel.warps})
     return {"bytes": len(made.asm["cubin"]), "stack": _stack(made.asm["cubin"])}

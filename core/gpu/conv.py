@@ -1,7 +1,8 @@
 """The short causal convolution before a recurrence, for prompts and steps alike: one launch, the state in place.
 
 A prompt's input is read from memory once (its other taps find it in the cache) and the answer written once: 4 bytes a
-number in 16 bits, 67 MB or 14 us on 4.8 TB/s for 2,048 tokens of FalconMamba-7B's 8,192 channels.
+number in 16 bits, 67 MB or 14 us on 4.8 TB/s for 2,048 tokens of FalconMamba-7B's 8,192 channels. A warp issues about
+620 instructions for 512 numbers, 22 us for all on 132 multiprocessors at 1.76 GHz.
 """
 
 import torch
@@ -11,13 +12,12 @@ from torch import Tensor
 
 from lmx.core.gpu.floats import silu
 
-# Steps and channels of a program: of a prompt, and of one token.
-_PROMPT, _STEP = (16, 64), (1, 128)
-MAX_KERNEL = _PROMPT[0] + 1
-"""Only the program of the first steps may need the old state, since it writes the new one in its place."""
+# Steps and channels of a program: of a prompt, and of one token. Only the program of the first steps may need the old
+# state, since it writes the new one in its place: a kernel reaches back 16 steps at most.
+_PROMPT, _STEP = (32, 64), (1, 128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _convolve(
     x, weight, bias, state, new_state, lengths, y,
     length, channels, x_batch_stride, x_stride,
@@ -25,8 +25,8 @@ def _convolve(
     STEPS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    t = tl.program_id(1).to(tl.int64) * STEPS + tl.arange(0, STEPS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    t = tl.program_id(0).to(tl.int64) * STEPS + tl.arange(0, STEPS)
     is_channel = channel < channels
     is_real = (t < length)[:, None] & is_channel[None, :]
     x += row * x_batch_stride
@@ -37,19 +37,20 @@ def _convolve(
         total += tl.load(bias + channel, is_channel, 0.0).to(tl.float32)[None, :]
     for j in tl.static_range(KERNEL):
         source = t - (KERNEL - 1) + j
-        is_new = (source >= 0)[:, None]
         place = source[:, None] * x_stride + channel[None, :]
-        value = tl.load(x + place, is_real & is_new, 0.0).to(tl.float32)
-        if j < KERNEL - 1:
-            old = tl.load(state + held[None, :] + (t + j)[:, None], is_real & ~is_new, 0.0).to(tl.float32)
-            value = tl.where(is_new, value, old)
+        value = tl.load(x + place, is_real & (source >= 0)[:, None], 0.0).to(tl.float32)
+        if j < KERNEL - 1 and tl.program_id(0) == 0:
+            is_old = is_real & (source < 0)[:, None]
+            value = tl.where(
+                is_old, tl.load(state + held[None, :] + (t + j)[:, None], is_old, 0.0).to(tl.float32), value
+            )
         tap = tl.load(weight + channel * KERNEL + j, is_channel, 0.0).to(tl.float32)
         total += tap[None, :] * value
     if SILU:
         total = silu(total)
     tl.store(y + (row * length + t)[:, None] * channels + channel[None, :], total, is_real)
 
-    if KERNEL > 1 and tl.program_id(1) == 0:
+    if KERNEL > 1 and tl.program_id(0) == 0:
         real = tl.full((), length, tl.int64)
         if HAS_LENGTHS:
             real = tl.load(lengths + row)
@@ -59,7 +60,7 @@ def _convolve(
         is_recent = (at >= 0)[None, :]
         recent = tl.load(x + at[None, :] * x_stride + channel[:, None], is_slot & is_recent, 0.0).to(tl.float32)
         kept = tl.load(state + held[:, None] + (real + slot)[None, :], is_slot & ~is_recent, 0.0).to(tl.float32)
-        tl.debug_barrier()  # what one thread overwrites another may have to read
+        tl.debug_barrier()  # the state may lie where the new one goes, and threads share what is small
         tl.store(new_state + held[:, None] + slot[None, :], tl.where(is_recent, recent, kept), is_slot)
 
 
@@ -74,7 +75,7 @@ def convolve(
     kernel = weight.shape[1]
     steps, width = _STEP if length == 1 else _PROMPT
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grid = triton.cdiv(channels, width), triton.cdiv(length, steps), batch
+    grid = triton.cdiv(length, steps), triton.cdiv(channels, width), batch
     _convolve[grid](
         *(x, weight, bias, state, new_state, lengths, y, length, channels, x.stride(0), x.stride(1)),
         **{"KERNEL": kernel, "REACH": triton.next_power_of_2(max(1, kernel - 1)), "SILU": silu},

@@ -6,7 +6,7 @@ Gradients go through torch: the forward pass is a kernel's, the backward pass ru
 the same inputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lmx.core.gpu.launch import can_launch
 
-MAX_STATES, MAX_KERNEL = 64, 17
+MAX_STATES, MAX_KERNEL, MAX_PARTS = 64, 17, 4096
 # Rows of a one-token step beyond which a batched product is better than each row's own reading of the gates' weights.
 MAX_ROWS = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,6 +27,20 @@ def serves(first: Tensor, *others: Tensor) -> bool:
     if torch.compiler.is_compiling() or first.dtype not in _DTYPES or first.numel() == 0 or not can_launch(first):
         return False
     return all(other.dtype == first.dtype and other.device == first.device for other in others)
+
+
+def can_normalise_parts(x: Tensor, sizes: Sequence[int]) -> bool:
+    """Whether `normalise_parts` takes these: three parts of a few numbers, without gaps, and no gradients."""
+    return len(sizes) == 3 and sum(sizes) <= MAX_PARTS and serves(x) and x.is_contiguous() and not _is_watched(x)
+
+
+def normalise_parts(x: Tensor, sizes: Sequence[int], eps: float) -> Tensor:
+    """`lmx.core.layers.norm.rms_normalise_parts`, the parts still side by side."""
+    from lmx.core.gpu import norm
+
+    first, second, third = sizes
+    with torch.cuda.device_of(x):
+        return norm.normalise_parts(x, (first, second, third), eps)
 
 
 def can_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> bool:
@@ -163,7 +177,7 @@ def _is_watched(*tensors: Tensor | None) -> bool:
 
 
 def _recomputed(kernel: Callable[..., _Pair], oracle: Callable[..., _Pair], *tensors: Tensor | None) -> _Pair:
-    return cast(_Pair, _Recomputed.apply(kernel, oracle, *tensors))  # type: ignore[no-untyped-call]
+    return cast(_Pair, _Recomputed.apply(kernel, oracle, *tensors))
 
 
 class _Recomputed(torch.autograd.Function):

@@ -30,7 +30,7 @@ _CHANNELS, _TILE = 16, 128
 _STEP_CHANNELS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _scan(
     raw, bias, x, gate, B, C, D, A, state, new_state, lengths, y,
     length, inner, states,
@@ -101,6 +101,7 @@ def _step(
     column = tl.load(B + row * b_stride + n, is_state, 0.0).to(tl.float32)
     output = tl.load(C + row * c_stride + n, is_state, 0.0).to(tl.float32)
     h = tl.exp2(delta[:, None] * rates) * h + (delta * u)[:, None] * column[None, :]
+    tl.debug_barrier()  # the state may lie where the new one goes, and threads share what is small
     tl.store(new_state + row * inner * states + cell, h, is_cell)
     answer = tl.sum(h * output[None, :], 1) + tl.load(D + channel, is_channel, 0.0).to(tl.float32) * u
     opening = tl.load(gate + row * gate_stride + channel, is_channel, 0.0).to(tl.float32)

@@ -29,7 +29,7 @@ def in_float64(x, weight, bias, state, lengths=None, silu=False):
     return causal_conv(x, weight, bias, state, lengths, silu=silu)
 
 
-@pytest.mark.parametrize(("length", "kernel"), [(1, 1), (1, 4), (2, 4), (16, 2), (35, 4), (20, 17)])
+@pytest.mark.parametrize(("length", "kernel"), [(1, 1), (1, 4), (2, 4), (32, 2), (35, 4), (40, 17)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_convolution_is_torchs(kernel, length, dtype, device):
     inputs = conv_inputs(1, length, 70, kernel, dtype, device)
@@ -44,7 +44,7 @@ def test_convolution_is_torchs(kernel, length, dtype, device):
     assert relative_error(convolve(x, weight, None, state)[0], expected) < tolerance(dtype, device)
 
 
-@pytest.mark.parametrize("length", [1, 2, 20])
+@pytest.mark.parametrize("length", [1, 2, 40])
 def test_the_state_may_be_overwritten(length, device):
     x, weight, bias, state = conv_inputs(2, length, 70, 4, torch.bfloat16, device)
     before = state.clone()
@@ -58,8 +58,8 @@ def test_the_state_may_be_overwritten(length, device):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_the_state_takes_the_last_real_inputs(overwrite, device):
-    lengths = torch.tensor([0, 2, 18, 19], device=device)
-    x, weight, bias, state = conv_inputs(4, 19, 20, 4, torch.float32, device)
+    lengths = torch.tensor([0, 2, 34, 35], device=device)
+    x, weight, bias, state = conv_inputs(4, 35, 20, 4, torch.float32, device)
     expected, last = in_float64(x, weight, bias, state, lengths)
     y, end = convolve(x, weight, bias, state, lengths, overwrite=overwrite)
     assert torch.equal(end.double().cpu(), last)
@@ -68,9 +68,9 @@ def test_the_state_takes_the_last_real_inputs(overwrite, device):
 
 
 def test_any_split_is_one_pass(device):
-    x, weight, bias, state = conv_inputs(2, 19, 20, 4, torch.float32, device)
+    x, weight, bias, state = conv_inputs(2, 35, 20, 4, torch.float32, device)
     whole, last = convolve(x, weight, bias, state)
-    for chunk in (1, 2, 16):
+    for chunk in (1, 3, 32):
         carried, pieces = state.clone(), []
         for piece in x.split(chunk, 1):
             y, carried = convolve(piece, weight, bias, carried, overwrite=True)

@@ -27,6 +27,7 @@ KERNELS = [
     Kernel("scan", "_scan", {**SCAN, "B": F32, "C": F32}, {**TILE, **ALL_ROWS}, warps=1),
     Kernel("scan", "_scan", {**SCAN, "B": F32, "C": F32, "lengths": I64}, {**TILE, "HAS_LENGTHS": True}, warps=1),
     Kernel("scan", "_step", {**SCAN, "B": BF16, "C": BF16}, {"STATES": 16, "CHANNELS": 32}),
+    Kernel("norm", "_normalise_parts", {"x": BF16, "y": BF16, "eps": "fp32"}, {"BLOCK": 512}),
     Kernel("rg_lru", "_recur", LRU, {"HAS_GATE": True, "STEPS": 64, "CHANNELS": 16, **ALL_ROWS}),
     Kernel(
         *("rg_lru", "_recur", {**LRU, "lengths": I64}),
@@ -36,7 +37,7 @@ KERNELS = [
     Kernel("conv", "_convolve", CONV, {**TAPS, "SILU": True, "STEPS": 1, "CHANNELS": 128, **ALL_ROWS}),
     Kernel(
         *("conv", "_convolve", {**CONV, "lengths": I64}),
-        {**TAPS, "SILU": False, "STEPS": 16, "CHANNELS": 64, "HAS_LENGTHS": True},
+        {**TAPS, "SILU": False, "STEPS": 32, "CHANNELS": 64, "HAS_LENGTHS": True},
     ),
 ]
 

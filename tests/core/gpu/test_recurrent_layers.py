@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from gpu_paths import needs_card, needs_triton
 from transformers import FalconMambaConfig as TheirFalconMambaConfig
 from transformers import RecurrentGemmaConfig as TheirRecurrentGemmaConfig
 from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
@@ -138,3 +139,41 @@ def test_gradients_are_transformers(device):
     expected = torch.autograd.grad(theirs(x.cpu()).square().sum(), [theirs.get_parameter(name) for name in names])
     for got, gradient in zip(ours, expected, strict=True):
         torch.testing.assert_close(got.cpu(), gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+
+
+@needs_triton
+@needs_card
+@pytest.mark.cuda
+@pytest.mark.parametrize("family", ["falcon_mamba", "recurrent_gemma"])
+@torch.no_grad()
+def test_a_step_waits_for_nothing_and_fits_a_graph(family):
+    place = torch.device("cuda")
+    x = hidden_states(2, place)[:, :1].clone()
+    if family == "falcon_mamba":
+        layer, _ = falcon_mamba(place)
+        state, others = layer.empty_state(2, torch.float32, place), (None,)
+    else:
+        decoder, _ = recurrent_gemma(place)
+        layer, whole = decoder.blocks[0].temporal, State(family, decoder.empty_layers(2, torch.float32, place), 2, 1)
+        state = whole.layers[0]
+        others = (decoder.plan(Inputs(x, None, None, "sdpa"), whole.span(1, None), whole),)
+    layer(x, *others, state)  # compiles
+    expected_state = type(state).restore({name: tensor.clone() for name, tensor in state.tensors(1).items()})
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        expected = [layer(x * scale, *others, expected_state) for scale in (1, 2, 3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    first = [buffer.clone() for buffer in state.buffers]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x, *others, state)
+    for buffer, value in zip(state.buffers, first, strict=True):
+        buffer.copy_(value)
+    tokens = x.clone()
+    for scale, answer in zip((1, 2, 3), expected, strict=True):
+        x.copy_(tokens * scale)
+        graph.replay()
+        assert torch.equal(y, answer)
+    for ours, eager in zip(state.buffers, expected_state.buffers, strict=True):
+        assert torch.equal(ours, eager)
