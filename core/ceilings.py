@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmx.core.errors import ResourceError
+from lmx.core.large_pages import lasting_zeros
 
 READ_BYTES = 1 << 30
 """Much more than any cache holds."""
@@ -60,7 +61,10 @@ def measure_ceilings(
 
 
 def _bandwidth(device: torch.device, nbytes: int, rounds: int) -> float:
-    numbers = torch.ones(nbytes // 4, device=device)
+    # In the large pages that weights lie in: less than they can have would be no ceiling.
+    count, on_host = nbytes // 4, device.type == "cpu"
+    numbers = lasting_zeros((count,), torch.float32) if on_host else torch.empty(count, device=device)
+    numbers.fill_(1)
     readers: tuple[Callable[[], Tensor], ...] = (numbers.sum, numbers.amax)
     return numbers.nbytes / min(best_seconds(reader, device, rounds) for reader in readers)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lmx.core.errors import InputError
+from lmx.core.large_pages import lasting_zeros
 from lmx.core.layers.attention import Visibility
 from lmx.core.state import LayerState, Span, StateError, take
 
@@ -158,7 +159,8 @@ class KVCache(AttentionCache):
         slots = -(-slots // _GROW) * _GROW
         for name in ("keys", "values"):
             old: Tensor = getattr(self, name)
-            new = old.new_zeros(*old.shape[:2], slots, old.shape[3])
+            shape = (*old.shape[:2], slots, old.shape[3])
+            new = lasting_zeros(shape, old.dtype) if old.is_cpu else old.new_zeros(shape)
             new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 

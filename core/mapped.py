@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lmx.core.errors import ResourceError
 from lmx.core.files import quoted
+from lmx.core.large_pages import advise_large, fresh_memory
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,7 @@ class FileMap:
             if isinstance(error, OSError) and error.errno == errno.ENOMEM:
                 hint = "raise the limit of address space (ulimit -v), or set vm.overcommit_memory to 0"
             raise ResourceError(f"{quoted(str(path))} ({size:,} bytes) cannot be mapped: {error}", hint) from error
+        advise_large(self._map)
 
     def view(self, dtype: str, shape: tuple[int, ...], offset: int, nbytes: int) -> "torch.Tensor":
         """The tensor at `offset`, which the caller has checked to lie within the file.
@@ -105,8 +107,7 @@ def empty_alone(elements: int, dtype: "torch.dtype") -> "torch.Tensor":
 
     if not elements:
         return torch.empty(0, dtype=dtype)
-    pages = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype)
+    return torch.frombuffer(fresh_memory(elements * dtype.itemsize), dtype=dtype)
 
 
 def _no_reserve() -> int:

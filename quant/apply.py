@@ -26,7 +26,7 @@ from lmx.quant.int8 import quantize_int8
 from lmx.quant.matmul import Matrix, QuantMatrix, dequantize
 from lmx.quant.modules import QuantExpertBank, QuantHead, QuantLinear
 from lmx.quant.plan import classify, layout_bytes, plan_source
-from lmx.quant.quanto import quantize_quanto
+from lmx.quant.quanto import Quanto, quantize_quanto
 from lmx.quant.serialize import layout
 from lmx.quant.spec import QuantSpec
 from lmx.quant.stored import StoredMatrices
@@ -160,7 +160,12 @@ def _quantize(source: Source, piece: Piece, spec: QuantSpec, there: torch.device
     matrix = quantize_matrix(weight, spec, piece.hub).to(there)
     if piece.rows is None:  # else its neighbours in the same tensor come next
         source.advise(piece.hub, Advice.DONT_NEED)
-    return matrix
+    return _kept(matrix)
+
+
+def _kept(matrix: QuantMatrix) -> QuantMatrix:
+    """A matrix that was just made, where a model keeps it."""
+    return matrix if isinstance(matrix, Quanto) else matrix.lasting()
 
 
 def install(model: LanguageModel, quantized: Mapping[str, QuantMatrix]) -> None:
@@ -197,6 +202,5 @@ def _quantize_head(model: LanguageModel, scheme: HeadScheme, there: torch.device
     if not isinstance(head, CausalHead):
         raise InputError("the model has no output head", "load it with head='causal'")
     weight = model.decoder.embed.weight if head.weight is None else head.weight
-    model.head = QuantHead(
-        model.config, quantize_matrix(weight.detach().to(there), QuantSpec(scheme), "the output head")
-    )
+    matrix = quantize_matrix(weight.detach().to(there), QuantSpec(scheme), "the output head")
+    model.head = QuantHead(model.config, _kept(matrix))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lmx.core.large_pages import lasting_zeros
 from lmx.core.layers.norm import OffsetRMSNorm, RMSNorm
 from lmx.core.layers.rg_lru import RGLRU
 from lmx.core.loader import assign, build, hub_shapes
@@ -137,7 +138,7 @@ class _Noise:
 
     def _laid(self, block: Tensor, size: int, scale: float | None = None) -> Tensor:
         """`size` numbers of the block, over and over, times `scale`."""
-        out = torch.empty(size, dtype=block.dtype, device=block.device)
+        out = lasting_zeros((size,), block.dtype) if block.is_cpu else block.new_empty(size)
         self._place = (self._place + 9973) % _BLOCK
         done, first = 0, self._place
         while done < size:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lmx.core.errors import InputError
+from lmx.core.large_pages import lasting
 from lmx.core.native.quantize import can_quantize, encode_four_bit, encode_scales
 from lmx.quant.chunks import for_chunks
 from lmx.quant.codebook import (
@@ -88,6 +89,10 @@ class FourBit:
         if nested is not None:
             nested = replace(nested, absmax=nested.absmax.to(device), quant_map=nested.quant_map.to(device))
         return replace(self, packed=self.packed.to(device), absmax=self.absmax.to(device), nested=nested)
+
+    def lasting(self) -> "FourBit":
+        """The same in memory for what lasts."""
+        return replace(self, packed=lasting(self.packed), absmax=lasting(self.absmax))
 
 
 def quantize_4bit(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lmx.core.errors import InputError
+from lmx.core.large_pages import lasting
 from lmx.core.native.quantize import can_quantize, encode_int8
 from lmx.quant.chunks import for_chunks
 from lmx.quant.four_bit import CARD_CHUNK, check_finite, check_source
@@ -46,6 +47,10 @@ class Int8:
     def to(self, device: torch.device) -> "Int8":
         """The same on another device; dtypes are part of the format and never change."""
         return Int8(self.weight.to(device), self.absmax.to(device), self.dtype)
+
+    def lasting(self) -> "Int8":
+        """The same in memory for what lasts."""
+        return Int8(lasting(self.weight), lasting(self.absmax), self.dtype)
 
 
 def quantize_int8(x: Tensor, name: str = "the tensor") -> Int8:

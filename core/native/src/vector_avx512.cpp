@@ -95,7 +95,7 @@ LMX_AVX512 LMX_INLINE void int8_rows(const Matrix& m, const Vectors& x, int64_t 
                                      __m512i low, __m512i high) {
     const bf16* vectors = static_cast<const bf16*>(x.data);
     const uint8_t* weights = m.data + row * m.columns;
-    const uint8_t* soon = weights + ROWS * m.columns * std::max<int64_t>(1, AHEAD / (ROWS * m.columns));
+    const uint8_t* soon = weights + rows_ahead(ROWS, m.columns) * m.columns;
     __m512 sums[ROWS][VECTORS][2];
     for (auto& of_row : sums)
         for (auto& sum : of_row) sum[0] = sum[1] = _mm512_setzero_ps();

@@ -19,8 +19,11 @@ public:
     explicit UnitScales(const Matrix& m) : absmax_(static_cast<const float*>(m.absmax)), units_(m.columns / UNIT) {}
     LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) {
         const __mmask16 there = static_cast<__mmask16>((1u << std::min<int64_t>(units_ - unit, 16)) - 1);
-        for (int r = 0; r < ROWS; ++r)
+        const float* soon = absmax_ + (row + rows_ahead(ROWS, units_ * BYTES)) * units_ + unit * ROWS;
+        for (int r = 0; r < ROWS; ++r) {
+            prefetch(reinterpret_cast<const uint8_t*>(soon + 16 * r));
             group_[r] = _mm512_maskz_loadu_ps(there, absmax_ + (row + r) * units_ + unit);
+        }
         pair_ = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
     }
     LMX_INLINE LMX_AVX512 __m512 pair(int r) const { return _mm512_permutexvar_ps(pair_, group_[r]); }
@@ -93,7 +96,7 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
     const int64_t units = m.columns / UNIT, bytes_of_row = units * BYTES;
     const uint8_t* bytes = m.data + row * bytes_of_row;
     // What memory is asked for goes from front to back all the same, some rows ahead: two streams are slower.
-    const uint8_t* soon = bytes + ROWS * bytes_of_row * std::max<int64_t>(1, AHEAD / (ROWS * bytes_of_row));
+    const uint8_t* soon = bytes + rows_ahead(ROWS, bytes_of_row) * bytes_of_row;
     const bf16* vectors = static_cast<const bf16*>(x.data);
     __m512 sums[ROWS][VECTORS];
     for (auto& of_row : sums)
