@@ -279,12 +279,17 @@ class Destinations:
         """Tell the model, once all its weights are there, how its hidden states travel."""
         model, placement = self._model, self.placement
         model.shares = self._shares
-        if len(placement.devices) == 1:
+        if len(placement.devices) == 1 and _is_current(placement.head):
             return
         model.decoder.placement = placement
         for index, path in self._banks.items():
             if placement.banks[index] != placement.layers[index]:
                 _visit(model.get_submodule(path), placement.banks[index], placement.layers[index])
+
+
+def _is_current(device: torch.device) -> bool:
+    """Whether kernels go to this device without being told."""
+    return device.type != "cuda" or device.index in (None, torch.cuda.current_device())
 
 
 def _visit(bank: nn.Module, there: torch.device, home: torch.device) -> None:

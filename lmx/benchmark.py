@@ -277,11 +277,11 @@ class _Subject:
     def _flops_utilization(self, work: "Workload", speed: float) -> float | None:
         """The share of the matrix peak that a prompt takes; None as above, or where tokens are generated."""
         from lmx.core.bench import attention_flops
-        from lmx.core.generate import PROMPT_CHUNK
+        from lmx.core.generate import prompt_chunk_for
 
         if work.generate or not self._is_of_one_kind:
             return None
-        heads = self._footprint.head_parameters * ceil(work.prompt / PROMPT_CHUNK)
+        heads = self._footprint.head_parameters * ceil(work.prompt / prompt_chunk_for(self._model.device))
         products = 2 * (self._footprint.body_parameters * work.prompt + heads)
         attention = attention_flops(self._layers, self._model.config.attention_width, work)
         return (products + attention) / work.prompt * speed / self._ceilings.flops
