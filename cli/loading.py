@@ -13,7 +13,7 @@ from lmx.cli.facts import memory_line, share_line
 from lmx.cli.options import CommonOptions, RuntimeOptions
 from lmx.cli.pull_progress import pull_watcher
 from lmx.core.text.types import Message
-from lmx.device import choose_budgets, limit_threads
+from lmx.device import Device, choose_budgets, limit_threads
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ def loaded(
         limit_threads(runtime.threads)
         if gpu_memory is not None:
             choose_budgets(runtime.device, gpu_memory)  # refuses it before anything is read
-        say_memory(opened, common, runtime.dtype, runtime.quantize)
+        say_memory(opened, common, runtime.device, runtime.dtype, runtime.quantize)
         running = load_as(opened, runtime)
         for share in running.shares:
             note(f"{opened.name}: {share_line(share, len(running.decoder.layers))}", quiet=common.quiet)
@@ -81,12 +81,16 @@ def _scheme(opened: OpenedModel, running: "LanguageModel", runtime: RuntimeOptio
 
 
 def say_memory(
-    opened: OpenedModel, common: CommonOptions, dtype: "torch.dtype | str | None", quantize: str | None = None
+    opened: OpenedModel,
+    common: CommonOptions,
+    device: Device,
+    dtype: "torch.dtype | str | None",
+    quantize: str | None = None,
 ) -> None:
     """Of a GGUF, whose blocks become numbers in memory, say how much they take. Raises ResourceError for too much."""
     from lmx.memory import check_memory
 
-    needed = check_memory(opened.checkpoint, dtype, quantize)
+    needed = check_memory(opened.checkpoint, dtype, quantize, device)
     if needed is not None:
         note(memory_line(opened.name, needed.nbytes, needed.kind), quiet=common.quiet)
 

@@ -142,7 +142,9 @@ def _benchmark_one(
     import_module("lmx.quant.dummy")  # and all that loading takes, which is no part of its time
     name = model_name(model, setting.revision)
     origin = _find(model, setting)
-    needed = None if not isinstance(origin, Path) else check_memory(open_folder(origin), setting.dtype, setting.spec)
+    needed = None
+    if isinstance(origin, Path):
+        needed = check_memory(open_folder(origin), setting.dtype, setting.spec, setting.device)
     if needed is not None:
         yield Making(name, needed)
     yield Step(name, "measuring the machine")
