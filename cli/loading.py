@@ -18,6 +18,7 @@ from lmx.device import Device, choose_budgets, limit_threads
 if TYPE_CHECKING:
     import torch
 
+    from lmx.core.placement import Share
     from lmx.core.session_record import Identity
     from lmx.language_model import LanguageModel
 
@@ -68,8 +69,7 @@ def loaded(
             choose_budgets(runtime.device, gpu_memory)  # refuses it before anything is read
         say_memory(opened, common, runtime.device, runtime.dtype, runtime.quantize)
         running = load_as(opened, runtime)
-        for share in running.shares:
-            note(f"{opened.name}: {share_line(share, len(running.decoder.layers))}", quiet=common.quiet)
+        say_shares(opened.name, running.shares, len(running.decoder.layers), quiet=common.quiet)
         yield Loaded(opened, running, _scheme(opened, running, runtime))
 
 
@@ -78,6 +78,12 @@ def _scheme(opened: OpenedModel, running: "LanguageModel", runtime: RuntimeOptio
 
     dtype = running.decoder.embed.weight.dtype
     return scheme_of(opened.checkpoint, dtype, runtime.quantize, runtime.head_scheme)
+
+
+def say_shares(name: str, shares: "Sequence[Share]", layers: int, *, quiet: bool) -> None:
+    """What of a model lies on which device, a line each; nothing where no card takes part."""
+    for share in shares:
+        note(f"{name}: {share_line(share, layers)}", quiet=quiet)
 
 
 def say_memory(

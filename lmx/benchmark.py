@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lmx.core.ceilings import Ceilings
     from lmx.core.layers.attention import Implementation
     from lmx.core.model import LanguageModel
+    from lmx.core.placement import Share
     from lmx.quant.apply import HeadScheme
     from lmx.quant.footprint import Footprint
     from lmx.quant.spec import QuantSpec
@@ -78,6 +79,15 @@ class Making:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """A model was loaded by a plan for the cards: what lies where, of so many layers."""
+
+    model: str
+    shares: "tuple[Share, ...]"
+    layers: int
+
+
+@dataclass(frozen=True)
 class Result:
     """One test of one model: the object of `lmx bench -o json` (docs/bench.md says what each field means)."""
 
@@ -117,7 +127,7 @@ class Result:
         return asdict(self) | {"samples": list(self.samples)}
 
 
-Event = Step | Making | Result
+Event = Step | Making | Placed | Result
 
 
 def benchmark(
@@ -154,7 +164,10 @@ def _benchmark_one(
     yield Step(name, "loading")
     start = perf_counter()
     loaded = _load(origin, setting)
-    subject = _Subject(name, loaded, perf_counter() - start, ceilings)
+    seconds = perf_counter() - start
+    if loaded.shares:
+        yield Placed(name, loaded.shares, len(loaded.decoder.layers))
+    subject = _Subject(name, loaded, seconds, ceilings)
     bench = Bench(loaded)
     for work in workloads:
         yield Step(name, _label(work, 0, repetitions))
