@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
 def bench_command(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Folders, GGUFs, hub ids ORG/NAME[@REVISION]. None: the demo model."),
+        typer.Argument(metavar="MODEL", help="Folders, GGUFs, hub ids ORG/NAME[@REVISION]. None: the demo model."),
     ] = None,
     *,
     prompt: Annotated[
@@ -50,7 +50,9 @@ def bench_command(
         typer.Option("--depth", "-d", metavar="N,…", help="Tokens read before, untimed: 0-4096+1024.  [0]"),
     ] = None,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="How often to time a test.")] = 5,
-    output: Annotated[Literal["md", "json", "jsonl", "csv"], typer.Option("--output", "-o", help="Its form.")] = "md",
+    output: Annotated[
+        Literal["md", "json", "jsonl", "csv"], typer.Option("--output", "-o", help="The results' form.")
+    ] = "md",
     dummy: Annotated[
         bool, typer.Option("--dummy", help="Random weights at the published size: nothing is read or fetched.")
     ] = False,
@@ -63,10 +65,10 @@ def bench_command(
     runtime: RuntimeOptions,
     common: CommonOptions,
 ) -> None:
-    """Time prompts and generation, and show how much of the machine's memory bandwidth and matrix peak they take.
+    """Time models, and how far from this machine's limits they are.
 
-    The machine's two ceilings are measured in the same run. Tokens are random, and no stop token ends a test.
-    -p 0 or -n 0 leaves these tests out.
+    The two limits, of memory bandwidth and of matrix products, are measured in the same run. Tokens are random, and no
+    stop token ends a test. -p 0 or -n 0 leaves these tests out.
     """
     depths = parse_counts("-d", depth or ["0"])
     prompts, generates = parse_counts("-p", prompt or ["512"]), parse_counts("-n", generate or ["128"])

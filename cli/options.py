@@ -20,9 +20,12 @@ ModelArgument = Annotated[
         metavar="MODEL", help="A checkpoint's folder, a GGUF, or a hub id ORG/NAME[@REVISION]. Without it: the demo."
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for each answer.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+AnswersOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for each answer.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+RevisionOption = Annotated[str | None, typer.Option(help="A hub model's branch, tag or commit.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads. Without it: as many as torch chooses.")]
 
-_LATER = "this version of lmx does not have it yet: leave the option out"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -45,7 +48,7 @@ class RuntimeOptions:
         Literal["bf16", "fp16", "fp32"] | None,
         typer.Option(help="Convert the weights. Without it: as stored; of several dtypes, that of most."),
     ] = None
-    threads: Annotated[int | None, typer.Option(help="CPU threads. Without it: as many as torch chooses.")] = None
+    threads: ThreadsOption = None
     four_bit: Annotated[bool, typer.Option("--4bit", help="Quantize to 4 bits (NF4) while loading.")] = False
     eight_bit: Annotated[bool, typer.Option("--8bit", help="Quantize to 8 bits while loading.")] = False
     head: Annotated[
@@ -61,8 +64,8 @@ class RuntimeOptions:
             metavar="SIZE", help="The most to take of each GPU, such as 20GB; the rest stays on the CPU. Needs CUDA."
         ),
     ] = None
-    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False
-    revision: Annotated[str | None, typer.Option(help="A hub model's branch, tag or commit.")] = None
+    offline: OfflineOption = False
+    revision: RevisionOption = None
 
     def __post_init__(self) -> None:
         """Raise UsageError for what cannot be."""
@@ -132,7 +135,10 @@ def parse_size(option: str, text: str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?", text.strip().upper(), re.ASCII)
     if match is None or match[2] not in _UNITS:
         raise UsageError(f"{option}: {text!r} is no size", "write it like 20GB, 512MiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2]])
+    nbytes = int(float(match[1]) * _UNITS[match[2]])
+    if not nbytes:
+        raise UsageError(f"{option} is {text}", "give 1 byte or more")
+    return nbytes
 
 
 def spread_groups(command: Callable[..., None]) -> Callable[..., None]:

@@ -9,7 +9,15 @@ import typer
 from lmx.api import model_name
 from lmx.cli.console import write_json
 from lmx.cli.facts import human_bytes, human_count, share_line
-from lmx.cli.options import CommonOptions, ModelArgument, parse_size, spread_groups
+from lmx.cli.options import (
+    CommonOptions,
+    JsonOption,
+    ModelArgument,
+    OfflineOption,
+    RevisionOption,
+    parse_size,
+    spread_groups,
+)
 from lmx.cli.pull_progress import pull_watcher
 from lmx.cli.rows import write_rows
 from lmx.core.errors import InputError, LmxError, NetworkError, NotFoundError
@@ -30,9 +38,9 @@ def register(app: typer.Typer) -> None:
 def show_command(
     model: ModelArgument = None,
     *,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A hub model's branch, tag or commit.")] = None,
+    json: JsonOption = False,
+    offline: OfflineOption = False,
+    revision: RevisionOption = None,
     gpu_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="What would lie where if so much were taken of each GPU, or of one."),

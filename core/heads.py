@@ -12,7 +12,6 @@ from lmx.core.layers.linear import linear
 from lmx.core.native.griffin import can_cap, soft_cap
 
 HeadKind = Literal["causal", "none", "sequence", "token"]
-HEAD_KINDS: tuple[HeadKind, ...] = ("causal", "none", "sequence", "token")
 
 IGNORED_LABEL = -100
 

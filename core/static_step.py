@@ -151,7 +151,7 @@ class StaticStep:
 
 
 def _added(call: Call, embeds: Tensor) -> Call:
-    """The call with its mask as numbers to add to scores, which torch's kernels would else make of it in every layer."""
+    """The call with its mask as what is added to scores: torch's kernels would else make that of it in every layer."""
     if not isinstance(call, AttentionCall) or call.visibility.mask is None:
         return call
     seen = call.visibility.mask

@@ -1,8 +1,8 @@
 """One token a row at a time: a model's step of generation with as little between its kernels as can be.
 
 The first step runs as any call does, while its kernels are noted (`lmx.core.native.tape`); the following ones only call
-the kernels again, which at 7B is a tenth to a fifth of a step saved on a CPU. Where anything but kernels takes part, or
-a caller watches the modules, every step runs as any call does. The numbers are the same to the bit either way.
+the kernels again (`benchmarks/step_profile.py` says what that saves). Where anything but kernels takes part, or a
+caller watches the modules, every step runs as any call does. The numbers are the same to the bit either way.
 """
 
 from collections.abc import Callable, Generator

@@ -166,7 +166,7 @@ def open_checkpoint(
     model: str | Path | None, *, revision: str | None = None, offline: bool = False, watch: Watcher = unwatched
 ) -> Checkpoint:
     """Find a model and check its headers. None is the demo. Raises as `load`."""
-    folder = demo_path() if model is None else find_model(model, revision=revision, offline=offline, watch=watch)
+    folder = find_model(demo_path() if model is None else model, revision=revision, offline=offline, watch=watch)
     checkpoint = open_folder(folder)
     check_runnable(checkpoint)
     return checkpoint
@@ -182,7 +182,7 @@ def open_headers(model: str | Path | None, *, revision: str | None = None, offli
 
     What is quantized, or not supported, is opened too. Raises as `load`.
     """
-    found = demo_path() if model is None else find_local(model, revision=revision)
+    found = find_local(demo_path() if model is None else model, revision=revision)
     if isinstance(found, Path):
         return open_folder(found)
     check_online(found, offline)

@@ -225,9 +225,9 @@ def build_dummy(
     supported, and, before any memory is taken, ResourceError for a model that would not fit.
     """
     from lmx.api import choose_spec, dtype_by_name
+    from lmx.core.memory import available_memory_bytes
     from lmx.device import choose_budgets, choose_device
     from lmx.quant.dummy import DummyModel
-    from lmx.quant.memory import available_memory_bytes
 
     known = preset(config) if isinstance(config, str) else config
     wanted = dtype_by_name(dtype) if isinstance(dtype, str) else dtype

@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lmx.core.destinations import Destinations
 from lmx.core.layers.norm import OffsetRMSNorm, RMSNorm
 from lmx.core.layers.rg_lru import RGLRU
 from lmx.core.loader import assign, build, hub_shapes
+from lmx.core.mapped import stored_name
 from lmx.core.model import LanguageModel
 from lmx.core.models.falcon_mamba import FalconMambaConfig, Mixer, initialise_scan
 from lmx.core.models.recurrent_gemma import RecurrentGemmaConfig
-from lmx.core.placement import Budget, Destinations
+from lmx.core.placement import Budget
 from lmx.core.registry import family_of
 from lmx.core.safetensors_file import TensorInfo
 from lmx.quant.apply import HeadScheme, install
@@ -26,13 +28,12 @@ from lmx.quant.four_bit import NESTED_BLOCK_SIZE, FourBit, NestedScales
 from lmx.quant.int8 import Int8
 from lmx.quant.matmul import QuantMatrix
 from lmx.quant.plan import layout_bytes, make_plan
-from lmx.quant.serialize import FLOATS, layout
+from lmx.quant.serialize import layout
 from lmx.quant.spec import QuantSpec
 
 # No power of two, so that the rows of a matrix are not alike.
 _BLOCK = (1 << 22) - 3
 _HEAD = "head.weight"
-_DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 # The root mean square of the 16 values of a four-bit type, and of 8-bit codes, is near to this share of absmax.
 _RMS_OF_CODES = 0.57
 
@@ -89,7 +90,7 @@ class DummyModel:
         """The parameters that quantizing a checkpoint of this shape would quantize, each with its spec."""
         if spec is None:
             return {}
-        name, size = _DTYPE_NAMES[self._dtype], self._dtype.itemsize
+        name, size = stored_name(self._dtype), self._dtype.itemsize
         shapes = hub_shapes(self._model, family_of(self._config))
         infos = {hub: TensorInfo(hub, name, shape, Path(), 0, prod(shape) * size) for hub, shape in shapes.items()}
         return {weight.ours: spec for weight in make_plan(self._config, infos, spec).weights if weight.kept is None}

@@ -129,10 +129,3 @@ def test_the_gpu_comparison_runs_on_the_cpu() -> None:
     assert ran.stdout.count("| lmx |") == 4
     assert ran.stdout.count("| transformers + bitsandbytes NF4 |") == 2
     assert "times its matrix products'" in ran.stdout
-
-
-@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
-def test_every_benchmark_says_how_to_use_it(script: Path) -> None:
-    ran = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert "usage" in ran.stdout

@@ -96,12 +96,41 @@ def load_elements(x, words, mask, PER: tl.constexpr):
 
 
 @triton.jit
+def _two(v):
+    even, odd = tl.split(tl.reshape(v, [v.shape[0], v.shape[1], 1, 2]))  # [rows, words, 1]
+    return tl.reshape(even, [v.shape[0], v.shape[1]]), tl.reshape(odd, [v.shape[0], v.shape[1]])
+
+
+@triton.jit
+def _four(v):
+    even, odd = tl.split(tl.reshape(v, [v.shape[0], v.shape[1], 2, 2]))
+    return _two(even) + _two(odd)
+
+
+@triton.jit
+def _pieces(v):
+    """The values of each word [rows, words, PER], as PER tensors [rows, words] in an order that is always the same."""
+    if v.shape[2] == 8:
+        even, odd = tl.split(tl.reshape(v, [v.shape[0], v.shape[1], 4, 2]))
+        return _four(even) + _four(odd)
+    elif v.shape[2] == 4:
+        return _four(v)
+    elif v.shape[2] == 2:
+        return _two(v)
+    else:
+        return (tl.reshape(v, [v.shape[0], v.shape[1]]),)
+
+
+@triton.jit
 def add_products(
     total, codes, row, at, mask, x,
     KIND: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
     """`total` [rows, words] plus, word by word, the products of a matrix's words with the elements x [words, PER]."""
-    part = tl.sum(values(codes, load_words(row, at, mask), KIND, PER) * x[None, :, :], 2)
+    v, x = _pieces(values(codes, load_words(row, at, mask), KIND, PER)), _pieces(x[None, :, :])
+    part = v[0] * x[0]
+    for k in tl.static_range(1, PER):
+        part += v[k] * x[k]  # one instruction each, where a sum of products would take three for two
     if KIND == FOUR_BIT:
         return total + word_scales(row, at, mask, BLOCK, NESTED) * part
     else:

@@ -226,7 +226,7 @@ class ExpertBank(Bank):
 
 
 def _are_many(x: Tensor, matrix: Tensor) -> bool:
-    """Whether the kernels take a prompt through a bank of such matrices: they are a fifth quicker than torch."""
+    """Whether the kernels take a prompt through a bank of such matrices."""
     return x.dtype == matrix.dtype == torch.bfloat16 and can_take(x, matrix.shape[1]) and has_panels()
 
 

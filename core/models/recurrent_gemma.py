@@ -210,9 +210,10 @@ class RecurrentBlock(nn.Module):
             lengths = compaction.lengths
             branch = compaction.pack(branch)
             reset = compaction.pack(reset.expand(x.shape[:2]))
-        branch, conv = causal_conv(branch, self.conv_weight.squeeze(1), self.conv_bias, before.conv, lengths)
+        taps = self.conv_weight.squeeze(1)
+        branch, conv = causal_conv(branch, taps, self.conv_bias, before.conv, lengths, overwrite=True)
         packed = None if compaction is not None else gate
-        branch, lru = self.rg_lru(branch, packed, reset, compaction, before.hidden)
+        branch, lru = self.rg_lru(branch, packed, reset, compaction, before.hidden, overwrite=True)
         if state is not None:
             state.keep(conv, lru)
         return self.linear_out(branch if compaction is None else gate * compaction.unpack(branch))

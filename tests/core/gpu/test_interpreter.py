@@ -1,4 +1,4 @@
-"""The tests of this folder under Triton's interpreter: in a child, since it must be chosen before Triton is imported."""
+"""The tests of this folder under Triton's interpreter, in a child: it must be chosen before Triton is imported."""
 
 import os
 import subprocess
@@ -15,9 +15,9 @@ from lmx.core.gpu.launch import interpreted
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: pip install 'lmx[gpu]'")
 @pytest.mark.skipif(interpreted(), reason="this is the child")
 def test_all_of_this_folder_under_the_interpreter():
+    options = ("-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not cuda")
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not cuda", "-x"]
-        + [str(Path(__file__).parent)],
+        [sys.executable, "-m", "pytest", *options, str(Path(__file__).parent)],
         capture_output=True,
         text=True,
         timeout=600,
