@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from lmx.benchmark import Event, Making, Setting, Step, benchmark
+from lmx.benchmark import Event, Making, Placed, Setting, Step, benchmark
 from lmx.cli.bench_tables import Earlier, Printer, make_printer
 from lmx.cli.console import may_animate, note
 from lmx.cli.counts import parse_counts, parse_pair
 from lmx.cli.facts import memory_line
+from lmx.cli.loading import say_shares
 from lmx.cli.options import CommonOptions, RuntimeOptions, spread_groups
 from lmx.cli.pull_progress import pull_watcher
 from lmx.core.errors import UsageError
@@ -120,6 +121,9 @@ def _print(events: Iterator[Event], printer: Printer, *, quiet: bool) -> None:
                 _tell(f"{event.model}: {event.doing}", show)
             elif isinstance(event, Making):
                 note(memory_line(event.model, event.needed.nbytes, event.needed.kind), quiet=quiet)
+            elif isinstance(event, Placed):
+                _tell("", show)  # makes room for the lines
+                say_shares(event.model, event.shares, event.layers, quiet=quiet)
             else:
                 _tell("", show)  # makes room for the row
                 printer.row(event)

@@ -82,7 +82,7 @@ def _base(
         return
     with OpenedModel.open(name, offline=runtime.offline, watch=pull_watcher(common.quiet)) as opened:
         dtype = running.model.decoder.embed.weight.dtype
-        say_memory(opened, common, dtype)
+        say_memory(opened, common, runtime.device, dtype)
         memory = runtime.gpu_memory_bytes
         yield opened.load(device=runtime.device, dtype=dtype, attention=runtime.attention, gpu_memory=memory)
 

@@ -34,4 +34,5 @@ def share_line(share: "Share", layers: int) -> str:
     held = [f"{share.layers} of {layers} layers"] if share.layers else []
     held += [f"{share.banks} bank{'s' * (share.banks != 1)} of experts"] if share.banks else []
     held += ["embedding"] * share.embed + ["head"] * share.head
-    return f"{share.device}: {', '.join(held)}; {human_bytes(share.nbytes)} with room for the state"
+    room = " with room for the state" * (share.layers > 0)
+    return f"{share.device}: {', '.join(held)}; {human_bytes(share.nbytes)}{room}"

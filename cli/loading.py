@@ -13,11 +13,12 @@ from lmx.cli.facts import memory_line, share_line
 from lmx.cli.options import CommonOptions, RuntimeOptions
 from lmx.cli.pull_progress import pull_watcher
 from lmx.core.text.types import Message
-from lmx.device import choose_budgets, limit_threads
+from lmx.device import Device, choose_budgets, limit_threads
 
 if TYPE_CHECKING:
     import torch
 
+    from lmx.core.placement import Share
     from lmx.core.session_record import Identity
     from lmx.language_model import LanguageModel
 
@@ -66,10 +67,9 @@ def loaded(
         limit_threads(runtime.threads)
         if gpu_memory is not None:
             choose_budgets(runtime.device, gpu_memory)  # refuses it before anything is read
-        say_memory(opened, common, runtime.dtype, runtime.quantize)
+        say_memory(opened, common, runtime.device, runtime.dtype, runtime.quantize)
         running = load_as(opened, runtime)
-        for share in running.shares:
-            note(f"{opened.name}: {share_line(share, len(running.decoder.layers))}", quiet=common.quiet)
+        say_shares(opened.name, running.shares, len(running.decoder.layers), quiet=common.quiet)
         yield Loaded(opened, running, _scheme(opened, running, runtime))
 
 
@@ -80,13 +80,23 @@ def _scheme(opened: OpenedModel, running: "LanguageModel", runtime: RuntimeOptio
     return scheme_of(opened.checkpoint, dtype, runtime.quantize, runtime.head_scheme)
 
 
+def say_shares(name: str, shares: "Sequence[Share]", layers: int, *, quiet: bool) -> None:
+    """What of a model lies on which device, a line each; nothing where no card takes part."""
+    for share in shares:
+        note(f"{name}: {share_line(share, layers)}", quiet=quiet)
+
+
 def say_memory(
-    opened: OpenedModel, common: CommonOptions, dtype: "torch.dtype | str | None", quantize: str | None = None
+    opened: OpenedModel,
+    common: CommonOptions,
+    device: Device,
+    dtype: "torch.dtype | str | None",
+    quantize: str | None = None,
 ) -> None:
     """Of a GGUF, whose blocks become numbers in memory, say how much they take. Raises ResourceError for too much."""
     from lmx.memory import check_memory
 
-    needed = check_memory(opened.checkpoint, dtype, quantize)
+    needed = check_memory(opened.checkpoint, dtype, quantize, device)
     if needed is not None:
         note(memory_line(opened.name, needed.nbytes, needed.kind), quiet=common.quiet)
 

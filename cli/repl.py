@@ -109,7 +109,8 @@ class Repl:
         model = self._running.model
         parameters = human_count(sum(weight.numel() for weight in model.parameters()))
         dtype = str(model.decoder.embed.weight.dtype).removeprefix("torch.")
-        return f"{self._running.name} ({model.family}, {parameters} parameters, {dtype} on {model.device.type})"
+        places = " and ".join(share.device for share in model.shares) or model.device.type
+        return f"{self._running.name} ({model.family}, {parameters} parameters, {dtype} on {places})"
 
     def status_line(self) -> str:
         """The line at the bottom: model, scheme, context, speed, memory."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmx.core.ceilings import synchronize
 from lmx.core.errors import UsageError
-from lmx.core.generate import PROMPT_CHUNK
+from lmx.core.generate import prompt_chunk_for
 from lmx.core.kv_cache import AttentionCache, WindowKVCache
 from lmx.core.model import AnyState, LanguageModel
 from lmx.core.state import LayerState
@@ -99,9 +99,10 @@ class Bench:
     @torch.no_grad()
     def _read(self, state: AnyState, tokens: int) -> None:
         """Run the model over random tokens, as generation reads a prompt, and choose the likeliest next one."""
-        for first in range(0, tokens, PROMPT_CHUNK):
+        chunk = prompt_chunk_for(self._model.device)
+        for first in range(0, tokens, chunk):
             output = self._model(
-                input_ids=self._random_ids(min(PROMPT_CHUNK, tokens - first)),
+                input_ids=self._random_ids(min(chunk, tokens - first)),
                 state=state,
                 logits_to_keep=1,
                 output_router_logits=False,

@@ -1,6 +1,7 @@
 """What every family's stack of layers shares: the call's plan, the record of what was asked for, the loop."""
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
@@ -191,6 +192,11 @@ def plan_attention(
     )
 
 
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a card the current one: Triton launches there, whatever card its tensors lie on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class Decoder(nn.Module, ABC, Generic[L]):
     """A family's embedding, layers and last norm.
 
@@ -205,7 +211,7 @@ class Decoder(nn.Module, ABC, Generic[L]):
     embed_scale: float | None = None
     embed_dropout: float = 0.0
     placement: "Placement | None" = None
-    """Where the parts lie; None where all lie on one device."""
+    """Where the parts lie; None where all lie on one device, the current one."""
 
     @abstractmethod
     def plan(self, inputs: Inputs, span: Span, state: State[L] | None) -> Call:
@@ -270,5 +276,6 @@ class Decoder(nn.Module, ABC, Generic[L]):
             x = x.to(device)
             if device not in calls:
                 calls[device] = call.to(device)
-            x = layer(x, calls[device], state.layers[index] if state is not None else None)
+            with _current(device):
+                x = layer(x, calls[device], state.layers[index] if state is not None else None)
         return x.to(placement.head)

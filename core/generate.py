@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 PROMPT_CHUNK = 512
 """Prompt tokens a forward pass: bounds the memory of a long prompt, and how long a cancel waits."""
 
+_CARD_CHUNK = 2048
+
+
+def prompt_chunk_for(device: torch.device, rows: int = 1) -> int:
+    """The same for a model on a device: a card dequantizes all weights once a pass, for as many tokens as there are.
+
+    At 7B in NF4 that takes about what the products of 500 tokens do (counted, not measured).
+    """
+    return max(PROMPT_CHUNK, _CARD_CHUNK // rows) if device.type == "cuda" else PROMPT_CHUNK
+
 
 def check_prompt(model: "LanguageModel", prompt_ids: Sequence[int], known: int = 0) -> None:
     """Raise `InputError` for a prompt that is empty, longer than the context, or not of the model's vocabulary.
@@ -63,7 +73,7 @@ def generate(
     stream_context: Sequence[int] = (),
     cancel: threading.Event | None = None,
     before_last: Callable[[], None] | None = None,
-    prompt_chunk: int = PROMPT_CHUNK,
+    prompt_chunk: int | None = None,
 ) -> Iterator[Event]:
     """Continue `prompt_ids`: yields `PromptProcessed`, one `Token` for each token, then `Finished`.
 
@@ -74,6 +84,7 @@ def generate(
     stream_context: the ids that the answer's text follows on, so that its first space is decided as in one text;
     without them the text is what decoding the answer alone gives.
     cancel: ends the answer with the reason "cancelled" once it is set.
+    prompt_chunk: prompt tokens a forward pass; None for what suits the device.
     before_last: called when the state holds all of the prompt but its last token, which is then fed alone: a copy of
     the state taken there answers the same prompt again, to the same bits.
 
@@ -90,6 +101,7 @@ def generate(
     options = _Options(sampling, max_new_tokens, tuple(stop_strings), stop_ids)
     row = _Row(model, text_engine, prompt_ids, stream_context, options)
     run = _Run(model, state, cancel)
+    prompt_chunk = prompt_chunk or prompt_chunk_for(model.device)
     if row.active:
         new_ids = torch.tensor([prompt_ids[state.length :]])
         if before_last is None:
@@ -129,7 +141,7 @@ def generate_batch(
     stop_ids: frozenset[int] = frozenset(),
     continue_text: bool = False,
     cancel: threading.Event | None = None,
-    prompt_chunk: int = PROMPT_CHUNK,
+    prompt_chunk: int | None = None,
 ) -> Iterator[BatchResult]:
     """Continue every prompt, `batch_size` of them at a time, left-padded; yields one result a prompt, in their order.
 
@@ -142,6 +154,7 @@ def generate_batch(
     for prompt_ids in prompts:
         check_prompt(model, prompt_ids)
     options = _Options(sampling, max_new_tokens, tuple(stop_strings), stop_ids)
+    prompt_chunk = prompt_chunk or prompt_chunk_for(model.device, batch_size)
     for first in range(0, len(prompts), batch_size):
         if cancel is not None and cancel.is_set():
             return

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lmx.core.checkpoint import Source
+from lmx.core.destinations import Destinations, move_weight
 from lmx.core.errors import InputError
 from lmx.core.heads import HeadKind
 from lmx.core.mapped import ITEM_SIZES, Advice
 from lmx.core.model import LanguageModel
 from lmx.core.names import NameTable, Piece, Shape
-from lmx.core.placement import HOST, Budget, Destinations, move_weight
+from lmx.core.placement import HOST, Budget
 from lmx.core.registry import Family, family_of
 
 HEAD_NAMES = {"head.weight": "lm_head.weight", "head.score.weight": "score.weight", "head.score.bias": "score.bias"}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lmx.core.ceilings import Ceilings
     from lmx.core.layers.attention import Implementation
     from lmx.core.model import LanguageModel
+    from lmx.core.placement import Share
     from lmx.quant.apply import HeadScheme
     from lmx.quant.footprint import Footprint
     from lmx.quant.spec import QuantSpec
@@ -78,6 +79,15 @@ class Making:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """A model was loaded by a plan for the cards: what lies where, of so many layers."""
+
+    model: str
+    shares: "tuple[Share, ...]"
+    layers: int
+
+
+@dataclass(frozen=True)
 class Result:
     """One test of one model: the object of `lmx bench -o json` (docs/bench.md says what each field means)."""
 
@@ -117,7 +127,7 @@ class Result:
         return asdict(self) | {"samples": list(self.samples)}
 
 
-Event = Step | Making | Result
+Event = Step | Making | Placed | Result
 
 
 def benchmark(
@@ -142,7 +152,9 @@ def _benchmark_one(
     import_module("lmx.quant.dummy")  # and all that loading takes, which is no part of its time
     name = model_name(model, setting.revision)
     origin = _find(model, setting)
-    needed = None if not isinstance(origin, Path) else check_memory(open_folder(origin), setting.dtype, setting.spec)
+    needed = None
+    if isinstance(origin, Path):
+        needed = check_memory(open_folder(origin), setting.dtype, setting.spec, setting.device)
     if needed is not None:
         yield Making(name, needed)
     yield Step(name, "measuring the machine")
@@ -152,7 +164,10 @@ def _benchmark_one(
     yield Step(name, "loading")
     start = perf_counter()
     loaded = _load(origin, setting)
-    subject = _Subject(name, loaded, perf_counter() - start, ceilings)
+    seconds = perf_counter() - start
+    if loaded.shares:
+        yield Placed(name, loaded.shares, len(loaded.decoder.layers))
+    subject = _Subject(name, loaded, seconds, ceilings)
     bench = Bench(loaded)
     for work in workloads:
         yield Step(name, _label(work, 0, repetitions))
@@ -277,11 +292,11 @@ class _Subject:
     def _flops_utilization(self, work: "Workload", speed: float) -> float | None:
         """The share of the matrix peak that a prompt takes; None as above, or where tokens are generated."""
         from lmx.core.bench import attention_flops
-        from lmx.core.generate import PROMPT_CHUNK
+        from lmx.core.generate import prompt_chunk_for
 
         if work.generate or not self._is_of_one_kind:
             return None
-        heads = self._footprint.head_parameters * ceil(work.prompt / PROMPT_CHUNK)
+        heads = self._footprint.head_parameters * ceil(work.prompt / prompt_chunk_for(self._model.device))
         products = 2 * (self._footprint.body_parameters * work.prompt + heads)
         attention = attention_flops(self._layers, self._model.config.attention_width, work)
         return (products + attention) / work.prompt * speed / self._ceilings.flops

@@ -10,6 +10,7 @@ from lmx.core.errors import ResourceError
 from lmx.core.files import quoted
 from lmx.core.mapped import stored_name
 from lmx.core.memory import available_memory_bytes
+from lmx.device import Device, choose_device
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +46,17 @@ class Needed:
 
 
 def check_memory(
-    checkpoint: Checkpoint, dtype: "torch.dtype | str | None" = None, quantize: "str | QuantSpec | None" = None
+    checkpoint: Checkpoint,
+    dtype: "torch.dtype | str | None" = None,
+    quantize: "str | QuantSpec | None" = None,
+    device: Device | None = "cpu",
 ) -> Needed | None:
-    """What loading will make, None where all is mapped. Raises ResourceError where it would not fit; InputError."""
+    """What loading will make, None where all is mapped. Raises ResourceError where it would not fit; InputError.
+
+    To a card all goes one weight at a time, and a plan for the card's memory says what of it stays here.
+    """
+    if choose_device(device).type == "cuda":
+        return None
     needed = made_bytes(checkpoint, dtype, quantize)
     if not needed:
         return None

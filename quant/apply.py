@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lmx.core.checkpoint import Source
+from lmx.core.destinations import Destinations
 from lmx.core.errors import InputError, UsageError
 from lmx.core.files import quoted
 from lmx.core.heads import CausalHead, HeadKind
@@ -20,7 +21,7 @@ from lmx.core.mapped import Advice
 from lmx.core.model import LanguageModel
 from lmx.core.names import Piece
 from lmx.core.native.library import library
-from lmx.core.placement import HOST, Budget, Destinations
+from lmx.core.placement import HOST, Budget
 from lmx.quant.four_bit import quantize_4bit
 from lmx.quant.int8 import quantize_int8
 from lmx.quant.matmul import Matrix, QuantMatrix, dequantize

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lmx.core.destinations import Destinations
 from lmx.core.large_pages import lasting_zeros
 from lmx.core.layers.norm import OffsetRMSNorm, RMSNorm
 from lmx.core.layers.rg_lru import RGLRU
@@ -19,7 +20,7 @@ from lmx.core.mapped import stored_name
 from lmx.core.model import LanguageModel
 from lmx.core.models.falcon_mamba import FalconMambaConfig, Mixer, initialise_scan
 from lmx.core.models.recurrent_gemma import RecurrentGemmaConfig
-from lmx.core.placement import Budget, Destinations
+from lmx.core.placement import Budget
 from lmx.core.registry import family_of
 from lmx.core.safetensors_file import TensorInfo
 from lmx.quant.apply import HeadScheme, install

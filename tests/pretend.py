@@ -17,6 +17,8 @@ from lmx.quant.codebook import rank_table
 CARD, OTHER_CARD = (torch.device("xpu", number) for number in range(2))
 CPU = torch.device("cpu")
 _REAL = ("cpu", "meta")
+_TAKES_TWO = (Tensor.copy_, Tensor.expand_as, Tensor.view_as)
+"""What torch does with tensors of two devices, too: the answer lies where the first one does."""
 
 
 class PretendDevices(TorchFunctionMode):
@@ -52,6 +54,8 @@ class PretendDevices(TorchFunctionMode):
             return self._move(*args, **kwargs) if func is Tensor.to else self._move(args[0], CPU)
         given = [tensor for tensor in _tensors((args, kwargs)) if tensor.dim() and not tensor.is_meta]
         met = {self.where(tensor) for tensor in given}
+        if func in _TAKES_TWO:
+            met = {self.where(args[0])}
         if len(met) > 1:
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found {met}")
         device = kwargs.get("device")

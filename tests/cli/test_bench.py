@@ -161,3 +161,17 @@ def test_a_person_sees_what_is_being_done_and_no_trace_of_it_stays(lmx: Any, mon
     assert shown[-5:] == ["demo: pp4 0/2", "demo: pp4 1/2", "demo: pp4 2/2", "", ""]
     assert "\x1b" not in ran.out
     assert lmx("bench", "-p", "4", "-n", "0", "-r", "2", "--quiet").err == ""
+
+
+def test_what_lies_where_is_said(lmx: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a plan for a `card` that is the CPU; without one nothing is said."""
+    import torch
+
+    from lmx import benchmark
+    from lmx.core.placement import Budget
+
+    assert lmx("bench", checkpoint, "-p", "3", "-n", "0", "-r", "1").err == ""
+    monkeypatch.setattr(benchmark, "choose_budgets", lambda *_: (Budget(torch.device("cpu"), 1 << 30),))
+    ran = lmx("bench", checkpoint, "-p", "3", "-n", "0", "-r", "1")
+    assert ran.err.startswith(f"{checkpoint}: cpu: 2 of 2 layers, 2 banks of experts, embedding, head; ")
+    assert lmx("bench", checkpoint, "-p", "3", "-n", "0", "-r", "1", "-q").err == ""

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, FalconMambaConfig, MixtralConfig,
 from lmx.core.answer import Event, Finished, PromptProcessed, Token
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, UsageError
-from lmx.core.generate import BatchResult, generate, generate_batch
+from lmx.core.generate import PROMPT_CHUNK, BatchResult, generate, generate_batch, prompt_chunk_for
 from lmx.core.loader import load_model
 from lmx.core.model import LanguageModel
 from lmx.core.sampling import Sampling
@@ -422,3 +422,10 @@ def test_a_state_continues_outside_of_generate(
     assert state.length == len(prompts[0]) + 4
     logits = ours(torch.tensor([produced[-1:]]), state=state).logits[0, -1]
     assert int(logits.argmax()) == reference(theirs, prompts[0], 6)[5]
+
+
+def test_a_card_reads_more_of_a_prompt_at_once() -> None:
+    """As far as a batch leaves room for it."""
+    cpu, card = torch.device("cpu"), torch.device("cuda", 0)
+    assert [prompt_chunk_for(cpu, rows) for rows in (1, 8)] == [PROMPT_CHUNK] * 2
+    assert [prompt_chunk_for(card, rows) for rows in (1, 2, 8)] == [2048, 1024, PROMPT_CHUNK]

@@ -3,11 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, config_of, write_family
+from families import CONFIGS, FAMILIES, config_of, write_family
+from pretend import CARD, CPU, PretendDevices
 
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.heads import CausalHead
 from lmx.core.loader import load_model
+from lmx.core.placement import Budget
 from lmx.quant.apply import load_quantized
 from lmx.quant.dummy import DummyModel
 from lmx.quant.footprint import measure_footprint
@@ -122,3 +124,24 @@ def test_what_is_quantized_has_no_copy() -> None:
     layers = range(2)
     kept = {f"decoder.layers.{i}.{part}.weight" for i in layers for part in ("attention.q", "mlp.router")}
     assert names == {"decoder.embed.weight", *kept}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_weights_are_made_where_they_will_lie(family) -> None:
+    """The same ones on a card, which is pretended; a plan splits them, and what stays is what the host must hold."""
+    options = {"spec": QuantSpec("nf4", double_quant=True), "head_scheme": "int8"}
+    here, there, split = (DummyModel(config_of(family), **options) for _ in range(3))
+    plain = here.build().state_dict()
+    with PretendDevices() as devices, torch.no_grad():
+        places = there.places(budgets=[Budget(CARD, 1 << 40)])
+        assert places.host_bytes(there.nbytes) == 0
+        whole = there.build(places)
+        assert {devices.where(weight) for weight in whole.parameters()} == {CARD}
+        places = split.places(budgets=[Budget(CARD, whole.shares[0].nbytes // 2)])
+        model = split.build(places)
+        assert 0 < places.host_bytes(split.nbytes) < whole.shares[0].nbytes
+        assert {devices.where(weight) for weight in model.parameters()} == {CARD, CPU}
+        assert model(torch.zeros(1, 3, dtype=torch.int64, device=model.device)).logits.isfinite().all()
+    drawn = ("A_log", "D", "dt_proj", "rg_lru")  # by each recurrence anew
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, plain[name]) or any(word in name for word in drawn), name
