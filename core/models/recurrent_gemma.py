@@ -4,7 +4,7 @@ recurrence, the RG-LRU, to one of local attention, and a gated MLP after each.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 import torch
@@ -142,6 +142,11 @@ class GriffinCall(AttentionCall):
         """The same call with what the recurrences must know."""
         shared = {entry.name: getattr(call, entry.name) for entry in fields(call)}
         return cls(**{**shared, "compaction": compaction}, begins=call.positions == 0)
+
+    def to(self, device: torch.device) -> Call:
+        """With where texts begin."""
+        moved = replace(self, begins=self.begins.to(device))
+        return super(GriffinCall, moved).to(device)
 
     def follow(self, call: Call) -> bool:
         """Those of the attention layers, and where texts begin."""
