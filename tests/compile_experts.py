@@ -4,23 +4,13 @@ Run in a process of its own: `python compile_experts.py CAPABILITY...`. The call
 in place of launching, each is compiled.
 """
 
-import json
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from gpu_compile import noted, print_compiled
 
 from lmx.core.gpu import experts, experts_decode, experts_prefill
 from lmx.core.native.vector import Kind, StoredMatrix
 from lmx.quant.codebook import four_bit_map
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 MIXTRAL, OLMOE = (2, 2, 4096, 14336), (64, 8, 2048, 1024)  # of Mixtral's eight experts two: their sizes are what counts
 CASES = [
     ("nf4", MIXTRAL, (1, 24, 2048)),
@@ -28,16 +18,6 @@ CASES = [
     ("int8", MIXTRAL, (1, 2048)),
     ("bfloat16", OLMOE, (1, 2048)),
 ]
-
-
-class Launch:
-    """Stands in for a kernel: takes note of its calls."""
-
-    def __init__(self, name, kernel, calls):
-        self._name, self._kernel, self._calls = name, kernel, calls
-
-    def __getitem__(self, grid):
-        return lambda *args, **options: self._calls.append((self._name, self._kernel, args, options))
 
 
 def matrix(form, rows, columns):
@@ -57,50 +37,14 @@ def matrix(form, rows, columns):
 def calls_of(form, shape, prompts):
     """Every call of a kernel that this bank makes for so many tokens each."""
     count, top_k, hidden, inner = shape
-    calls = []
-    for module in (experts_decode, experts_prefill):
-        for name in ("gate_and_up", "down_and_sum", "down"):
-            kernel = getattr(module, name, None)
-            if isinstance(kernel, triton.JITFunction):
-                setattr(module, name, Launch(f"{module.__name__}.{name}", kernel, calls))
     expert = (matrix(form, inner, hidden), matrix(form, inner, hidden), matrix(form, hidden, inner))
     bank = experts.DeviceBank.make([expert] * count, "silu")
-    for tokens in prompts:
-        ids = torch.arange(tokens * top_k).view(tokens, top_k) % count
-        bank.answer(torch.zeros(tokens, hidden, dtype=torch.bfloat16), ids, torch.zeros(tokens, top_k))
-    for module in (experts_decode, experts_prefill):
-        for name, held in list(vars(module).items()):
-            if isinstance(held, Launch):
-                setattr(module, name, held._kernel)
+    with noted(form, experts_decode, experts_prefill) as calls:
+        for tokens in prompts:
+            ids = torch.arange(tokens * top_k).view(tokens, top_k) % count
+            bank.answer(torch.zeros(tokens, hidden, dtype=torch.bfloat16), ids, torch.zeros(tokens, top_k))
     return calls
 
 
-def compile_call(kernel, args, options, capability):
-    """Compile as a launch would; returns bytes of shared memory, of a thread's stack, and of machine code."""
-    constants = {name: options[name] for name in kernel.arg_names if name in options}
-    settings = {name: value for name, value in options.items() if name not in constants}
-    signature = {name: POINTERS[tensor.dtype] for name, tensor in zip(kernel.arg_names, args, strict=False)}
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(args))}
-    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=settings)
-    return {"shared": made.metadata.shared, "stack": stack(made.asm["cubin"]), "bytes": len(made.asm["cubin"])}
-
-
-def stack(code):
-    """What a thread spills to memory, as the tool of Triton's package reads it from the machine code."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code)
-        file.flush()
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    return int(re.search(r"STACK:(\d+)", told.stdout + told.stderr)[1])
-
-
 if __name__ == "__main__":
-    results = [
-        {"name": name, "form": form, **compile_call(kernel, args, options, int(capability))}
-        for form, shape, prompts in CASES
-        for name, kernel, args, options in calls_of(form, shape, prompts)
-        for capability in sys.argv[1:]
-    ]
-    print(json.dumps(results))  # noqa: T201
+    print_compiled([call for case in CASES for call in calls_of(*case)])
