@@ -24,7 +24,7 @@ def test_kernels_compile_and_fit(tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert ran.returncode == 0, ran.stderr[-3000:]
     kernels = json.loads(ran.stdout)
-    assert len({(made["name"], made["form"]) for made in kernels}) == 16
+    assert len({(made["name"], made["form"]) for made in kernels}) == 17
     for made in kernels:
         assert made["bytes"] > 0
         assert made["shared"] <= SHARED_MEMORY, made
