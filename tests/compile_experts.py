@@ -1,7 +1,7 @@
-"""Compiles the kernels of banks of experts and int8 layers for a card that need not be there; prints their needs as JSON.
+"""Compiles the kernels of banks of experts and int8 layers for a card that need not be there; prints what they need.
 
 Run in a process of its own: `python compile_experts.py CAPABILITY...`. The calls are those of banks of published sizes;
-in place of launching, each is compiled.
+in place of launching, each is compiled. The output is JSON.
 """
 
 import json

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmx.core.gpu.table import FEW_VECTORS, Format, VectorTile, code_values, is_readable, table_row
-from lmx.core.gpu.words import add_products, load_elements, row_scales
+from lmx.core.gpu.words import add_products, load_elements, open_matrix, row_scales
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.vector import StoredMatrix, wants_gradient
 
@@ -26,6 +26,7 @@ def multiply_vectors(
     """`ROWS` rows times one vector a program: x [vectors, columns] -> [vectors, rows]."""
     vector = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    matrix = open_matrix(table, NESTED)
     sixteen = tl.load(codes + tl.arange(0, 16))
     ROW_WORDS: tl.constexpr = COLUMNS // PER
     total = tl.zeros([ROWS, WORDS], tl.float32)
@@ -35,8 +36,8 @@ def multiply_vectors(
         at = rows[:, None] * ROW_WORDS + words[None, :]
         mask = (rows < ALL_ROWS)[:, None] & here[None, :]
         elements = load_elements(x + vector * COLUMNS, words, here, PER)
-        total = add_products(total, sixteen, table, at, mask, elements, KIND, BLOCK, NESTED, PER)
-    answer = tl.sum(total, 1) * row_scales(table, rows, rows < ALL_ROWS, KIND)
+        total = add_products(total, sixteen, matrix, at, mask, elements, KIND, BLOCK, NESTED, PER)
+    answer = tl.sum(total, 1) * row_scales(matrix, rows, rows < ALL_ROWS, KIND)
     tl.store(out + vector * ALL_ROWS + rows, answer.to(out.dtype.element_ty), mask=rows < ALL_ROWS)
 
 
