@@ -9,20 +9,16 @@ and bitsandbytes (`pip install -e '.[compare]'`, with CMAKE_ARGS=-DGGML_NATIVE=O
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any
+
+from peers import rounds
 
 from lmx.presets import preset
 
-PEERS = Path(__file__).parent / "peers"
 DEEP = "tg64@3968"
 
 
@@ -48,37 +44,17 @@ MODELS = {
 }
 
 
-@dataclass
-class Figures:
-    """Tokens a second by (program, test), one a round; and what lmx said of its share of the ceilings."""
-
-    speeds: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    shares: dict[str, list[float]] = field(default_factory=dict)
-    bytes_per_token: dict[str, float] = field(default_factory=dict)
-    peak_memory: list[float] = field(default_factory=list)
-
-    def add(self, program: str, test: str, speed: float) -> None:
-        """One round's figure; what a slow program generates less of stands beside what lmx generates at that depth."""
-        kind, _, depth = test.partition("@")
-        same = (
-            known
-            for name, known in self.speeds
-            if name == "lmx" and (known[:2], known.partition("@")[2]) == (kind[:2], depth)
-        )
-        named = test if program == "lmx" else next(same, test)
-        self.speeds.setdefault((program, named), []).append(speed)
-        _say(f"  {program} {test}: {speed:.2f} tokens/s")
-
-
 def main() -> None:
     """Run the rounds; print a table after each model."""
     options = _options()
     for name in options.models:
-        figures = Figures()
+        figures = rounds.Figures()
         for number in range(options.rounds):
-            _say(f"{name}: round {number + 1} of {options.rounds}")
+            rounds.say(f"{name}: round {number + 1} of {options.rounds}")
             _round(name, MODELS[name], options, figures)
-        table = "\n".join(_table(name, figures))
+        chosen = MODELS[name]
+        title = f"{chosen.hub}, lmx --{chosen.scheme} --head {chosen.head}"
+        table = "\n".join(figures.table(title))
         sys.stdout.write(f"{table}\n\n")
         sys.stdout.flush()
 
@@ -95,96 +71,42 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _round(name: str, model: Model, options: argparse.Namespace, figures: Figures) -> None:
+def _round(name: str, model: Model, options: argparse.Namespace, figures: rounds.Figures) -> None:
     for test in _chosen(model.lmx, options):
         _time_lmx(model, test, options.threads, figures)
     if model.llama_cpp and "llama.cpp" not in options.without:
         path = _gguf(name, options)
-        answer = _run(
-            [options.llama_python, str(PEERS / "llama_cpp_runner.py"), str(path), str(options.threads)],
+        answer = rounds.run(
+            [options.llama_python, str(rounds.PEERS / "llama_cpp_runner.py"), str(path), str(options.threads)],
             ",".join(_chosen(model.llama_cpp, options)),
         )
         for test, speed in answer.items():
             figures.add("llama.cpp Q4_0", test, speed)
     if model.transformers and "transformers" not in options.without:
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as config:
-            json.dump(preset(model.hub), config)
-            config.flush()
-            runner = [sys.executable, str(PEERS / "transformers_runner.py"), config.name, str(options.threads)]
-            answer = _run(runner, ",".join(model.transformers))
+        answer = rounds.time_transformers(preset(model.hub), model.transformers, options.threads)
         for test, speed in answer.items():
-            figures.add("transformers + bitsandbytes NF4", test, speed)
+            figures.add(rounds.TRANSFORMERS, test, speed)
 
 
 def _chosen(tests: tuple[str, ...], options: argparse.Namespace) -> list[str]:
     return [test for test in tests if not (options.shallow and test == DEEP)]
 
 
-def _time_lmx(model: Model, test: str, threads: int, figures: Figures) -> None:
-    kind, _, depth = test.partition("@")
-    prompt, generated = (kind[2:], "0") if kind.startswith("pp") else ("0", kind[2:])
-    command = [
-        sys.executable,
-        "-m",
-        "lmx",
-        "bench",
-        model.hub,
-        "--dummy",
-        f"--{model.scheme}",
-        "--head",
-        model.head,
-        "-q",
-    ]
-    command += ["--threads", str(threads), "-p", prompt, "-n", generated, "-d", depth or "0", "-r", "1", "-o", "jsonl"]
-    result = _run(command)
-    figures.add("lmx", test, result["tokens_per_second_mean"])
-    share = result["flops_utilization"] if kind.startswith("pp") else result["bandwidth_utilization"]
-    figures.shares.setdefault(test, []).append(share)
-    if result["bytes_per_token"] is not None:  # a prompt's is not told
-        figures.bytes_per_token[test] = result["bytes_per_token"]
-    figures.peak_memory.append(result["peak_memory_bytes"])
+def _time_lmx(model: Model, test: str, threads: int, figures: rounds.Figures) -> None:
+    options = [f"--{model.scheme}", "--head", model.head, "--threads", str(threads)]
+    figures.add_lmx(test, rounds.time_lmx(model.hub, test, options))
 
 
 def _gguf(name: str, options: argparse.Namespace) -> Path:
     path: Path = options.folder / f"{name}-q4_0.gguf"
     if not path.exists():
-        _say(f"writing {path}")
+        rounds.say(f"writing {path}")
         subprocess.run(
-            [options.llama_python, str(PEERS / "random_gguf.py"), name, str(path)],
+            [options.llama_python, str(rounds.PEERS / "random_gguf.py"), name, str(path)],
             check=True,
             stderr=subprocess.DEVNULL,
         )
     return path
-
-
-def _run(command: list[str], *more: str) -> Any:
-    result = subprocess.run([*command, *more], capture_output=True, text=True)
-    if result.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{result.stderr[-2000:]}")
-    return json.loads(result.stdout.strip().splitlines()[-1])
-
-
-def _table(name: str, figures: Figures) -> Iterator[str]:
-    yield f"### {MODELS[name].hub}, lmx --{MODELS[name].scheme} --head {MODELS[name].head}"
-    yield ""
-    yield "| test | program | tokens/s | lmx is faster by | of lmx's ceiling |"
-    yield "|---|---|---|---|---|"
-    tests = dict.fromkeys(test for program, test in figures.speeds if program == "lmx")
-    for test in tests:
-        ours = figures.speeds["lmx", test]
-        share = f"{median(figures.shares[test]):.0%}"
-        yield f"| {test} | lmx | {median(ours):.2f} | | {share} |"
-        for (program, other), speeds in figures.speeds.items():
-            if other == test and program != "lmx":
-                ratio = median(one / two for one, two in zip(ours, speeds, strict=True))
-                yield f"| {test} | {program} | {median(speeds):.2f} | {ratio:.2f} | |"
-    yield ""
-    read = ", ".join(f"{test} {value / 1e6:.0f} MB" for test, value in figures.bytes_per_token.items())
-    yield f"Bytes a token: {read}. Peak memory of lmx: {max(figures.peak_memory) / 1e9:.2f} GB."
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 if __name__ == "__main__":

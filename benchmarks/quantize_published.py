@@ -1,11 +1,12 @@
 """Quantize a model of a published size from end to end: bytes written, peak memory, parameters a second.
 
     python benchmarks/quantize_published.py --dir /somewhere/with/30GB [--double-quant] [--cold]
-    python benchmarks/quantize_published.py --dir DIR --config config.json --layers 2
+    python benchmarks/quantize_published.py --dir DIR --model allenai/OLMoE-1B-7B-0924 --layers 2
+    python benchmarks/quantize_published.py --dir DIR --dry-run
 
-LMX_KERNELS=torch in the environment measures the same without the CPU's kernels.
+LMX_KERNELS=torch in the environment measures the same without the CPU's kernels; --dry-run only predicts.
 
-Mixtral-8x7B unless a `config.json` says otherwise. The 93 GB of its source need not exist: it is one file of random
+Mixtral-8x7B unless --model or --config says otherwise. The 93 GB of its source need not exist: it is one file of random
 bfloat16 numbers, mapped as a checkpoint is, and every fifth tensor of the same shape is the same part of it. So
 pages are touched, counted and let go as with the real files. With --cold the file's pages are also dropped from the
 cache after each use, and each matrix is read from the disk anew.
@@ -23,7 +24,7 @@ from collections.abc import Iterable, Mapping
 from itertools import cycle
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import torch
 
@@ -33,45 +34,32 @@ from lmx.core.mapped import Advice, FileMap
 from lmx.core.native.library import kernel_path
 from lmx.core.registry import family_of
 from lmx.core.safetensors_file import TensorInfo
+from lmx.presets import PRESETS, preset
 from lmx.quant.quantize import Options, predict, quantize
 from lmx.quant.report import Finished, Progress
 from lmx.quant.spec import QuantSpec
 
 COPIES = 5
-
-# As published, mistralai/Mixtral-8x7B-v0.1.
-CONFIG: dict[str, JSON] = {
-    "model_type": "mixtral",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": False,
-}
+Fill = Literal["random", "cold", "holes"]
 
 
 class RepeatedSource:
     """A `Source` in which every fifth tensor of one shape is the same bytes of one mapped file.
 
-    No more than that many are in work at a time, so pages are counted as if each tensor had its own.
+    No more than that many are in work at a time, so pages are counted as if each tensor had its own. fill: "random"
+    numbers; "cold", the same, dropped from the system's cache after each use; "holes", nothing, for predictions.
     """
 
     label = "a model of random weights"
-    generation_config = None
+    generation_config: dict[str, JSON] | None = None
 
-    def __init__(self, file: Path, config: Mapping[str, JSON], layers: int | None, cold: bool) -> None:
-        self.config = {**config, layers_key(config): layers or config[layers_key(config)]}
+    def __init__(self, file: Path, config: Mapping[str, object], layers: int | None, fill: Fill) -> None:
+        changed = {**config, layers_key(config): layers or config[layers_key(config)]}
+        self.config: dict[str, JSON] = json.loads(json.dumps(changed))
         with torch.device("meta"):
             model = build(self.config)
         shapes = hub_shapes(model, family_of(self.config))
-        places = _write_file(file, shapes.values())
+        places = _write_file(file, shapes.values(), fill)
         turns = {shape: cycle(copies) for shape, copies in places.items()}
         self.infos: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, "BF16", shape, file, next(turns[shape]), 2 * prod(shape))
@@ -80,7 +68,7 @@ class RepeatedSource:
         self.files = (file,)
         self._fd = os.open(file, os.O_RDONLY)
         self._map = FileMap(self._fd, file.stat().st_size, file)
-        self._cold = cold
+        self._cold = fill == "cold"
 
     def tensor(self, name: str) -> torch.Tensor:
         """A view of the mapped file."""
@@ -95,20 +83,24 @@ class RepeatedSource:
             os.posix_fadvise(self._fd, info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
 
 
-def layers_key(config: Mapping[str, JSON]) -> str:
+def layers_key(config: Mapping[str, object]) -> str:
     """What a family's config.json calls its number of layers."""
     return "n_layers" if "n_layers" in config else "num_hidden_layers"
 
 
-def _write_file(file: Path, shapes: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
-    """Random numbers for each shape, up to five times; returns where each begins."""
+def _write_file(file: Path, shapes: Iterable[tuple[int, ...]], fill: Fill) -> dict[tuple[int, ...], list[int]]:
+    """Numbers for each shape, up to five times; returns where each begins."""
     places: dict[tuple[int, ...], list[int]] = {}
     with file.open("wb") as out:
         for shape, count in sorted(Counter(shapes).items()):
             places[shape] = []
             for _ in range(min(count, COPIES)):
                 places[shape].append(out.tell())
-                _write_random(out, prod(shape))
+                if fill == "holes":
+                    out.seek(2 * prod(shape), os.SEEK_CUR)
+                else:
+                    _write_random(out, prod(shape))
+        out.truncate()
         out.flush()
         os.fsync(out.fileno())
     return places
@@ -132,6 +124,16 @@ def disk_speed(file: Path, nbytes: int) -> float:
         return nbytes / 1e6 / (time.perf_counter() - start)
     finally:
         file.unlink(missing_ok=True)
+
+
+def foretell(source: RepeatedSource, target: Path, spec: QuantSpec, options: Options) -> dict[str, object]:
+    """What `lmx quantize --dry-run` says of a model of this size."""
+    predicted = predict(source, target, spec, options)
+    return {
+        "source_bytes": predicted.source_bytes,
+        "output_bytes": predicted.output_bytes,
+        "peak_memory_bytes": predicted.peak_memory_bytes,
+    }
 
 
 def run(source: RepeatedSource, target: Path, spec: QuantSpec, options: Options) -> dict[str, object]:
@@ -175,22 +177,26 @@ def main() -> None:
     """Print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, required=True)
-    parser.add_argument("--config", type=Path, help="a config.json; Mixtral-8x7B without it")
+    parser.add_argument("--model", choices=PRESETS, default="mistralai/Mixtral-8x7B-v0.1", metavar="ORG/NAME")
+    parser.add_argument("--config", type=Path, help="a config.json, in place of --model")
     parser.add_argument("--layers", type=int, help="so many layers instead of all: memory does not depend on it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--scheme", choices=("nf4", "fp4", "int8"), default="nf4")
     parser.add_argument("--double-quant", action="store_true")
-    parser.add_argument("--cold", action="store_true")
-    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--cold", action="store_true", help="read every matrix from the disk anew")
+    parser.add_argument("--keep", action="store_true", help="leave the output in DIR/quantized")
+    parser.add_argument("--dry-run", action="store_true", help="only predict bytes and memory")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.dir.mkdir(parents=True, exist_ok=True)
     file, target = arguments.dir / "random.bin", arguments.dir / "quantized"
     try:
-        config = CONFIG if arguments.config is None else read_json(arguments.config)
-        source = RepeatedSource(file, config, arguments.layers, arguments.cold)
+        config = preset(arguments.model) if arguments.config is None else read_json(arguments.config)
+        fill: Fill = "holes" if arguments.dry_run else "cold" if arguments.cold else "random"
+        source = RepeatedSource(file, config, arguments.layers, fill)
         spec = QuantSpec(arguments.scheme, double_quant=arguments.double_quant)
-        print(json.dumps(run(source, target, spec, Options(force=True)), indent=2))
+        work = foretell if arguments.dry_run else run
+        print(json.dumps(work(source, target, spec, Options(force=True)), indent=2))
     finally:
         file.unlink(missing_ok=True)
         if not arguments.keep:

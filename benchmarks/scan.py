@@ -55,9 +55,12 @@ from lmx.core.models import falcon_mamba, recurrent_gemma  # noqa: E402
 from lmx.core.recurrent_state import GriffinState, MambaState  # noqa: E402
 from lmx.core.state import Span  # noqa: E402
 
-# Functions that the layers call: the time in them is a part's time.
+# Functions that the layers call, those of the CPU's kernels or of torch: the time in them is a part's time.
 PARTS: dict[str, list[tuple[Any, str]]] = {
-    "recurrence": [(falcon_mamba, "selective_scan"), (rg_lru, "rg_lru")],
+    "recurrence": [
+        *((falcon_mamba, "gated_scan"), (falcon_mamba, "selective_scan")),
+        *((rg_lru, "recur"), (rg_lru, "rg_lru")),
+    ],
     "convolution": [(falcon_mamba, "causal_conv"), (recurrent_gemma, "causal_conv")],
     "products": [(torch.nn.functional, "linear"), (torch, "baddbmm")],
 }
@@ -117,13 +120,14 @@ def make(name: str) -> Layer:
     )
 
 
-def plain_call(length: int) -> AttentionCall:
+def plain_call(length: int) -> recurrent_gemma.GriffinCall:
     """What a recurrent block is told about tokens in the middle of a text."""
     positions = torch.arange(1, length + 1)[None]
     nothing = (positions[:, :0], positions[:, :0])
-    return AttentionCall(
+    call = AttentionCall(
         Span(1, length), positions, Record(), implementation="sdpa", rotary=nothing, visibility=Visibility(None)
     )
+    return recurrent_gemma.GriffinCall.of(call, None)
 
 
 @contextmanager
@@ -159,6 +163,8 @@ def time_layer(layer: Layer, tokens: int, repetitions: int) -> list[dict[str, fl
             begin = time.perf_counter()
             layer.run(hidden, state)
             whole = (time.perf_counter() - begin) * 1e3
+        if not all(spent.values()):
+            raise SystemExit(f"{layer.title}: PARTS names functions that are not called: {spent}")
         runs.append({**spent, "elsewhere": whole - sum(spent.values()), "whole layer": whole})
     return runs[1:]
 

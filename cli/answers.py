@@ -1,15 +1,13 @@
 """What scripts read: an answer as the contract's JSON object."""
 
-import resource
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 from lmx.core.answer import Event, Finished, PromptProcessed, Token
+from lmx.core.memory import peak_memory_bytes
 
 MERGED = "The template has no system role: the system's message went into the first of yours."
 
@@ -45,21 +43,6 @@ def event_object(event: Event, finished_object: dict[str, object] | None = None)
     if isinstance(event, Token):
         return {"event": "token", "id": event.id, "text": event.text, "logprob": event.logprob}
     return {"event": "finished", "tail": event.tail, **(finished_object or {})}
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has had resident, mapped pages included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def resident_memory_bytes() -> int:
-    """The memory that this process has resident now; where the system does not tell it simply, the most so far."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return peak_memory_bytes()
-    return pages * resource.getpagesize()
 
 
 @contextmanager

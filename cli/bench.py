@@ -17,7 +17,7 @@ from lmx.cli.options import CommonOptions, RuntimeOptions, spread_groups
 from lmx.cli.pull_progress import pull_watcher
 from lmx.core.errors import UsageError
 from lmx.core.text.safe import safe_line
-from lmx.device import limit_gpu_memory, limit_threads
+from lmx.device import choose_budgets, limit_threads
 from lmx.pulling import Watcher
 
 _EXAMPLE = "Example: lmx bench allenai/OLMoE-1B-7B-0924 --dummy --4bit --head int8 -p 512 -n 128 -d 0,3968"
@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 def bench_command(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Folders, GGUFs, hub ids ORG/NAME[@REVISION]. None: the demo model."),
+        typer.Argument(metavar="MODEL", help="Folders, GGUFs, hub ids ORG/NAME[@REVISION]. None: the demo model."),
     ] = None,
     *,
     prompt: Annotated[
@@ -49,7 +49,9 @@ def bench_command(
         typer.Option("--depth", "-d", metavar="N,…", help="Tokens read before, untimed: 0-4096+1024.  [0]"),
     ] = None,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="How often to time a test.")] = 5,
-    output: Annotated[Literal["md", "json", "jsonl", "csv"], typer.Option("--output", "-o", help="Its form.")] = "md",
+    output: Annotated[
+        Literal["md", "json", "jsonl", "csv"], typer.Option("--output", "-o", help="The results' form.")
+    ] = "md",
     dummy: Annotated[
         bool, typer.Option("--dummy", help="Random weights at the published size: nothing is read or fetched.")
     ] = False,
@@ -62,10 +64,10 @@ def bench_command(
     runtime: RuntimeOptions,
     common: CommonOptions,
 ) -> None:
-    """Time prompts and generation, and show how much of the machine's memory bandwidth and matrix peak they take.
+    """Time models, and how far from this machine's limits they are.
 
-    The machine's two ceilings are measured in the same run. Tokens are random, and no stop token ends a test.
-    -p 0 or -n 0 leaves these tests out.
+    The two limits, of memory bandwidth and of matrix products, are measured in the same run. Tokens are random, and no
+    stop token ends a test. -p 0 or -n 0 leaves these tests out.
     """
     depths = parse_counts("-d", depth or ["0"])
     prompts, generates = parse_counts("-p", prompt or ["512"]), parse_counts("-n", generate or ["128"])
@@ -76,9 +78,10 @@ def bench_command(
     if double_quant and not runtime.four_bit:
         raise UsageError("--double-quant is for --4bit", "give both, or leave it out")
     printer = make_printer(output, None if compare is None else Earlier.read(compare))
-    nbytes = runtime.gpu_memory_bytes
+    gpu_memory = runtime.gpu_memory_bytes
     limit_threads(runtime.threads)
-    limit_gpu_memory(nbytes, runtime.device)
+    if gpu_memory is not None:
+        choose_budgets(runtime.device, gpu_memory)  # refuses it before anything is read
     workloads = [(p, n, d) for d in depths for p, n in tests]
     setting = _setting(runtime, dummy, double_quant, pull_watcher(common.quiet))
     events = _events(models or [None], workloads, repetitions, setting)
@@ -93,6 +96,7 @@ def _setting(runtime: RuntimeOptions, dummy: bool, double_quant: bool, watch: Wa
         double_quant=double_quant,
         head_scheme=runtime.head_scheme,
         attention=runtime.attention,
+        gpu_memory=runtime.gpu_memory_bytes,
         dummy=dummy,
         revision=runtime.revision,
         offline=runtime.offline or dummy,

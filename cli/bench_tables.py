@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from lmx.cli.console import write, write_json
 from lmx.cli.facts import human_bytes, human_count
 from lmx.core.errors import InputError
 from lmx.core.files import quoted, read_bounded
-from lmx.core.jsonfile import parse_json
+from lmx.core.jsonfile import parse_json, parse_value
 from lmx.core.text.safe import safe_line
 
 _LIMIT_BYTES = 64 << 20
@@ -35,10 +34,11 @@ class Earlier:
         """A file of `-o json` or `-o jsonl`. Raises InputError, NotFoundError."""
         where = quoted(str(path))
         data = read_bounded(path, _LIMIT_BYTES).strip()
-        if not data.startswith(b"["):  # an object a line
-            data = b"[" + b",".join(line for line in data.splitlines() if line.strip()) + b"]"
-        # parse_json takes objects: our list becomes the value of one
-        rows = parse_json(b'{"rows":' + data + b"}", where).get("rows")
+        if data.startswith(b"["):
+            rows = parse_value(data, where)
+        else:  # an object a line
+            lines = enumerate(data.splitlines(), 1)
+            rows = [parse_json(line, f"{where}, line {number}") for number, line in lines if line.strip()]
         if not isinstance(rows, list) or not rows:
             raise InputError(f"{where} holds no results", _HINT)
         return cls(dict(_speed(row, where) for row in rows))
@@ -142,7 +142,7 @@ class Markdown(Printer):
         if not self._last:
             titles = ["model", "scheme", "size", "params", "test", "tokens/s", "of the ceiling", "first token"]
             self._line(titles + ["times before"] * (self._earlier is not None))
-            sys.stdout.write("|" + "|".join(":" + "-" * (width + 1) for width in self._widths()) + "|\n")
+            write("|" + "|".join(":" + "-" * (width + 1) for width in self._widths()) + "|\n")
         self._last[f"{result.model} {result.scheme}"] = result
         cells = [*_cells(result)]
         if self._earlier is not None:
@@ -153,9 +153,11 @@ class Markdown(Printer):
     def finish(self) -> None:
         """Write the ceilings, and each model's load time and memory."""
         for result in self._last.values():
+            on_gpu = result.peak_gpu_memory_bytes
+            gpu = "" if on_gpu is None else f" and {human_bytes(on_gpu)} of the GPU's"
             write(
                 f"\n{safe_line(result.model)}: loaded in {result.load_seconds:.2f} s, peak memory "
-                f"{human_bytes(result.peak_memory_bytes)}; ceilings of {safe_line(result.gpu or result.cpu)} "
+                f"{human_bytes(result.peak_memory_bytes)}{gpu}; ceilings of {safe_line(result.gpu or result.cpu)} "
                 f"({_on(result)}): {result.memory_bandwidth / 1e9:.1f} GB/s read, "
                 f"{result.matrix_flops / 1e12:.3f} TFLOP/s in matrix products\n"
             )

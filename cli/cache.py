@@ -1,14 +1,14 @@
 """`lmx list`, `lmx rm` and `lmx verify`: what is in the Hugging Face cache."""
 
-import sys
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmx.cli.console import is_terminal, may_animate, may_decorate, note, write, write_json
+from lmx.cli.console import may_animate, note, write_json
 from lmx.cli.facts import human_bytes
-from lmx.cli.options import CommonOptions, spread_groups
+from lmx.cli.options import CommonOptions, JsonOption, spread_groups
+from lmx.cli.rows import write_rows
 from lmx.core.errors import InputError
 from lmx.core.text.safe import safe_line
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 _ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A hub id ORG/NAME[@REVISION] that lmx list shows.")
 ]
-_JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _RevisionOption = Annotated[str | None, typer.Option(help="Only this branch, tag or commit.")]
 
 
@@ -29,8 +28,8 @@ def register(app: typer.Typer) -> None:
     app.command("verify", epilog="Example: lmx verify allenai/OLMoE-1B-7B-0924")(spread_groups(verify_command))
 
 
-def list_command(*, json: _JsonOption = False, common: CommonOptions) -> None:
-    """List what is in the Hugging Face cache, by whatever tool it came."""
+def list_command(*, json: JsonOption = False, common: CommonOptions) -> None:
+    """List what is in the Hugging Face cache, of all tools."""
     from lmx.cache import cache_folder, scan
 
     repositories = scan()
@@ -38,7 +37,7 @@ def list_command(*, json: _JsonOption = False, common: CommonOptions) -> None:
         facts = [_facts(repo) for repo in repositories]
         write_json({"cache": str(cache_folder()), "repositories": facts})
     elif repositories:
-        _write_table([_row(repo) for repo in repositories])
+        write_rows([_row(repo) for repo in repositories], ("model", "architecture", "size", "revisions", "modified"))
     else:
         note(f"nothing is in {cache_folder()}", quiet=common.quiet)
 
@@ -48,10 +47,13 @@ def rm_command(
     *,
     revision: _RevisionOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted; delete nothing.")] = False,
-    json: _JsonOption = False,
+    json: JsonOption = False,
     common: CommonOptions,
 ) -> None:
-    """Delete a model from the cache: all snapshots, or one, with every file that no other snapshot shares."""
+    """Delete a model from the cache.
+
+    All its snapshots go, or one, with every file that no other snapshot shares.
+    """
     from lmx.cache import find_in_cache, remove
 
     repo, revisions = find_in_cache(model, revision)
@@ -73,10 +75,10 @@ def verify_command(
     ],
     *,
     revision: _RevisionOption = None,
-    json: _JsonOption = False,
+    json: JsonOption = False,
     common: CommonOptions,
 ) -> None:
-    """Compute the digest of every file of a model again and compare it with the hub's."""
+    """Hash a model's files again and compare with the hub's digests."""
     from lmx.cache import verify
 
     verdicts = []
@@ -142,20 +144,3 @@ def _row(repo: "Repository") -> tuple[str, ...]:
         time.strftime("%Y-%m-%d", time.localtime(repo.modified)),
     )
     return tuple(map(safe_line, cells))
-
-
-def _write_table(rows: list[tuple[str, ...]]) -> None:
-    """A table for a person, tab-separated lines for a pipe."""
-    if not is_terminal(sys.stdout):
-        write("".join("\t".join(row) + "\n" for row in rows))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("model", "architecture", "size", "revisions", "modified"):
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console(no_color=not may_decorate(sys.stdout), highlight=False).print(table)

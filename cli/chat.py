@@ -9,11 +9,11 @@ import typer
 
 from lmx.cli.console import is_terminal
 from lmx.cli.loading import Loaded, loaded
-from lmx.cli.options import CommonOptions, JsonOption, ModelArgument, RuntimeOptions, SamplingOptions, spread_groups
+from lmx.cli.options import AnswersOption, CommonOptions, ModelArgument, RuntimeOptions, SamplingOptions, spread_groups
 from lmx.cli.prompts import read_messages, read_stdin, read_text, text_prompt
 from lmx.cli.session_store import sessions_folder
 from lmx.core.errors import InputError, UsageError
-from lmx.core.saved_session import session_folder
+from lmx.core.session_folders import session_folder
 from lmx.core.text.types import Message
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class SystemOptions:
     """What the model is told before the conversation."""
 
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system's message.")] = None
-    system_file: Annotated[Path | None, typer.Option(help="The system's message from a file.")] = None
+    system_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The system's message from a file.")] = None
 
     def text(self) -> str | None:
         """The system's message. Raises UsageError, InputError, NotFoundError."""
@@ -43,7 +43,7 @@ class SystemOptions:
 class OutputOptions:
     """In which form answers are printed."""
 
-    json: JsonOption = False
+    json: AnswersOption = False
     jsonl: Annotated[bool, typer.Option("--jsonl", help="Print one JSON object for each event, as it comes.")] = False
     plain: Annotated[bool, typer.Option("--plain", help="No line editing and no colours, for any terminal.")] = False
 

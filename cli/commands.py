@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmx.cli import settings
-from lmx.cli.answers import peak_memory_bytes
 from lmx.cli.console import is_terminal
 from lmx.cli.facts import human_bytes
 from lmx.core.conversation import Turn
 from lmx.core.errors import UsageError
+from lmx.core.memory import peak_memory_bytes
 from lmx.core.text.safe import safe_line
 
 if TYPE_CHECKING:

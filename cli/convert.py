@@ -8,7 +8,7 @@ import typer
 
 from lmx.cli.console import may_animate, note, write_json
 from lmx.cli.facts import human_bytes, human_count
-from lmx.cli.options import CommonOptions, parse_size, spread_groups
+from lmx.cli.options import CommonOptions, JsonOption, OfflineOption, RevisionOption, parse_size, spread_groups
 from lmx.cli.pull_progress import pull_watcher
 from lmx.conversion import Conversion, Finished, Format, Progress, convert_events, predict_conversion
 from lmx.core.errors import InputError
@@ -45,14 +45,15 @@ def convert_command(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace DST if it exists.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A hub model's branch, tag or commit.")] = None,
+    json: JsonOption = False,
+    offline: OfflineOption = False,
+    revision: RevisionOption = None,
     common: CommonOptions,
 ) -> None:
-    """Write a model in the Hugging Face layout, as a GGUF, or in Mistral's own files. A quantized one is dequantized.
+    """Write a model in another form: the hub's, a GGUF, or Mistral's.
 
-    A run that was stopped goes on where it stopped when the same command is given again.
+    A quantized one is dequantized. A run that was stopped goes on where it stopped when the same command is given
+    again.
     """
     job = Conversion(target, to, dtype, parse_size("--max-shard-size", max_shard_size), force)
     if dry_run:

@@ -11,7 +11,7 @@ import typer
 from lmx.api import OpenedModel
 from lmx.cli.console import may_animate, write_json
 from lmx.cli.loading import Loaded, loaded, say_memory
-from lmx.cli.options import CommonOptions, ModelArgument, RuntimeOptions, spread_groups
+from lmx.cli.options import CommonOptions, JsonOption, ModelArgument, RuntimeOptions, spread_groups
 from lmx.cli.pull_progress import pull_watcher
 from lmx.cli.rows import write_rows
 from lmx.core.errors import UsageError
@@ -46,14 +46,15 @@ def eval_command(
         str | None,
         typer.Option(metavar="BASE", help="Another model to compare with; it runs as stored, in the same dtype."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: JsonOption = False,
     runtime: RuntimeOptions,
     common: CommonOptions,
 ) -> None:
-    """Measure perplexity, and with --against how far a model is from another, such as the one it was quantized from.
+    """Measure perplexity, or how far one model is from another.
 
-    A text goes through in windows that do not overlap, each with BOS first where the tokenizer has one; the first token
-    is not scored. --4bit, --8bit and --head quantize MODEL and never BASE.
+    The other one, of --against, may be that which MODEL was quantized from. A text goes through in windows that do not
+    overlap, each with BOS first where the tokenizer has one; the first token is not scored. --4bit, --8bit and --head
+    quantize MODEL and never BASE.
     """
     if (text is None) == (ids is None):
         raise UsageError("give either --text or --ids", "lmx eval MODEL --text FILE")
@@ -82,7 +83,8 @@ def _base(
     with OpenedModel.open(name, offline=runtime.offline, watch=pull_watcher(common.quiet)) as opened:
         dtype = running.model.decoder.embed.weight.dtype
         say_memory(opened, common, dtype)
-        yield opened.load(device=runtime.device, dtype=dtype, attention=runtime.attention)
+        memory = runtime.gpu_memory_bytes
+        yield opened.load(device=runtime.device, dtype=dtype, attention=runtime.attention, gpu_memory=memory)
 
 
 def _evaluate(

@@ -9,7 +9,7 @@ import typer
 from lmx.cli.answers import answer_object, cancel_on_interrupt
 from lmx.cli.console import is_terminal, write, write_json
 from lmx.cli.loading import Loaded, loaded
-from lmx.cli.options import CommonOptions, JsonOption, ModelArgument, RuntimeOptions, SamplingOptions, spread_groups
+from lmx.cli.options import AnswersOption, CommonOptions, ModelArgument, RuntimeOptions, SamplingOptions, spread_groups
 from lmx.cli.prompts import Prompt, as_json_line, parse_ids, read_prompts, read_stdin, text_prompt
 from lmx.core.answer import Finished, Token
 from lmx.core.errors import UsageError
@@ -39,16 +39,17 @@ def generate_command(
     file: Annotated[
         Path | None,
         typer.Option(
-            help="A prompt a line, or in a .jsonl an object a line with prompt or prompt_ids; a result a line."
+            metavar="FILE",
+            help="A prompt a line, or in a .jsonl an object a line with prompt or prompt_ids; a result a line.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="How many prompts of --file run at once.")] = 8,
-    json: JsonOption = False,
+    json: AnswersOption = False,
     sampling: SamplingOptions,
     runtime: RuntimeOptions,
     common: CommonOptions,
 ) -> None:
-    """Continue a text, without a chat template. A lone argument is MODEL; then the prompt comes from stdin.
+    """Continue a text, without a chat template. A lone argument is MODEL, and the prompt then comes from stdin.
 
     The text is encoded as the tokenizer does it, with BOS where it adds one, and only what is generated is printed.
     """

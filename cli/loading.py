@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from lmx.api import OpenedModel, import_runtime
 from lmx.cli.console import note
-from lmx.cli.facts import memory_line
+from lmx.cli.facts import memory_line, share_line
 from lmx.cli.options import CommonOptions, RuntimeOptions
 from lmx.cli.pull_progress import pull_watcher
 from lmx.core.text.types import Message
-from lmx.device import limit_gpu_memory, limit_threads
+from lmx.device import choose_budgets, limit_threads
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ def loaded(
     talk: what will be said first. The text process renders it while torch is being imported, so that a template that
     is broken, hostile or refuses the conversation is found before any weight is touched.
     """
-    nbytes = runtime.gpu_memory_bytes
+    gpu_memory = runtime.gpu_memory_bytes
     opened = OpenedModel.open(
         model,
         revision=runtime.revision,
@@ -64,9 +64,12 @@ def loaded(
     with opened:
         _import_while_rendering(opened, talk)
         limit_threads(runtime.threads)
-        limit_gpu_memory(nbytes, runtime.device)
+        if gpu_memory is not None:
+            choose_budgets(runtime.device, gpu_memory)  # refuses it before anything is read
         say_memory(opened, common, runtime.dtype, runtime.quantize)
         running = load_as(opened, runtime)
+        for share in running.shares:
+            note(f"{opened.name}: {share_line(share, len(running.decoder.layers))}", quiet=common.quiet)
         yield Loaded(opened, running, _scheme(opened, running, runtime))
 
 
@@ -96,6 +99,7 @@ def load_as(opened: OpenedModel, runtime: RuntimeOptions) -> "LanguageModel":
         quantize=runtime.quantize,
         head_scheme=runtime.head_scheme,
         attention=runtime.attention,
+        gpu_memory=runtime.gpu_memory_bytes,
     )
 
 

@@ -29,13 +29,6 @@ def _main(
         typer.echo(context.get_help())
 
 
-chat.register(app)
-convert.register(app)
-generate.register(app)
-quantize.register(app)
-evaluate.register(app)
-bench.register(app)
-show.register(app)
-sessions.register(app)
-pull.register(app)
-cache.register(app)
+# In the order of docs/cli.md, which is that of `lmx --help`
+for command in (chat, sessions, generate, pull, cache, show, evaluate, bench, quantize, convert):
+    command.register(app)

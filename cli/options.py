@@ -20,9 +20,12 @@ ModelArgument = Annotated[
         metavar="MODEL", help="A checkpoint's folder, a GGUF, or a hub id ORG/NAME[@REVISION]. Without it: the demo."
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for each answer.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+AnswersOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for each answer.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+RevisionOption = Annotated[str | None, typer.Option(help="A hub model's branch, tag or commit.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads. Without it: as many as torch chooses.")]
 
-_LATER = "this version of lmx does not have it yet: leave the option out"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -38,12 +41,14 @@ class CommonOptions:
 class RuntimeOptions:
     """How and where a model runs."""
 
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to run.")] = "auto"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to run; auto takes a GPU if there is one.")
+    ] = "auto"
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None,
         typer.Option(help="Convert the weights. Without it: as stored; of several dtypes, that of most."),
     ] = None
-    threads: Annotated[int | None, typer.Option(help="CPU threads. Without it: as many as torch chooses.")] = None
+    threads: ThreadsOption = None
     four_bit: Annotated[bool, typer.Option("--4bit", help="Quantize to 4 bits (NF4) while loading.")] = False
     eight_bit: Annotated[bool, typer.Option("--8bit", help="Quantize to 8 bits while loading.")] = False
     head: Annotated[
@@ -54,10 +59,13 @@ class RuntimeOptions:
         Literal["sdpa", "eager", "flash"], typer.Option(help="How to compute attention; flash needs CUDA.")
     ] = "sdpa"
     gpu_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="The most GPU memory to use, such as 20GB; needs CUDA.")
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="The most to take of each GPU, such as 20GB; the rest stays on the CPU. Needs CUDA."
+        ),
     ] = None
-    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False
-    revision: Annotated[str | None, typer.Option(help="A hub model's branch, tag or commit.")] = None
+    offline: OfflineOption = False
+    revision: RevisionOption = None
 
     def __post_init__(self) -> None:
         """Raise UsageError for what cannot be."""
@@ -127,7 +135,10 @@ def parse_size(option: str, text: str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?", text.strip().upper(), re.ASCII)
     if match is None or match[2] not in _UNITS:
         raise UsageError(f"{option}: {text!r} is no size", "write it like 20GB, 512MiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2]])
+    nbytes = int(float(match[1]) * _UNITS[match[2]])
+    if not nbytes:
+        raise UsageError(f"{option} is {text}", "give 1 byte or more")
+    return nbytes
 
 
 def spread_groups(command: Callable[..., None]) -> Callable[..., None]:

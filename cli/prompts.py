@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lmx.core.errors import InputError, UsageError
 from lmx.core.files import quoted, read_bounded
-from lmx.core.jsonfile import JSON, parse_json
+from lmx.core.jsonfile import JSON, parse_json, parse_value
 from lmx.core.text.types import Message
 
 MAX_INPUT_BYTES = 64 << 20
@@ -60,8 +60,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def parse_messages(data: bytes, where: str) -> list[Message]:
     """A JSON list of `{"role", "content"}`. Raises InputError."""
-    # parse_json takes objects: our list becomes the value of one
-    value = parse_json(b'{"messages":' + data + b"}", where).get("messages")
+    value = parse_value(data, where)
     if not isinstance(value, list) or not value:
         raise InputError(f"{where} holds no list of messages", _MESSAGE_HINT)
     return [_message(item, f"{where}, message {number}") for number, item in enumerate(value, start=1)]

@@ -7,7 +7,7 @@ import typer
 
 from lmx.cli.console import note, write, write_json
 from lmx.cli.facts import human_bytes
-from lmx.cli.options import CommonOptions, spread_groups
+from lmx.cli.options import CommonOptions, JsonOption, spread_groups
 from lmx.cli.pull_progress import planned_line, pull_watcher
 from lmx.cli.rows import write_rows
 from lmx.core.errors import UsageError
@@ -41,12 +41,12 @@ def pull_command(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be pulled; write nothing.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Only look whether the cache has it.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: JsonOption = False,
     common: CommonOptions,
 ) -> None:
-    """Pull a model into the Hugging Face cache, only what a run needs, and print its folder.
+    """Pull a model into the Hugging Face cache and print its folder.
 
-    A pull that was stopped goes on where it stopped. Every file is checked against its digest.
+    Only what a run needs is taken, and checked against its digests. A pull that was stopped goes on where it stopped.
     """
     if offline:
         if local_dir is not None or dry_run:

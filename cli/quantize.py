@@ -1,6 +1,5 @@
 """`lmx quantize`: a checkpoint in four or eight bits, and the truth about what became of it."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,10 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lmx.cli.console import is_terminal, may_animate, may_decorate, note, write, write_json
+from lmx.cli.console import may_animate, note, write_json
 from lmx.cli.facts import human_bytes, human_count
-from lmx.cli.options import CommonOptions, parse_size, spread_groups
+from lmx.cli.options import (
+    CommonOptions,
+    JsonOption,
+    OfflineOption,
+    RevisionOption,
+    ThreadsOption,
+    parse_size,
+    spread_groups,
+)
 from lmx.cli.pull_progress import pull_watcher
+from lmx.cli.rows import write_rows
 from lmx.core.errors import UsageError
 from lmx.core.text.safe import safe_line
 from lmx.device import limit_threads
@@ -35,10 +43,10 @@ def register(app: typer.Typer) -> None:
 
 def quantize_command(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A checkpoint's folder, or a hub id ORG/NAME[@REVISION].")
+        str, typer.Argument(metavar="SRC", help="A checkpoint's folder (of any layout), a GGUF, or a hub id.")
     ],
     output: Annotated[
-        str | None, typer.Argument(metavar="[DST]", help="The new folder. Without it: ./NAME-SCHEME.")
+        str | None, typer.Argument(metavar="DST", help="The new folder. Without it: ./NAME-SCHEME.")
     ] = None,
     *,
     four_bit: Annotated[bool, typer.Option("--4bit", help="NF4, the default.")] = False,
@@ -54,9 +62,9 @@ def quantize_command(
     skip: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Modules to leave as they are. May be repeated.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The largest file to write.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="The most bytes of a file.")] = "5GB",
     max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Do not take more memory than this.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. Without it: as many as torch chooses.")] = None,
+    threads: ThreadsOption = None,
     check: Annotated[
         Path | None,
         typer.Option(metavar="TEXTFILE", help="Compare the output with SRC on a text before it gets its name."),
@@ -69,9 +77,9 @@ def quantize_command(
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing output, when the new one is done.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A hub model's branch, tag or commit.")] = None,
+    json: JsonOption = False,
+    offline: OfflineOption = False,
+    revision: RevisionOption = None,
     common: CommonOptions,
 ) -> None:
     """Quantize a checkpoint's linear layers and experts. A run that was stopped goes on where it was."""
@@ -106,7 +114,7 @@ def quantize_command(
     if json:
         write_json(report.to_json())
     elif not common.quiet:
-        _show(report, is_prediction=dry_run)
+        write_rows(_rows(report, is_prediction=dry_run))
 
 
 def _scheme(four_bit: bool, eight_bit: bool, scheme: "Scheme | None") -> "Scheme":
@@ -163,15 +171,7 @@ def _columns() -> "Iterator[ProgressColumn]":
     yield TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True))
 
 
-def _show(report: Report, *, is_prediction: bool) -> None:
-    rows = _rows(report, is_prediction)
-    if is_terminal(sys.stdout):
-        _print_table(rows)
-    else:
-        write("".join(f"{name}\t{value}\n" for name, value in rows))
-
-
-def _rows(report: Report, is_prediction: bool) -> list[tuple[str, str]]:
+def _rows(report: Report, *, is_prediction: bool) -> list[tuple[str, str]]:
     """Names and values for people."""
     would = " (predicted)" if is_prediction else ""
     share = f"{human_count(report.quantized_parameters)} of {human_count(report.parameters)} parameters"
@@ -189,17 +189,3 @@ def _rows(report: Report, is_prediction: bool) -> list[tuple[str, str]]:
         rows.append((f"error {error:.2e}", name))
     rows.append(("peak memory", human_bytes(report.peak_memory_bytes) + would))
     return [(name, safe_line(value)) for name, value in rows]
-
-
-def _print_table(rows: list[tuple[str, str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    decorated = may_decorate(sys.stdout)
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold" if decorated else "", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, Text(value))
-    Console(no_color=not decorated, highlight=False).print(table)

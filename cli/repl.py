@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import closing
 
-from lmx.cli.answers import MERGED, cancel_on_interrupt, left_out, resident_memory_bytes
+from lmx.cli.answers import MERGED, cancel_on_interrupt, left_out
 from lmx.cli.commands import Commands
 from lmx.cli.console import dim, note, write
 from lmx.cli.facts import human_bytes, human_count
@@ -15,6 +15,7 @@ from lmx.cli.screen import open_screen, quiet_keys
 from lmx.cli.session_store import SessionStore
 from lmx.core.answer import Event, Finished, Token
 from lmx.core.errors import LmxError
+from lmx.core.memory import resident_memory_bytes
 from lmx.core.session import ChatSession
 from lmx.core.text.safe import safe_line
 

@@ -1,4 +1,4 @@
-"""Names and values: a table for a person, one tab-separated line each for a pipe."""
+"""Rows of cells: a table for a person, one tab-separated line each for a pipe."""
 
 import sys
 from collections.abc import Sequence
@@ -6,19 +6,22 @@ from collections.abc import Sequence
 from lmx.cli.console import is_terminal, may_decorate, write
 
 
-def write_rows(rows: Sequence[tuple[str, str]]) -> None:
-    """Write rows to stdout. Values must be safe for a terminal already."""
+def write_rows(rows: Sequence[tuple[str, ...]], headings: Sequence[str] = ()) -> None:
+    """Write rows to stdout; without headings, of a name and a value each. Cells must be safe for a terminal already."""
     if not is_terminal(sys.stdout):
-        write("".join(f"{name}\t{value}\n" for name, value in rows))
+        write("".join("\t".join(row) + "\n" for row in rows))
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     decorated = may_decorate(sys.stdout)
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold" if decorated else "")
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, Text(value))
+    table = Table(show_header=bool(headings), box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    if not headings:
+        table.add_column(style="bold" if decorated else "", no_wrap=True)
+        table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
     Console(no_color=not decorated, highlight=False).print(table)

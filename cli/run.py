@@ -67,7 +67,7 @@ def outcome_of(error: BaseException) -> Outcome:
     if isinstance(error, LmxError):
         return Outcome(error.exit_code, error.message, error.hint)
     if isinstance(error, TyperException):
-        return Outcome(error.exit_code, error.format_message(), _usage_hint(error))
+        return Outcome(error.exit_code, error.format_message().replace("Value error, ", ""), _usage_hint(error))
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return Outcome(INTERRUPTED)
     if isinstance(error, Terminated):

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmx.core.errors import ConflictError, NotFoundError
-from lmx.core.saved_session import OtherModelError, SavedSession, list_sessions, session_folder
+from lmx.core.saved_session import OtherModelError, SavedSession
+from lmx.core.session_folders import RECORD, list_sessions, session_folder
 from lmx.core.snapshots import default_bytes
 from lmx.core.user_folders import data_folder
 
@@ -35,7 +36,7 @@ class SessionStore:
 
     def exists(self, name: str) -> bool:
         """Whether there is such a session. Raises UsageError for a name that cannot be."""
-        return (session_folder(sessions_folder(), name) / "session.jsonl").exists()
+        return (session_folder(sessions_folder(), name) / RECORD).exists()
 
     def names(self) -> list[str]:
         """All sessions, the last used one first."""

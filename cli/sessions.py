@@ -9,13 +9,13 @@ import typer
 
 from lmx.cli.console import is_terminal, note, write, write_json
 from lmx.cli.facts import human_bytes
-from lmx.cli.options import CommonOptions, spread_groups
+from lmx.cli.options import CommonOptions, JsonOption, spread_groups
 from lmx.cli.rows import write_rows
 from lmx.cli.session_store import sessions_folder
 from lmx.core.conversation import Message
 from lmx.core.errors import ConflictError, InputError
 from lmx.core.files import quoted, write_atomically
-from lmx.core.saved_session import SessionInfo, list_sessions, read_session, remove_session
+from lmx.core.session_folders import SessionInfo, list_sessions, read_session, remove_session
 from lmx.core.text.safe import safe_line
 
 _HEADINGS = {"system": "System", "user": "User", "assistant": "Assistant"}
@@ -26,7 +26,12 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A session's n
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    sessions = typer.Typer(help="List, show, delete and export saved conversations.", no_args_is_help=True)
+    sessions = typer.Typer(
+        help="List, show, delete and export saved conversations.",
+        epilog="Example: lmx sessions list",
+        invoke_without_command=True,
+    )
+    sessions.callback()(_help_alone)
     sessions.command("list", epilog="Example: lmx sessions list")(spread_groups(list_command))
     sessions.command("show", epilog="Example: lmx sessions show trip-to-rome")(spread_groups(show_command))
     sessions.command("rm", epilog="Example: lmx sessions rm trip-to-rome")(spread_groups(remove_command))
@@ -34,6 +39,11 @@ def register(app: typer.Typer) -> None:
         spread_groups(export_command)
     )
     app.add_typer(sessions, name="sessions")
+
+
+def _help_alone(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def list_command(
@@ -56,7 +66,7 @@ def list_command(
 def show_command(
     name: NameArgument,
     *,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: JsonOption = False,
     common: CommonOptions,
 ) -> None:
     """Show a conversation, as it stands on its current branch."""

@@ -8,12 +8,21 @@ import typer
 
 from lmx.api import model_name
 from lmx.cli.console import write_json
-from lmx.cli.facts import human_bytes, human_count
-from lmx.cli.options import CommonOptions, ModelArgument, spread_groups
+from lmx.cli.facts import human_bytes, human_count, share_line
+from lmx.cli.options import (
+    CommonOptions,
+    JsonOption,
+    ModelArgument,
+    OfflineOption,
+    RevisionOption,
+    parse_size,
+    spread_groups,
+)
 from lmx.cli.pull_progress import pull_watcher
 from lmx.cli.rows import write_rows
 from lmx.core.errors import InputError, LmxError, NetworkError, NotFoundError
 from lmx.core.text.safe import safe_line
+from lmx.device import planned_budgets
 
 if TYPE_CHECKING:
     from lmx.describe import Description
@@ -29,9 +38,13 @@ def register(app: typer.Typer) -> None:
 def show_command(
     model: ModelArgument = None,
     *,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A hub model's branch, tag or commit.")] = None,
+    json: JsonOption = False,
+    offline: OfflineOption = False,
+    revision: RevisionOption = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="What would lie where if so much were taken of each GPU, or of one."),
+    ] = None,
     common: CommonOptions,
 ) -> None:
     """Show what a model is and what it needs, reading no weights.
@@ -40,9 +53,10 @@ def show_command(
     """
     from lmx.describe import describe, open_described
 
+    memory = None if gpu_memory is None else parse_size("--gpu-memory", gpu_memory)
     try:
         checkpoint = open_described(model, revision=revision, offline=offline, watch=pull_watcher(common.quiet))
-        description = describe(model_name(model, revision), checkpoint)
+        description = describe(model_name(model, revision), checkpoint, planned_budgets(memory))
     except (InputError, NetworkError, NotFoundError) as error:
         _show_cached(model, revision, json, error)
         return
@@ -97,6 +111,7 @@ def _rows(facts: "Description") -> list[tuple[str, str]]:
         ("chat template", "none" if facts.chat_template is None else f"in {facts.chat_template}"),
         ("license", facts.license),
         ("kernels", facts.kernels),
+        *(("placement", share_line(share, facts.layers)) for share in facts.placement),
     ]
     if facts.read_as is not None:
         rows.insert(1, ("read as", facts.read_as))

@@ -12,13 +12,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lmx.convert.listing import is_digest
 from lmx.convert.part_file import digest_of
-from lmx.convert.places import locked
+from lmx.convert.places import cache_folder, locked
 from lmx.core.errors import ConflictError, InputError, NotFoundError, ResourceError
 from lmx.core.files import open_regular, quoted
+
+if TYPE_CHECKING:
+    from huggingface_hub import HFCacheInfo
 
 _FOLDER = re.compile(r"(model|dataset|space|kernel)s--(.+)")
 
@@ -63,13 +66,6 @@ class Verified:
     name: str
     nbytes: int
     verdict: Literal["right", "damaged", "unknown", "missing"]
-
-
-def cache_folder() -> Path:
-    """The cache of this user, by huggingface_hub's own rules."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE).expanduser()
 
 
 def scan() -> list[Repository]:
@@ -240,24 +236,24 @@ def _check_idle(repo: Repository) -> None:
 
 
 def _remove_whole(repo: Repository) -> None:
-    from huggingface_hub import scan_cache_dir
-
-    info = scan_cache_dir(repo.folder.parent)
-    known = [one for one in info.repos if one.repo_path.name == repo.folder.name]
+    alone = _alone(repo)
+    known = [revision.commit_hash for one in alone.repos for revision in one.revisions]
     if known and repo.revisions:
-        # Of this repository alone: others may have commits of the same name
-        commits = [revision.commit_hash for revision in known[0].revisions]
-        replace(info, repos=frozenset(known)).delete_revisions(*commits).execute()
+        alone.delete_revisions(*known).execute()
     if repo.folder.exists():  # huggingface_hub leaves alone what it calls corrupted
         shutil.rmtree(repo.folder)
 
 
 def _remove_some(repo: Repository, revisions: Sequence[Revision]) -> None:
+    alone = _alone(repo)
+    if not alone.repos:
+        raise InputError(f"{repo.name} is damaged in the cache", f"delete all of it: lmx rm {repo.name}")
+    alone.delete_revisions(*(revision.commit for revision in revisions)).execute()
+
+
+def _alone(repo: Repository) -> "HFCacheInfo":
+    """What huggingface_hub knows of this repository alone: others may have commits of the same name."""
     from huggingface_hub import scan_cache_dir
 
     info = scan_cache_dir(repo.folder.parent)
-    known = [one for one in info.repos if one.repo_path.name == repo.folder.name]
-    if not known:
-        raise InputError(f"{repo.name} is damaged in the cache", f"delete all of it: lmx rm {repo.name}")
-    commits = [revision.commit for revision in revisions]
-    replace(info, repos=frozenset(known)).delete_revisions(*commits).execute()
+    return replace(info, repos=frozenset(one for one in info.repos if one.repo_path.name == repo.folder.name))

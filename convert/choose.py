@@ -54,16 +54,6 @@ class Choice:
     files: tuple[RemoteFile, ...]
     left_out: tuple[LeftOut, ...]
 
-    @property
-    def nbytes(self) -> int:
-        """The size of all files that are taken."""
-        return sum(file.size for file in self.files)
-
-    @property
-    def saved_bytes(self) -> int:
-        """The size of all others."""
-        return sum(group.nbytes for group in self.left_out)
-
 
 def choose(files: Sequence[RemoteFile], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Choice:
     """Choose what a run needs; with `include`, exactly the files that match one of these globs instead.

@@ -42,7 +42,7 @@ _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q
 _TEXT, _ARRAY = 8, 9
 _READ_BYTES = 1 << 20
 _POINTER = b"vers"
-_DAMAGED = "the file is damaged or incomplete: download it again"
+DAMAGED = "the file is damaged or incomplete: download it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def read_header(fd: int, path: Path) -> Header:
     magic = cursor.take(4)
     if magic != MAGIC:
         what = "a Git LFS pointer, not the model" if magic == _POINTER else "no GGUF file"
-        raise InputError(f"{quoted(str(path))} is {what}", "run git lfs pull" if magic == _POINTER else _DAMAGED)
+        raise InputError(f"{quoted(str(path))} is {what}", "run git lfs pull" if magic == _POINTER else DAMAGED)
     version = cursor.number("I")
     if version not in (2, VERSION):
         raise cursor.error(f"its version is {version}; lmx reads 2 and 3, little-endian")
@@ -119,7 +119,7 @@ class _Cursor:
 
     def error(self, what: str) -> InputError:
         """The error for a header that says something impossible."""
-        return InputError(f"{quoted(str(self._path))}: {what}", _DAMAGED)
+        return InputError(f"{quoted(str(self._path))}: {what}", DAMAGED)
 
     def take(self, size: int) -> bytes:
         """The next bytes."""

@@ -6,13 +6,13 @@ Sources: https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constant
 Imports no torch.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
+from lmx.core.names import split_numbers
 
 
 class Change(Enum):
@@ -40,7 +40,6 @@ class Rule:
     exact: bool = False
 
 
-_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,5})(?=\.|$)")
 _MISMATCH = "it was made by another version of the converter, or for another model: lmx does not guess at a model"
 
 
@@ -74,10 +73,11 @@ class TensorTable:
 
     def match(self, name: str) -> Match:
         """The rule for a tensor of the file. Raises InputError for a name that is not in the table."""
-        rule = self._by_gguf.get(_NUMBER.sub("{}", name))
+        skeleton, indices = split_numbers(name)
+        rule = self._by_gguf.get(skeleton)
         if rule is None:
             raise InputError(f"{quoted(name)}: unknown tensor", _MISMATCH)
-        return Match(rule, tuple(int(number) for number in _NUMBER.findall(name)))
+        return Match(rule, indices)
 
     def expand(self, layers: int) -> Iterator[tuple[Rule, tuple[int, ...]]]:
         """Every rule with every layer, in the order of a file."""

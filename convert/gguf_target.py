@@ -6,8 +6,6 @@ them; of the quantized kinds, a matrix whose rows are no whole blocks stays in h
 embedding and the output matrix are Q8_0, since an error there reaches every token.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -25,14 +23,16 @@ from lmx.convert.gguf_names import Change, Rule
 from lmx.convert.gguf_tensors import apply
 from lmx.convert.gguf_tokens import vocabulary_of
 from lmx.convert.gguf_types import quantize
+from lmx.convert.single_file import write_slots
 from lmx.core.checkpoint import Source
 from lmx.core.config import ConfigReader, ModelConfig
-from lmx.core.errors import InputError, ResourceError, UsageError
+from lmx.core.errors import InputError
 from lmx.core.files import quoted
+from lmx.core.job import check_job, job_identity
 from lmx.core.loader import DECODER_PREFIX, HEAD_NAMES, build_bound, stored_head
-from lmx.core.mapped import Advice
+from lmx.core.mapped import Advice, torch_dtypes
 from lmx.core.names import NameTable, Piece
-from lmx.core.output import OutputFolder, check_target, is_single_file, open_output
+from lmx.core.output import open_output
 from lmx.core.registry import family_of
 from lmx.core.shards import Shard, ShardWriter, Slot
 
@@ -41,8 +41,6 @@ KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
 
 _FORMAT = 1
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
-_KEEP_BYTES = 1 << 30  # so much at most is made again after a kill
-_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +77,7 @@ class _Plan:
 
 def predict_gguf(source: Source, target: Path, options: Options) -> Finished:
     """What `write_gguf` would write, from headers and the tokenizer alone. Raises as `write_gguf`."""
-    _check_name(target)
-    check_target(target, force=options.force)
+    check_job(source, target, force=options.force, makes_file=True)
     plan = _make_plan(source, target, options)
     return Finished(target, plan.parameters, plan.shard.size)
 
@@ -91,36 +88,24 @@ def write_gguf(source: Source, target: Path, options: Options) -> Iterator[Progr
     A run that was stopped goes on behind the last gigabyte that was complete.
 
     Raises:
-        UsageError: the target's name does not end in .gguf.
+        UsageError: the target's name does not end in .gguf, or it is the source.
         InputError: the source is damaged, llama.cpp does not run its family or would compute it in another way, its
             tokenizer cannot be said in a GGUF, or a value does not fit the type.
         ConflictError: the target exists and `force` is not set, or another process works on it.
         ResourceError: disk or memory would not suffice, or did not.
 
     """
-    _check_name(target)
-    check_target(target, force=options.force)
+    check_job(source, target, force=options.force, makes_file=True)
     plan = _make_plan(source, target, options)
-    with open_output(target, _job(source, options, plan), force=options.force) as output:
+    job = job_identity(source, (plan.shard,), "gguf", _FORMAT, options.kind)
+    with open_output(target, job, force=options.force) as output:
         if plan.shard.name not in output.finished:
-            _check_room(output, plan)
-            yield from _write_all(source, plan, output)
+            output.check_room((plan.shard,))
+            targets = plan.targets
+            sizes = [prod(target.shape) for target in targets]
+            yield from write_slots(output, plan.shard, sizes, lambda file, n: _write(source, targets[n], file))
         output.commit()
     yield Finished(target, plan.parameters, plan.shard.size)
-
-
-def _write_all(source: Source, plan: _Plan, output: OutputFolder) -> Iterator[Progress]:
-    with output.shard(plan.shard, {}) as file:
-        done = sum(prod(target.shape) for target in plan.targets[: file.done])
-        unkept = 0
-        for number, target in enumerate(plan.targets[file.done :], file.done + 1):
-            _write(source, target, file)
-            done += prod(target.shape)
-            unkept += target.slot.nbytes
-            if unkept >= _KEEP_BYTES:
-                output.keep(file, number)
-                unkept = 0
-            yield Progress(target.slot.name, done, plan.parameters)
 
 
 def _write(source: Source, target: _Target, file: ShardWriter) -> None:
@@ -143,7 +128,7 @@ def _encoded(weight: Tensor, layout: BlockLayout, name: str) -> Tensor:
         raise InputError(f"{quoted(name)} holds NaN or infinity", "the source is damaged: verify or download it again")
     if layout.plain is None:
         return quantize(layout, weight)
-    value = weight.to(_TORCH[layout.plain]).contiguous()
+    value = weight.to(torch_dtypes()[layout.plain]).contiguous()
     if not value.isfinite().all():
         raise InputError(f"{quoted(name)} has values beyond {layout.name}", "convert to bf16 or fp32")
     return value.view(-1).view(torch.uint8)
@@ -249,27 +234,3 @@ def _lay_out(name: str, metadata: Mapping[str, Value], targets: tuple[_Target, .
     offsets = {entry.name: len(header) + entry.offset for entry in entries}
     slots = tuple(target.slot for target in targets)
     return Shard(name, header, offsets, slots, tuple((slot,) for slot in slots))
-
-
-def _check_name(target: Path) -> None:
-    if not is_single_file(target):
-        raise UsageError(f"{quoted(str(target))} is no name for a GGUF", "let it end in .gguf")
-
-
-def _job(source: Source, options: Options, plan: _Plan) -> str:
-    """What must be the same for a half-made output to be continued: source, options, and the header."""
-    stats = [(str(path), path.stat()) for path in source.files]
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    header = hashlib.sha256(plan.shard.header).hexdigest()
-    identity = ["gguf", _FORMAT, options.kind, source.label, files, source.config, header]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _check_room(output: OutputFolder, plan: _Plan) -> None:
-    done = sum(slot.nbytes for slot in plan.shard.slots[: output.begun.get(plan.shard.name, 0)])
-    needed, free = plan.shard.size - done, output.free_bytes()
-    if needed > free:
-        raise ResourceError(
-            f"{quoted(str(output.target))} needs {needed / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB left",
-            "free space on that disk, or choose another folder",
-        )

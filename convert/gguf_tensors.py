@@ -2,20 +2,16 @@
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from lmx.convert.gguf_names import Change
 from lmx.convert.gguf_types import dequantize
 from lmx.convert.rotary import pair_channels, unpair_channels
 from lmx.core.errors import InputError
-from lmx.core.mapped import FileMap
+from lmx.core.mapped import FileMap, torch_dtypes
 
 if TYPE_CHECKING:
-    from lmx.convert.gguf_source import Part
-
-
-_BLOCKS_AS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    from lmx.convert.gguf_file import Part
 
 
 def read_part(data: FileMap, part: "Part", dtype: str, what: str) -> Tensor:
@@ -28,7 +24,7 @@ def read_part(data: FileMap, part: "Part", dtype: str, what: str) -> Tensor:
         stored = data.view(layout.plain, part.shape, part.offset, part.nbytes)
     else:
         blocks = data.view("U8", (part.nbytes,), part.offset, part.nbytes)
-        stored = dequantize(layout, blocks, _BLOCKS_AS[dtype]).view(part.shape)
+        stored = dequantize(layout, blocks, torch_dtypes()[dtype]).view(part.shape)
     return undo(stored, part.change, part.heads, what)
 
 

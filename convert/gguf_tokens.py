@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lmx.convert.gguf_header import Value
-from lmx.convert.gguf_vocabulary import PRE_TOKENIZERS, SPACE, TokenType
+from lmx.convert.gguf_pre_tokenizers import FAMILY, PRE_TOKENIZERS
+from lmx.convert.gguf_vocabulary import NAMED, SPACE, TokenType
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
 from lmx.core.text.files import TokenizerFiles, read_tokenizer_files
 from lmx.core.text.vocabulary import Vocabulary, read_vocabulary
 
-_NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-_FAMILY = {"olmoe": "olmo", "dbrx": "dbrx", "falcon_mamba": "falcon"}
 _UNSAYABLE = "a GGUF has no words for it: convert with --to hf, or take the model's published tokenizer.json"
 
 
@@ -115,7 +114,7 @@ def _pre_name(vocabulary: Vocabulary, model_type: str, where: str) -> str:
     ]
     if not names:
         raise InputError(f"{where} cuts text in a way that lmx has no name for", _UNSAYABLE)
-    family = _FAMILY.get(model_type)
+    family = FAMILY.get(model_type)
     return family if family in names else names[0]
 
 
@@ -145,7 +144,7 @@ def _puts_space_first(vocabulary: Vocabulary, where: str) -> bool:
 
 
 def _special_keys(files: TokenizerFiles, vocabulary: Vocabulary, ids: Mapping[str, int]) -> dict[str, Value]:
-    named = {ggml: files.named.get(ours) for ours, ggml in _NAMED.items()}
+    named = {ggml: files.named.get(ours) for ours, ggml in NAMED.items()}
     first = _first_token(vocabulary)
     named["bos"] = named["bos"] or first  # without a tokenizer_config.json, what texts begin with
     keys: dict[str, Value] = {f"tokenizer.ggml.{k}_token_id": ids[t] for k, t in named.items() if t in ids and t}

@@ -6,59 +6,23 @@ Names: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 
-from lmx.convert.gguf_header import Value
+from lmx.convert.gguf_config import Metadata
+from lmx.convert.gguf_pre_tokenizers import BYTE_LEVEL, FAMILY, PRE_TOKENIZERS, Json
 from lmx.core.config import ConfigReader
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
 from lmx.core.jsonfile import JSON
 
-Metadata = Mapping[str, Value]
-Json = dict[str, JSON]
-
 # Sentencepiece's longest pieces have 16 characters, runs of spaces 256; finding merges costs a look-up for each
 MAX_PIECE = 512
 MAX_CHARACTERS = 4 << 20
 
-_CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_BYTES: Json = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-
-
-def _split(regex: str) -> Json:
-    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-
-
-GPT2: tuple[Json, ...] = (_BYTES | {"use_regex": True},)
-FALCON: tuple[Json, ...] = (
-    {"type": "Punctuation", "behavior": "Contiguous"},
-    _BYTES | {"use_regex": True},
-    {"type": "Digits", "individual_digits": False},
-    _split("[0-9][0-9][0-9]"),
-)
-CL100K: tuple[Json, ...] = (_split(_CL100K), _BYTES | {"use_regex": False})
-NFC: Json = {"type": "NFC"}
-
-# Name -> how text is cut, and how it is normalised first (GPT-NeoX's tokenizer and its heirs).
-PRE_TOKENIZERS: dict[str, tuple[tuple[Json, ...], Json | None]] = {
-    "gpt-2": (GPT2, None),
-    "olmo": (GPT2, NFC),
-    "mpt": (GPT2, NFC),
-    "falcon": (FALCON, None),
-    "dbrx": (CL100K, None),
-    "llama-bpe": (CL100K, None),
-    "llama3": (CL100K, None),
-    "llama-v3": (CL100K, None),
-}
-# GGUFs of before May 2024 have no name
-_FAMILY = {"olmoe": "olmo", "dbrx": "dbrx", "falcon_mamba": "falcon", "mixtral": "gpt-2"}
-
-_NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-_DAMAGED = "the vocabulary is damaged: download the file again"
+# transformers' name of a special token -> GGUF's
+NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+DAMAGED = "the vocabulary is damaged: download the file again"
 SPACE = "\u2581"
 
 
@@ -92,7 +56,7 @@ def tokenizer_files(metadata: Metadata, model_type: str, rows: int, where: str) 
     template = metadata.get("tokenizer.chat_template")
     if template is not None:
         if not isinstance(template, str):
-            raise InputError(f"{where}: tokenizer.chat_template is no text", _DAMAGED)
+            raise InputError(f"{where}: tokenizer.chat_template is no text", DAMAGED)
         files["chat_template.jinja"] = template.encode()
     return files
 
@@ -132,7 +96,7 @@ class _Vocabulary:
             raise self.error("tokens", "has no token that is used")
 
     def error(self, key: str, what: str) -> InputError:
-        return InputError(f"{self.where}: tokenizer.ggml.{key} {what}", _DAMAGED)
+        return InputError(f"{self.where}: tokenizer.ggml.{key} {what}", DAMAGED)
 
     def texts(self, key: str) -> list[str]:
         value = self._metadata.get(f"tokenizer.ggml.{key}", [])
@@ -212,19 +176,19 @@ class _Vocabulary:
 
     def config(self) -> Json:
         """tokenizer_config.json."""
-        named = {key: self.special(name) for key, name in _NAMED.items()}
+        named = {key: self.special(name) for key, name in NAMED.items()}
         config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         return config | {key: text for key, text in named.items() if text is not None}
 
 
 def _byte_level(vocabulary: _Vocabulary, model_type: str) -> Json:
-    name = vocabulary.pre or _FAMILY[model_type]
+    name = vocabulary.pre or FAMILY[model_type]
     if name not in PRE_TOKENIZERS:
         what = f"cuts text as {quoted(name)} does"
         raise vocabulary.error("pre", f"{what}; lmx knows {', '.join(PRE_TOKENIZERS)}")
     steps, normalizer = PRE_TOKENIZERS[name]
     merges = [_pair(merge, vocabulary) for merge in vocabulary.texts("merges")]
-    decoder: Json = _BYTES | {"add_prefix_space": True, "use_regex": True}
+    decoder: Json = BYTE_LEVEL | {"add_prefix_space": True, "use_regex": True}
     pre: Json = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": list[JSON](steps)}
     post = vocabulary.post_processor(adds_bos=False)
     model = _model(vocabulary, merges, byte_fallback=False) | {"ignore_merges": name.startswith("llama")}

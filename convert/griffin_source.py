@@ -8,13 +8,13 @@ Source: https://github.com/google-deepmind/recurrentgemma/blob/main/recurrentgem
 from pathlib import Path
 
 from lmx.convert.original_names import Change, Row, Table
-from lmx.convert.original_source import Layout, OriginalCheckpoint, find_parts, stored_shape, to_json
+from lmx.convert.original_source import Layout, OriginalCheckpoint, find_parts, stored_shape
 from lmx.convert.pickle_source import PickleCheckpoint
 from lmx.convert.vocabularies import make_vocabulary
 from lmx.core.checkpoint import CONFIG_LIMIT_BYTES, Checkpoint
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
-from lmx.core.jsonfile import JSON, read_json
+from lmx.core.jsonfile import JSON, read_json, to_json
 
 _EMBEDDING = "embedder.input_embedding"
 _BLOCK, _LAYER = "blocks.{}.", "model.layers.{}."

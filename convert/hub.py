@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmx.convert.pickle_source import INDEX_BIN, SINGLE_BIN
+from lmx.convert.places import cache_folder, repository_name
 from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import INDEX, SINGLE
 from lmx.core.errors import InputError, LmxError, NetworkError, NotFoundError, ResourceError, UsageError
@@ -138,8 +139,9 @@ def find_cached(hub_id: HubId) -> Path | None:
 def check_online(hub_id: HubId, offline: bool) -> None:
     """Raise NotFoundError where a model that is not here may not be asked for."""
     if offline or is_offline():
+        hint = "run it once without --offline" if offline else "run it once without HF_HUB_OFFLINE"
         state = "not in the Hugging Face cache" if _cached(hub_id) is None else "only partly in the Hugging Face cache"
-        raise NotFoundError(f"{hub_id} is {state}, and the network is off", "run it once without --offline")
+        raise NotFoundError(f"{hub_id} is {state}, and the network is off", hint)
 
 
 def is_complete(folder: Path) -> bool:
@@ -155,7 +157,8 @@ def is_complete(folder: Path) -> bool:
 def _holds_gguf(folder: Path) -> bool:
     if not any(folder.glob("*.gguf")):
         return False
-    from lmx.convert.gguf_source import find_gguf, split_paths
+    from lmx.convert.gguf_file import split_paths
+    from lmx.convert.gguf_source import find_gguf
 
     gguf = find_gguf(folder)
     return gguf is not None and all(path.is_file() for path in split_paths(gguf))
@@ -180,7 +183,8 @@ def _exists(path: Path) -> bool:
 def _folder(path: Path) -> Path:
     if path.is_dir() or path.suffix == ".gguf":
         return path
-    raise InputError(f"{quoted(str(path))} is a file", "give the folder that holds config.json and the weights")
+    hint = "give the folder that holds config.json and the weights, or a .gguf"
+    raise InputError(f"{quoted(str(path))} is a file", hint)
 
 
 def _cached(hub_id: HubId) -> Path | None:
@@ -188,9 +192,7 @@ def _cached(hub_id: HubId) -> Path | None:
 
     The layout is told in `lmx.convert.places`.
     """
-    from huggingface_hub import constants
-
-    repo = Path(constants.HF_HUB_CACHE).expanduser() / "--".join(("models", *hub_id.repo.split("/")))
+    repo = cache_folder() / repository_name(hub_id.repo)
     commit = hub_id.revision or "main"
     with suppress(OSError, ValueError):
         ref = repo / "refs" / commit

@@ -41,10 +41,6 @@ class RemoteFile:
         """How `digest` was made."""
         return "sha256" if len(self.digest) == 64 else "git"
 
-    def hasher(self) -> "_Hash":
-        """A hash object that, fed with the file, gives `digest`."""
-        return new_hasher(self.digest, self.size)
-
 
 @dataclass(frozen=True, slots=True)
 class Listing:

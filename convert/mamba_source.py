@@ -9,14 +9,14 @@ Source: https://github.com/state-spaces/mamba/blob/main/mamba_ssm/models/config_
 from pathlib import Path
 
 from lmx.convert.original_names import Row, Table
-from lmx.convert.original_source import Layout, OriginalCheckpoint, find_parts, stored_shape, to_json
+from lmx.convert.original_source import Layout, OriginalCheckpoint, find_parts, size_in, stored_shape
 from lmx.convert.pickle_source import PickleCheckpoint, holds_pickles_only, weight_files
 from lmx.convert.vocabularies import read_token_ids
 from lmx.core.checkpoint import CONFIG_LIMIT_BYTES, Checkpoint
 from lmx.core.config import ConfigReader
 from lmx.core.errors import InputError, LmxError
 from lmx.core.files import quoted
-from lmx.core.jsonfile import JSON, read_json
+from lmx.core.jsonfile import JSON, read_json, to_json
 
 _CONFIG = "config.json"
 _EMBEDDING, _HEAD = "backbone.embedding.weight", "lm_head.weight"
@@ -44,8 +44,7 @@ def open_mamba(folder: Path) -> Checkpoint | None:
         stored = Checkpoint.open(folder)
     rows = stored_shape(stored, _EMBEDDING, 2)[0]
     config = _config(raw, rows, quoted(str(folder / _CONFIG)))
-    layers = config["num_hidden_layers"]
-    parts = find_parts(stored, _table(_repeats_embedding(stored)), layers if isinstance(layers, int) else 0)
+    parts = find_parts(stored, _table(_repeats_embedding(stored)), size_in(config, "num_hidden_layers"))
     title = _TITLE if "model_type" in raw else _TITLE + _TAKEN
     ids = read_token_ids(folder)
     small = {"generation_config.json": to_json(ids)} if ids and not (folder / "generation_config.json").exists() else {}

@@ -7,14 +7,14 @@ import re
 from pathlib import Path
 
 from lmx.convert.mistral_names import mistral_table
-from lmx.convert.original_source import Layout, OriginalCheckpoint, find_parts, stored_shape, to_json
+from lmx.convert.original_source import Layout, OriginalCheckpoint, find_parts, size_in, stored_shape
 from lmx.convert.pickle_source import PickleCheckpoint
 from lmx.convert.vocabularies import make_vocabulary
 from lmx.core.checkpoint import CONFIG_LIMIT_BYTES, Checkpoint
 from lmx.core.config import ConfigReader
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
-from lmx.core.jsonfile import JSON, read_json
+from lmx.core.jsonfile import JSON, read_json, to_json
 from lmx.core.safetensors_file import open_safetensors
 
 PARAMS, SAFETENSORS = "params.json", "consolidated.safetensors"
@@ -49,8 +49,8 @@ def open_mistral(folder: Path) -> OriginalCheckpoint:
     ids = {**_TOKEN_IDS, **vocabulary.token_ids}
     small = {"generation_config.json": to_json(ids), **vocabulary.files}
     _check_experts(stored, config)
-    table = mistral_table(*(_size(config, key) for key in _TABLE_KEYS))
-    parts = find_parts(stored, table, _size(config, "num_hidden_layers"))
+    table = mistral_table(*(size_in(config, key) for key in _TABLE_KEYS))
+    parts = find_parts(stored, table, size_in(config, "num_hidden_layers"))
     return OriginalCheckpoint(stored, Layout(f"Mistral's own files ({PARAMS}, {what})", config | ids, parts, small))
 
 
@@ -108,13 +108,6 @@ def _window(read: ConfigReader) -> int | None:
     named = "_sliding_window" if read.has("_sliding_window") else "sliding_window"
     read.ignore("sliding_window", "_sliding_window")
     return read.optional_integer(named)
-
-
-def _size(config: dict[str, JSON], key: str) -> int:
-    value = config[key]
-    if not isinstance(value, int):
-        raise TypeError(f"{key} was read as a whole number")
-    return value
 
 
 def _check_experts(stored: Checkpoint, config: dict[str, JSON]) -> None:

@@ -14,21 +14,20 @@ from lmx.convert.mistral_names import written_table
 from lmx.convert.mistral_source import DEFAULT_THETA, PARAMS, SAFETENSORS, context_length
 from lmx.convert.original_names import Change, Row
 from lmx.convert.original_tensors import restore
-from lmx.convert.plain import DTYPES, Options, add_companions, check_finite, check_room, job_identity
+from lmx.convert.plain import FORMAT, Options, check_finite
+from lmx.convert.single_file import write_slots
 from lmx.core.checkpoint import Source
 from lmx.core.config import ModelConfig
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
+from lmx.core.job import check_job, job_identity
 from lmx.core.loader import DECODER_PREFIX, HEAD_NAMES, build_bound
-from lmx.core.mapped import Advice
+from lmx.core.mapped import Advice, stored_name, torch_dtypes
 from lmx.core.models.mixtral import NAMES, MixtralConfig
 from lmx.core.names import Piece
-from lmx.core.output import OutputFolder, check_target, open_output
+from lmx.core.output import open_output
 from lmx.core.registry import model_type_of
 from lmx.core.shards import Shard, ShardWriter, Slot, make_shard
-
-_KEEP_BYTES = 1 << 30  # so much at most is made again after a kill
-_TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ class _Plan:
 
 def predict_mistral(source: Source, target: Path, options: Options) -> Finished:
     """What `write_mistral` would write, from headers alone. Raises as `write_mistral`."""
-    check_target(target, force=options.force)
+    check_job(source, target, force=options.force)
     plan = _make_plan(source, options)
     return Finished(target, plan.parameters, plan.shard.size)
 
@@ -63,41 +62,32 @@ def write_mistral(source: Source, target: Path, options: Options) -> Iterator[Pr
     """Write the new folder `target`; yields a Progress for each tensor, and at last Finished.
 
     Raises:
+        UsageError: the target holds the source, or has the name of a file.
         InputError: the source is damaged, no Mixtral, or one that params.json has no words for; or a value does not
             fit the dtype.
         ConflictError: the target exists and `force` is not set, or another process works on it.
         ResourceError: disk or memory would not suffice, or did not.
 
     """
-    check_target(target, force=options.force)
+    check_job(source, target, force=options.force)
     plan = _make_plan(source, options)
-    with open_output(target, job_identity("mistral", source, options, (plan.shard,)), force=options.force) as output:
+    job = job_identity(source, (plan.shard,), "mistral", FORMAT, str(options.dtype))
+    with open_output(target, job, force=options.force) as output:
         if plan.shard.name not in output.finished:
-            check_room(output, (plan.shard,))
-            yield from _write_all(source, plan, output)
+            output.check_room((plan.shard,))
+            targets = [plan.targets[slot.name] for slot in plan.shard.slots]
+            sizes = [prod(target.slot.shape) for target in targets]
+            yield from write_slots(output, plan.shard, sizes, lambda file, n: _write(source, targets[n], file))
         output.add(PARAMS, plan.params)
-        add_companions(output, options)
+        output.copy(options.companions)
         output.commit()
     yield Finished(target, plan.parameters, plan.shard.size)
-
-
-def _write_all(source: Source, plan: _Plan, output: OutputFolder) -> Iterator[Progress]:
-    slots = plan.shard.slots
-    with output.shard(plan.shard, {}) as file:
-        done, unkept = sum(prod(slot.shape) for slot in slots[: file.done]), 0
-        for number, slot in enumerate(slots[file.done :], file.done + 1):
-            _write(source, plan.targets[slot.name], file)
-            done, unkept = done + prod(slot.shape), unkept + slot.nbytes
-            if unkept >= _KEEP_BYTES:
-                output.keep(file, number)
-                unkept = 0
-            yield Progress(slot.name, done, plan.parameters)
 
 
 def _write(source: Source, target: _Target, file: ShardWriter) -> None:
     piece = target.piece
     weight = restore(piece.of(source.tensor(piece.hub)), target.change, target.heads)
-    value = weight.to(_TORCH[target.slot.dtype])
+    value = weight.to(torch_dtypes()[target.slot.dtype])
     check_finite(value, weight, piece.hub)
     file.write(target.slot.name, value)
     source.advise(piece.hub, Advice.DONT_NEED)
@@ -114,7 +104,7 @@ def _make_plan(source: Source, options: Options) -> _Plan:
         ours = next((ours for ours, name in HEAD_NAMES.items() if name == hub), None) or _decoder_name(hub)
         # An output matrix that is the embedding itself is written all the same: the format knows no tied ones
         piece = bound.get(ours) or bound[_decoder_name("model.embed_tokens.weight")]
-        kind = source.infos[piece.hub].dtype if options.dtype is None else DTYPES[options.dtype]
+        kind = source.infos[piece.hub].dtype if options.dtype is None else stored_name(options.dtype)
         targets[theirs] = _Target(Slot(theirs, kind, piece.shape), piece, row.change, row.heads)
     shard = make_shard(SAFETENSORS, [(target.slot,) for target in targets.values()])
     return _Plan(targets, shard, _params(config))

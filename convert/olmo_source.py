@@ -8,7 +8,7 @@ Imports no torch.
 from pathlib import Path
 
 from lmx.convert.original_names import Change, Row, Table
-from lmx.convert.original_source import Layout, OriginalCheckpoint, find_parts, stored_shape, to_json
+from lmx.convert.original_source import Layout, OriginalCheckpoint, find_parts, size_in, stored_shape
 from lmx.convert.pickle_source import PickleCheckpoint
 from lmx.convert.vocabularies import TOKENIZER
 from lmx.convert.yaml_file import read_yaml
@@ -16,7 +16,7 @@ from lmx.core.checkpoint import Checkpoint
 from lmx.core.config import ConfigReader
 from lmx.core.errors import InputError
 from lmx.core.files import is_plain_name, quoted, read_bounded
-from lmx.core.jsonfile import JSON
+from lmx.core.jsonfile import JSON, to_json
 from lmx.core.text.files import MAX_TOKENIZER_BYTES
 
 CONFIG, WEIGHTS = "config.yaml", "model.pt"
@@ -56,7 +56,7 @@ def open_olmo(folder: Path) -> Checkpoint:
     read.finish()
     stored = PickleCheckpoint.of_files(folder, [folder / WEIGHTS])
     rows = stored_shape(stored, "transformer.wte.weight", 2)[0]
-    heads, kv_heads, experts, layers, hidden = (_size(config, key) for key in _TABLE_KEYS)
+    heads, kv_heads, experts, layers, hidden = (size_in(config, key) for key in _TABLE_KEYS)
     config |= {"vocab_size": rows, "intermediate_size": _expert_width(stored, experts)}
     shares = (hidden, kv_heads * (hidden // heads), kv_heads * (hidden // heads))
     parts = find_parts(stored, _table(shares, experts), layers)
@@ -131,13 +131,6 @@ def _tokenizer(raw: dict[str, JSON], folder: Path) -> dict[str, bytes]:
         return {}
     path = folder / name
     return {TOKENIZER: read_bounded(path, MAX_TOKENIZER_BYTES)} if path.is_file() else {}
-
-
-def _size(config: dict[str, JSON], key: str) -> int:
-    value = config[key]
-    if not isinstance(value, int):
-        raise TypeError(f"{key} was read as a whole number")
-    return value
 
 
 def _table(shares: tuple[int, ...], experts: int) -> Table:

@@ -88,11 +88,6 @@ class Part:
     change: Change
     heads: int
 
-    @property
-    def is_view(self) -> bool:
-        """Whether it can be had without moving a byte."""
-        return self.change is not Change.PAIRS
-
 
 class Table:
     """The rows of one layout, looked up by the file's names."""

@@ -6,7 +6,6 @@ temporary folder that lives as long as the checkpoint, beside links to what else
 folder. Importing this imports no torch.
 """
 
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from lmx.convert.original_names import Part, Table
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
-from lmx.core.jsonfile import JSON
+from lmx.core.jsonfile import JSON, to_json
 from lmx.core.mapped import ITEM_SIZES, Advice
 from lmx.core.names import split_numbers
 from lmx.core.safetensors_file import MAX_TENSORS, TensorInfo
@@ -75,11 +74,6 @@ class OriginalCheckpoint(Checkpoint):
         """The weight files."""
         return self._stored.files
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The `__metadata__` of the weight files."""
-        return self._stored.metadata
-
     def tensor(self, name: str) -> "torch.Tensor":
         """A tensor by the hub's name: a view of the mapped file where nothing is to be moved, else a copy."""
         if self._parts is None:
@@ -131,6 +125,14 @@ def stored_shape(stored: Checkpoint, name: str, rank: int) -> tuple[int, ...]:
     return info.shape
 
 
+def size_in(config: Mapping[str, JSON], key: str) -> int:
+    """A whole number of a config that a layout has made. Raises TypeError for anything else."""
+    value = config[key]
+    if not isinstance(value, int):
+        raise TypeError(f"{key} was read as a whole number")
+    return value
+
+
 def with_dtype(config: Mapping[str, JSON], infos: Mapping[str, TensorInfo]) -> dict[str, JSON]:
     """The config with the dtype of most of the weights' bytes, where it names none."""
     counted = dict.fromkeys(_STORED, 0)
@@ -139,11 +141,6 @@ def with_dtype(config: Mapping[str, JSON], infos: Mapping[str, TensorInfo]) -> d
     main = _STORED.get(max(counted, key=lambda kind: counted[kind]))
     named = main is None or "dtype" in config or "torch_dtype" in config
     return dict(config) if named else {**config, "dtype": main}
-
-
-def to_json(value: Mapping[str, JSON]) -> bytes:
-    """A JSON file."""
-    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def _infos(stored: Checkpoint, parts: Mapping[str, Part]) -> dict[str, TensorInfo]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lmx.convert import griffin_source, mamba_source, mistral_source, olmo_source, vocabulary_source
 from lmx.core.checkpoint import Checkpoint
+from lmx.core.files import names_in
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,7 @@ def find_original(folder: Path) -> Checkpoint | None:
 
     Raises InputError for one that is damaged or hostile.
     """
-    try:
-        names = {entry.name for entry in folder.iterdir()}
-    except (OSError, ValueError):  # whoever opens it next says what is wrong
-        return None
+    names = names_in(folder)
     for kind in _KINDS:
         checkpoint = kind.open(folder) if kind.recognises(names) else None
         if checkpoint is not None:

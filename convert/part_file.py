@@ -114,11 +114,6 @@ class PartFile:
         sync_folder(target.parent)
         self._journal_path.unlink(missing_ok=True)
 
-    def discard(self) -> None:
-        """Remove all that is here."""
-        self._data_path.unlink(missing_ok=True)
-        self._journal_path.unlink(missing_ok=True)
-
     def close(self) -> None:
         """Let go of the files; what is in them stays, and does not change any more."""
         with self._lock:

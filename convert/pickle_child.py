@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, TextIO
 if TYPE_CHECKING:
     import torch
 
-_HEADROOM = 1 << 30  # beyond what Python and torch take themselves; the table of 20,000 tensors needs 0.1 GB
+_HEADROOM = 1 << 30  # beyond what Python and torch take themselves; tables of tensors are far smaller
 _NESTED = ("state_dict", "model_state_dict", "model", "module")
 _ERROR_LENGTH = 4000
 

@@ -16,7 +16,7 @@ from lmx.convert.pickle_table import Archive, StridedTensor, read_tables
 from lmx.convert.zip_entries import damaged, read_entries
 from lmx.core.checkpoint import Checkpoint, check_index, read_index
 from lmx.core.errors import InputError, NotFoundError
-from lmx.core.files import open_regular, quoted, read_range
+from lmx.core.files import names_in, open_regular, quoted, read_range
 from lmx.core.mapped import ITEM_SIZES, FileMap
 from lmx.core.safetensors_file import TensorInfo
 
@@ -41,11 +41,6 @@ class PickleFile:
     tensors: Mapping[str, TensorInfo]
     strided: Mapping[str, StridedTensor]
     data: FileMap
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """Pickles have none."""
-        return {}
 
 
 class PickleCheckpoint(Checkpoint):
@@ -102,10 +97,7 @@ class PickleCheckpoint(Checkpoint):
 
 def holds_pickles_only(folder: Path) -> bool:
     """Whether a folder has pickled weights and no safetensors. Raises nothing: opening says what is wrong with it."""
-    try:
-        names = {entry.name for entry in folder.iterdir()}
-    except (OSError, ValueError):
-        return False
+    names = names_in(folder)
     if any(
         name.endswith((".safetensors", ".safetensors.index.json")) and not _NO_WEIGHTS.match(name) for name in names
     ):

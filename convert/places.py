@@ -62,11 +62,23 @@ class Place(Protocol):
         """Note which revision this was."""
 
 
+def cache_folder() -> Path:
+    """The cache of this user, by huggingface_hub's own rules."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).expanduser()
+
+
+def repository_name(repo: str) -> str:
+    """What the cache calls the folder of a model `org/name`."""
+    return "--".join(("models", *repo.split("/")))
+
+
 class CachePlace:
     """A snapshot in the Hugging Face cache."""
 
     def __init__(self, cache: Path, repo: str, commit: str) -> None:
-        name = "--".join(("models", *repo.split("/")))
+        name = repository_name(repo)
         self._repo, self._locks, self._commit = cache / name, cache / ".locks" / name, commit
 
     @property
@@ -203,6 +215,11 @@ def locked(path: Path) -> Iterator[bool]:
         yield _take(fd, path)
     finally:
         os.close(fd)
+
+
+def is_whole(place: Place, file: RemoteFile) -> bool:
+    """Whether content is at hand, by its name and size."""
+    return _size(place.blob(file.digest)) == file.size
 
 
 def sweep(place: Place, listed: Set[str]) -> None:

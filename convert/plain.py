@@ -4,8 +4,6 @@ Where the hub's file stacks the experts of a layer in one tensor and the source 
 weight is written where it belongs in the other; one weight at a time, so that memory does not grow with the model.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -16,20 +14,19 @@ from torch import Tensor
 
 from lmx.convert.events import Finished, Progress
 from lmx.core.checkpoint import INDEX, Source
-from lmx.core.errors import InputError, ResourceError
-from lmx.core.files import quoted, read_bounded
+from lmx.core.errors import InputError
+from lmx.core.files import quoted
+from lmx.core.job import check_job, job_identity
+from lmx.core.jsonfile import to_json
 from lmx.core.loader import DECODER_PREFIX, HEAD_NAMES, build_bound, hub_shapes, stored_head
-from lmx.core.mapped import ITEM_SIZES, Advice
+from lmx.core.mapped import ITEM_SIZES, Advice, stored_name, torch_dtypes
 from lmx.core.names import NameTable, Piece, Shape
-from lmx.core.output import OutputFolder, check_target, open_output
+from lmx.core.output import OutputFolder, open_output
 from lmx.core.registry import family_of
 from lmx.core.shards import DEFAULT_SHARD_BYTES, Shard, ShardWriter, Slot, index_json, plan_shards
 
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
 # Changes whenever the same source and options would give other bytes: a half-made output of before is not continued.
-_FORMAT = 1
-_COMPANION_LIMIT_BYTES = 256 << 20
+FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +50,9 @@ class _Target:
 def predict_plain(source: Source, target: Path, options: Options = Options()) -> Finished:
     """What `write_plain` would write, from headers alone. Raises InputError for a source that does not fit its config.
 
-    Also raises ConflictError for a target that exists, where `force` is not set.
+    Also raises as `check_job`.
     """
-    check_target(target, force=options.force)
+    check_job(source, target, force=options.force)
     targets = _targets(source, options.dtype)
     shards = plan_shards(([(item.slot,)] for item in targets.values()), options.max_shard_bytes)
     total = sum(prod(item.slot.shape) for item in targets.values())
@@ -69,17 +66,19 @@ def write_plain(source: Source, target: Path, options: Options = Options()) -> I
     target's name but what was.
 
     Raises:
+        UsageError: the target holds the source, or has the name of a file.
         InputError: the source is damaged or unsupported, or a value does not fit the dtype.
         ConflictError: the target exists and `force` is not set, or another process works on it.
         ResourceError: disk or memory would not suffice, or did not.
 
     """
-    check_target(target, force=options.force)
+    check_job(source, target, force=options.force)
     targets = _targets(source, options.dtype)
     shards = plan_shards(([(item.slot,)] for item in targets.values()), options.max_shard_bytes)
     total = sum(prod(item.slot.shape) for item in targets.values())
-    with open_output(target, job_identity("plain", source, options, shards), force=options.force) as output:
-        check_room(output, shards)
+    job = job_identity(source, shards, "plain", FORMAT, str(options.dtype))
+    with open_output(target, job, force=options.force) as output:
+        output.check_room(shards)
         done = 0
         for shard in shards:
             if shard.name in output.finished:
@@ -106,7 +105,7 @@ def _targets(source: Source, dtype: torch.dtype | None) -> dict[str, _Target]:
     found: dict[str, _Target] = {}
     for name, shape in hub_shapes(model, family).items():
         parts = tuple((bound[ours], piece) for ours, piece in _weights_in(table, name, shape))
-        kind = infos[parts[0][0].hub].dtype if dtype is None else DTYPES[dtype]
+        kind = infos[parts[0][0].hub].dtype if dtype is None else stored_name(dtype)
         found[name] = _Target(Slot(name, kind, shape), parts)
     rank = {piece.hub: place for place, piece in enumerate(bound[name] for name, _ in model.named_parameters())}
     return dict(sorted(found.items(), key=lambda item: min(rank[source.hub] for source, _ in item[1].parts)))
@@ -122,7 +121,7 @@ def _weights_in(table: NameTable, name: str, shape: Shape) -> Iterator[tuple[str
 
 
 def _write(source: Source, item: _Target, file: ShardWriter) -> None:
-    dtype = next(key for key, value in DTYPES.items() if value == item.slot.dtype)
+    dtype = torch_dtypes()[item.slot.dtype]
     for stored, wanted in item.parts:
         weight = stored.of(source.tensor(stored.hub))
         value = (weight.t() if wanted.transposed else weight).to(dtype)
@@ -151,31 +150,5 @@ def _add_small_files(output: OutputFolder, source: Source, shards: tuple[Shard, 
     if options.dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         config = {**config, key: str(options.dtype).removeprefix("torch.")}
-    output.add("config.json", (json.dumps(config, indent=2) + "\n").encode())
-    add_companions(output, options)
-
-
-def add_companions(output: OutputFolder, options: Options) -> None:
-    """Copy the files that stand beside the weights."""
-    for path in options.companions:
-        output.add(path.name, read_bounded(path, _COMPANION_LIMIT_BYTES))
-
-
-def job_identity(form: str, source: Source, options: Options, shards: tuple[Shard, ...]) -> str:
-    """What must be the same for a half-made output to be continued: format, source, options, and every header."""
-    stats = [(str(path), path.stat()) for path in source.files]
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    headers = [hashlib.sha256(shard.header).hexdigest() for shard in shards]
-    identity = [form, _FORMAT, str(options.dtype), source.label, files, source.config, headers]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def check_room(output: OutputFolder, shards: tuple[Shard, ...]) -> None:
-    """Raise ResourceError where the disk has no room for what is yet to be written."""
-    needed = sum(shard.size for shard in shards if shard.name not in output.finished)
-    free = output.free_bytes()
-    if needed > free:
-        raise ResourceError(
-            f"{quoted(str(output.target))} needs {needed / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB left",
-            "free space on that disk, or choose another folder",
-        )
+    output.add("config.json", to_json(config))
+    output.copy(options.companions)

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lmx.convert.choose import choose
@@ -17,9 +16,9 @@ from lmx.convert.hub import HubId, Wish, hub_errors, is_transport_error
 from lmx.convert.listing import Listing
 from lmx.convert.part_file import resumable_bytes
 from lmx.convert.patience import Patience
-from lmx.convert.places import CachePlace, FolderPlace, Place, sweep
+from lmx.convert.places import CachePlace, FolderPlace, Place, cache_folder, is_whole, sweep
 from lmx.convert.pull_events import Event, Planned, Pulled
-from lmx.convert.transfer import Transfer, is_whole
+from lmx.convert.transfer import Transfer
 from lmx.core.errors import InputError, ResourceError
 from lmx.core.files import quoted
 
@@ -97,11 +96,9 @@ class _Job:
 
 
 def _place(wish: Wish, commit: str) -> Place:
-    from huggingface_hub import constants
-
     if wish.local_dir is not None:
         return FolderPlace(wish.local_dir, commit)
-    return CachePlace(Path(constants.HF_HUB_CACHE).expanduser(), wish.hub_id.repo, commit)
+    return CachePlace(cache_folder(), wish.hub_id.repo, commit)
 
 
 def _fetch_listing(hub_id: HubId, token: str | None) -> Listing:

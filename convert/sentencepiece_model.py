@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lmx.convert.gguf_header import Value as Key
-from lmx.convert.gguf_vocabulary import MAX_CHARACTERS, MAX_PIECE, TokenType
+from lmx.convert.gguf_vocabulary import DAMAGED, MAX_CHARACTERS, MAX_PIECE, TokenType
 from lmx.convert.protobuf import Value, read_fields
 from lmx.core.errors import InputError
 from lmx.core.files import quoted, read_bounded
@@ -27,7 +27,6 @@ _MODEL_TYPE, _SUFFIX_SPACES, _BYTE_FALLBACK = 3, 24, 35
 _IDS = {"unknown": (40, 0), "bos": (41, 1), "eos": (42, 2), "padding": (43, -1)}
 _CHARSMAP, _DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES = 2, 3, 4, 5
 
-_DAMAGED = "the vocabulary is damaged: download the file again"
 _UNSAYABLE = "lmx reads the BPE of Mistral and Gemma: take the model's published tokenizer.json"
 
 
@@ -67,7 +66,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     try:
         return _parse(memoryview(read_bounded(path, LIMIT_BYTES)), where)
     except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{where} is no sentencepiece model: {error}", _DAMAGED) from error
+        raise InputError(f"{where} is no sentencepiece model: {error}", DAMAGED) from error
 
 
 def _parse(data: memoryview, where: str) -> SentencePieceModel:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from lmx.convert.gguf_header import Value as Key
-from lmx.convert.gguf_vocabulary import TokenType
+from lmx.convert.gguf_vocabulary import DAMAGED, TokenType
 from lmx.core.errors import InputError
 from lmx.core.files import quoted, read_bounded
 from lmx.core.text.files import AddedToken
@@ -35,7 +35,6 @@ CL100K_SPECIAL = {
 # DBRX's: https://github.com/mosaicml/llm-foundry/blob/main/llmfoundry/tokenizers/tiktoken.py
 DBRX_SPECIAL = {"<|pad|>": 100277, "<|im_start|>": 100278, "<|im_end|>": 100279}
 _NAMED = dict.fromkeys(("bos", "eos", "unknown"), "<|endoftext|>") | {"padding": "<|pad|>"}
-_DAMAGED = "the vocabulary is damaged: download the file again"
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def read_tiktoken(path: Path) -> TiktokenModel:
     try:
         return TiktokenModel(_parse(read_bounded(path, LIMIT_BYTES)))
     except ValueError as error:
-        raise InputError(f"{where} is no vocabulary of tiktoken: {error}", _DAMAGED) from error
+        raise InputError(f"{where} is no vocabulary of tiktoken: {error}", DAMAGED) from error
 
 
 def _parse(data: bytes) -> dict[bytes, int]:

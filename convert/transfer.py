@@ -5,7 +5,6 @@ asked for and are not in a journal: that is what a death can cost. A connection 
 stopped.
 """
 
-import os
 import threading
 import time
 from collections import deque
@@ -15,9 +14,9 @@ from queue import Empty, SimpleQueue
 
 from lmx.convert.fetch import THREAD_PREFIX, HubFiles, UnluckyError
 from lmx.convert.listing import RemoteFile
-from lmx.convert.part_file import PartFile
+from lmx.convert.part_file import PartFile, discard_parts
 from lmx.convert.patience import Patience
-from lmx.convert.places import POLL_SECONDS, Place, locked
+from lmx.convert.places import POLL_SECONDS, Place, is_whole, locked
 from lmx.convert.pull_events import Arrived, Checking, FileEvent, Installed, Restarted, Retrying, Waiting
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
@@ -274,7 +273,7 @@ class Transfer:
             with self._lock:
                 self._waiting.append(job)
             return
-        part.discard()
+        discard_parts(self._place.parts, job.file.digest)
         raise InputError(
             f"{quoted(job.name)} came with other content than its {job.file.kind} digest says; it was thrown away",
             "try again; if it stays so, the repository or whoever answers for the hub is broken",
@@ -288,9 +287,3 @@ class Transfer:
         for file in job.files:
             self._events.put(Installed(file.name))
         job.resources.close()
-
-
-def is_whole(place: Place, file: RemoteFile) -> bool:
-    """Whether content is at hand, by its name and size."""
-    blob = place.blob(file.digest)
-    return blob.is_file() and os.stat(blob).st_size == file.size

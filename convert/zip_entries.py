@@ -22,7 +22,8 @@ DIRECTORY_LIMIT_BYTES = 16 << 20
 _LOCAL = struct.Struct("<4s5H3I2H")  # APPNOTE.TXT 4.3.7
 _LOCAL_MARK = b"PK\x03\x04"
 _ENCRYPTED = 0x1
-_MALFORMED = (zipfile.BadZipFile, struct.error, ValueError, OSError, EOFError, NotImplementedError, OverflowError)
+# What the stdlib's reader raises; a kind of RuntimeError where an entry wants a newer version of the format.
+_MALFORMED = (zipfile.BadZipFile, struct.error, ValueError, OSError, EOFError, RuntimeError, OverflowError)
 _DAMAGED = "the file is damaged or hostile: get it again from its publisher, as safetensors if there are any"
 
 

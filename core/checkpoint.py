@@ -79,11 +79,6 @@ class WeightFile(Protocol):
         ...
 
     @property
-    def metadata(self) -> Mapping[str, str]:
-        """What else it says."""
-        ...
-
-    @property
     def data(self) -> FileMap:
         """The map that views are made of."""
         ...
@@ -138,11 +133,6 @@ class Checkpoint:
     def files(self) -> tuple[Path, ...]:
         """The weight files, in the order of their names."""
         return tuple(self._files)
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The `__metadata__` of all files together; where two differ, the later file's."""
-        return {key: value for file in self._files.values() for key, value in file.metadata.items()}
 
     @property
     def total_bytes(self) -> int:
@@ -224,7 +214,8 @@ def _only_weights(folder: Path, names: set[str]) -> str:
     if others:
         found = f"{where} holds no weights in the Hugging Face layout, but {quoted(others[0])}"
         raise InputError(found, f"convert it first: lmx convert {folder} DST")
-    raise InputError(f"{where} holds no weights (no *.safetensors)", _PULL_AGAIN)
+    hint = "give the folder of a model; if it is one, its download is incomplete: download it again"
+    raise InputError(f"{where} holds no weights (no *.safetensors)", hint)
 
 
 def read_index(path: Path, suffix: str = ".safetensors") -> dict[str, str]:

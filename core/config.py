@@ -5,11 +5,8 @@ A key that we do not know could change the maths, so it is an error; a model tha
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from lmx.core.errors import InputError
-
-Number = TypeVar("Number", int, float)
 
 # What transformers writes into every config and what no forward pass reads: generation defaults of old releases,
 # bookkeeping, and switches of the training framework.

@@ -1,8 +1,8 @@
 """What every family's stack of layers shares: the call's plan, the record of what was asked for, the loop."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from lmx.core.layers.padding import Compaction
 from lmx.core.layers.rope import Rotary, rotary_tables, rotate
 from lmx.core.native.attention import AttentionStep, can_attend, can_step
 from lmx.core.state import LayerState, Span, State
+
+if TYPE_CHECKING:
+    from lmx.core.placement import Placement
 
 L = TypeVar("L", bound=LayerState)
 
@@ -57,6 +60,11 @@ class Call:
     record: Record
     compaction: Compaction | None = None
 
+    def to(self, device: torch.device) -> "Call":
+        """The same for a layer on another device."""
+        compaction = None if self.compaction is None else self.compaction.to(device)
+        return replace(self, span=self.span.to(device), positions=self.positions.to(device), compaction=compaction)
+
     def follow(self, call: "Call") -> bool:
         """Take over in place what another call of the same kind says of its step; False where that cannot be done."""
         return type(call) is type(self)
@@ -70,6 +78,13 @@ class AttentionCall(Call):
     rotary: Rotary = field(kw_only=True)
     visibility: Visibility = field(kw_only=True)
     step: AttentionStep | None = field(kw_only=True, default=None)
+
+    def to(self, device: torch.device) -> "Call":
+        """With its tables and mask, and without the kernels, which are those of the device that it came from."""
+        cos, sin = self.rotary
+        step = self.step if cos.device == device else None
+        rotary, visibility = (cos.to(device), sin.to(device)), self.visibility.to(device)
+        return super(AttentionCall, replace(self, rotary=rotary, visibility=visibility, step=step)).to(device)
 
     def follow(self, call: Call) -> bool:
         """The angles, slots and counts of its step."""
@@ -141,6 +156,11 @@ class Inputs:
     implementation: Implementation
     record: Record = field(default_factory=Record)
 
+    def to(self, device: torch.device) -> "Inputs":
+        """The same on another device."""
+        mask, positions = (None if each is None else each.to(device) for each in (self.mask, self.positions))
+        return replace(self, embeds=self.embeds.to(device), mask=mask, positions=positions)
+
 
 def plan_attention(
     inputs: Inputs, span: Span, cache: AttentionCache | None, rotary_width: int, theta: float, window: int | None = None
@@ -157,7 +177,8 @@ def plan_attention(
         visibility = causal_visibility(span, window, device, inputs.positions if inputs.mask is None else None)
     rotary = rotary_tables(positions, rotary_width, theta)
     step = None
-    if cache is not None and span.length == 1 and inputs.implementation == "sdpa" and can_step(rotary[0]):
+    on_host = span.length == 1 and span.at is None
+    if cache is not None and on_host and inputs.implementation == "sdpa" and can_step(rotary[0]):
         step = AttentionStep(*rotary, *cache.step(span))
     return AttentionCall(
         span,
@@ -183,6 +204,8 @@ class Decoder(nn.Module, ABC, Generic[L]):
     norm: nn.Module
     embed_scale: float | None = None
     embed_dropout: float = 0.0
+    placement: "Placement | None" = None
+    """Where the parts lie; None where all lie on one device."""
 
     @abstractmethod
     def plan(self, inputs: Inputs, span: Span, state: State[L] | None) -> Call:
@@ -202,15 +225,20 @@ class Decoder(nn.Module, ABC, Generic[L]):
         """The config that the decoder was built from."""
 
     def make_state(self, batch_size: int) -> State[L]:
-        """An empty state on the model's device, in its dtype."""
+        """An empty state, each layer's on the layer's device, in the model's dtype."""
         weight = self.embed.weight
-        return State(self.FAMILY, self.empty_layers(batch_size, weight.dtype, weight.device), batch_size)
+        state = State(self.FAMILY, self.empty_layers(batch_size, weight.dtype, weight.device), batch_size)
+        if self.placement is not None:
+            state.settle(self.placement.layers)
+        return state
 
     def forward(self, inputs: Inputs, state: State[L] | None) -> Tensor:
         """Run all layers; the state, if any, is advanced in place.
 
         Returns the last norm's output [batch, length, hidden].
         """
+        if self.placement is not None:
+            inputs = inputs.to(self.placement.layers[0])
         length = inputs.embeds.shape[1]
         span = state.span(length, inputs.mask) if state is not None else Span.stateless(length, inputs.mask)
         call = self.plan(inputs, span, state)
@@ -227,7 +255,20 @@ class Decoder(nn.Module, ABC, Generic[L]):
 
     def run_layers(self, x: Tensor, call: Call, state: State[L] | None) -> Tensor:
         """All layers, one after another: x [batch, length, hidden] -> the same. The layers' states are written to."""
+        if self.placement is not None:
+            return self._run_apart(x, call, state, self.placement)
         for index, layer in enumerate(self.layers):
             call.record.hidden(x)
             x = layer(x, call, state.layers[index] if state is not None else None)
         return x
+
+    def _run_apart(self, x: Tensor, call: Call, state: State[L] | None, placement: "Placement") -> Tensor:
+        """`run_layers` over several devices: the stream moves where they change, and ends where the last norm lies."""
+        calls: dict[torch.device, Call] = {}
+        for index, (layer, device) in enumerate(zip(self.layers, placement.layers, strict=True)):
+            call.record.hidden(x)
+            x = x.to(device)
+            if device not in calls:
+                calls[device] = call.to(device)
+            x = layer(x, calls[device], state.layers[index] if state is not None else None)
+        return x.to(placement.head)

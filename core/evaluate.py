@@ -193,7 +193,7 @@ def _check(sequences: Sequence[Sequence[int]], model: LanguageModel) -> None:
 def _check_comparable(model: LanguageModel, base: LanguageModel) -> None:
     if (model.family, model.config.vocab_size) != (base.family, base.config.vocab_size) or base.kind != model.kind:
         raise InputError(
-            f"a {model.family} of {model.config.vocab_size} tokens and a {base.family} of {base.config.vocab_size} "
+            f"{model.family} of {model.config.vocab_size} tokens and {base.family} of {base.config.vocab_size} "
             "cannot be compared",
             "compare a model with the one it was made from",
         )

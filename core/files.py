@@ -34,6 +34,14 @@ def is_plain_name(name: str) -> bool:
     return len(name.encode()) <= 255
 
 
+def names_in(folder: Path) -> set[str]:
+    """What lies in a folder; nothing where it cannot be read, which whoever opens it next will say."""
+    try:
+        return {entry.name for entry in folder.iterdir()}
+    except (OSError, ValueError):
+        return set()
+
+
 @contextmanager
 def open_regular(path: Path) -> Iterator[int]:
     """Open a regular file for reading and yield its descriptor, closed at the end of the block.

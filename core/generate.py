@@ -10,8 +10,8 @@ state stays as said above. An exception that strikes inside the model (KeyboardI
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lmx.core.answer import Answer, Event, Finished, PromptProcessed
+from lmx.core.answer import Answer, Event, Finished, PromptProcessed, Token
 from lmx.core.errors import InputError, UsageError
-from lmx.core.sampling import Sampler, Sampling, sample_rows
+from lmx.core.sampling import Chosen, Sampler, Sampling, sample_rows
 
 if TYPE_CHECKING:
     from lmx.core.model import AnyState, LanguageModel, Output
@@ -99,16 +99,12 @@ def generate(
         row.computed_tokens = run.columns
     if run.prompt_is_read:
         yield PromptProcessed(len(prompt_ids), run.columns, run.prompt_seconds)
-    while row.active:
-        if run.must_stop:
-            row.answer.cancel()
-            break
-        with run.generating():
-            if row.answer.token_ids:
-                run.feed(torch.tensor([row.answer.token_ids[-1:]]), None)
-            token = row.answer.take(*row.sampler.next(run.logits[0]))
-        row.generation_seconds = run.generation_seconds
-        yield token
+    with closing(run.choices(row)) as choices:
+        while row.active:
+            if run.must_stop:
+                row.answer.cancel()
+                break
+            yield run.next_token(row, choices)
     yield row.finished(run.prompt_seconds)
 
 
@@ -224,12 +220,8 @@ class _Row:
     ) -> None:
         self.prompt_ids = prompt_ids
         self.sampler = Sampler(options.sampling, prompt_ids)
-        self.answer = Answer(
-            text_engine.stream(stream_context),
-            options.stop_strings,
-            options.stop_ids,
-            options.limit(model, len(prompt_ids)),
-        )
+        self.limit = options.limit(model, len(prompt_ids))
+        self.answer = Answer(text_engine.stream(stream_context), options.stop_strings, options.stop_ids, self.limit)
         self.computed_tokens = 0
         self.generation_seconds = 0.0
 
@@ -282,8 +274,8 @@ class _Run:
             self.feed(input_ids[:, part], None if mask is None else mask[:, part])
             self.columns = min(first + chunk, input_ids.shape[1])
         self.prompt_is_read = self.columns == input_ids.shape[1]
-        if self._model.device.type != "cpu":
-            torch.accelerator.synchronize(self._model.device)
+        if self.logits.device.type != "cpu":  # all that was computed went into them, on whatever devices
+            torch.accelerator.synchronize(self.logits.device)
         self.prompt_seconds = perf_counter() - start
 
     def read_prompt_in_two(self, input_ids: Tensor, before_last: Callable[[], None], chunk: int) -> None:
@@ -313,6 +305,20 @@ class _Run:
             output_router_logits=False,  # what a config asks for training has no use here
         )
         self.logits = output.logits[:, -1]
+
+    def choices(self, row: _Row) -> Generator[Chosen, None, None]:
+        """The tokens of a row's answer, for as long as they are asked for; to be closed before the state is used."""
+        yield from self._stepper.choices(self.logits[0], row.sampler, row.limit)
+
+    def next_token(self, row: _Row, choices: Iterator[Chosen]) -> Token:
+        """Let the row take one more token."""
+        start = perf_counter()
+        chosen = next(choices)
+        token = row.answer.take(chosen.token_id, chosen.logprob)
+        # A device may have computed while the consumer of the last event was at work.
+        self.generation_seconds += max(perf_counter() - start, chosen.seconds)
+        row.generation_seconds = self.generation_seconds
+        return token
 
     @contextmanager
     def generating(self) -> Iterator[None]:

@@ -12,7 +12,6 @@ from lmx.core.layers.linear import linear
 from lmx.core.native.griffin import can_cap, soft_cap
 
 HeadKind = Literal["causal", "none", "sequence", "token"]
-HEAD_KINDS: tuple[HeadKind, ...] = ("causal", "none", "sequence", "token")
 
 IGNORED_LABEL = -100
 
@@ -52,7 +51,7 @@ class CausalHead(nn.Module):
         """
         predictions, labels = logits[:, :-1].float().flatten(0, 1), labels[:, 1:].to(logits.device)
         if mask is not None:
-            labels = labels.masked_fill(~mask[:, :-1], IGNORED_LABEL)
+            labels = labels.masked_fill(~mask[:, :-1].to(labels.device), IGNORED_LABEL)
         return F.cross_entropy(predictions, labels.flatten(), ignore_index=IGNORED_LABEL)
 
 

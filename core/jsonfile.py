@@ -1,9 +1,10 @@
-"""Reading JSON that we do not trust: bounded, strict, and with errors that name the file and the place."""
+"""JSON files: reading those that we do not trust, bounded, strict, with errors that name the place; and writing."""
 
 import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -30,7 +31,15 @@ def read_json(path: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> dict[str, J
 
 
 def parse_json(data: bytes, where: str) -> dict[str, JSON]:
-    """Parse one JSON object (RFC 8259, UTF-8); `where` stands for its origin in errors.
+    """Parse one JSON object, as `parse_value` parses any value. Raises InputError."""
+    value = parse_value(data, where)
+    if not isinstance(value, dict):
+        raise InputError(f"{where} holds a JSON {type(value).__name__}, not an object", _DAMAGED)
+    return value
+
+
+def parse_value(data: bytes, where: str) -> JSON:
+    """Parse one JSON value (RFC 8259, UTF-8); `where` stands for its origin in errors.
 
     Stricter than `json.loads`: no duplicate keys, no NaN or infinity (spelled out or by overflow), no half of a
     surrogate pair (such a string could never be written again).
@@ -57,9 +66,12 @@ def parse_json(data: bytes, where: str) -> dict[str, JSON]:
         raise InputError(f"{where} is nested too deeply", _DAMAGED) from error
     except ValueError as error:  # from our hooks, or a number of thousands of digits
         raise InputError(f"{where} is not acceptable JSON: {error}", _DAMAGED) from error
-    if not isinstance(value, dict):
-        raise InputError(f"{where} holds a JSON {type(value).__name__}, not an object", _DAMAGED)
     return value
+
+
+def to_json(value: Mapping[str, object]) -> bytes:
+    """A JSON file as the hub writes its own."""
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def _unique_keys(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:

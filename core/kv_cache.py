@@ -48,6 +48,11 @@ def _seen(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (key > query - window)
 
 
+def _filled(at: Tensor, slots: int) -> Visibility:
+    """A token of number `at` [1] sees the first of `slots` slots, itself last, or all once a ring is full."""
+    return Visibility((torch.arange(slots, device=at.device) <= at)[None, None, None])
+
+
 def _pair(tensors: Mapping[str, Tensor], kind: str) -> tuple[Tensor, Tensor]:
     keys, values = take(tensors, kind, keys=4, values=4)
     if keys.shape != values.shape or keys.dtype != values.dtype:
@@ -107,20 +112,25 @@ class KVCache(AttentionCache):
 
     def visibility(self, span: Span) -> Visibility:
         """Keys lie in slots 0 .. start + length."""
+        if span.at is not None:
+            return _filled(span.at, span.start + 1)
+        span = span.to(self.keys.device)
         if span.ordinals is None and span.start == 0:
             return causal_visibility(span, None, self.keys.device)
         if span.ordinals is None and span.length == 1:
             return Visibility(None)
         slots = torch.arange(span.start + span.length, device=self.keys.device)[None]
         queries = slots[:, span.start :] if span.ordinals is None else span.ordinals.clamp(min=0)
-        return Visibility(_seen(queries, slots, None))
+        return Visibility(_seen(queries, slots, None), causal=span.ordinals is None)
 
     def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Write behind what is there; return views of all slots in use."""
         self.make_room(span)
         end = span.start + span.length
         for buffer, new in ((self.keys, keys), (self.values, values)):
-            if span.ordinals is None:
+            if span.at is not None:
+                buffer.index_copy_(2, span.at, new)
+            elif span.ordinals is None:
                 buffer[:, :, span.start : end] = new
             else:
                 _scatter(buffer, new, span.ordinals, span.ordinals)
@@ -202,6 +212,9 @@ class WindowKVCache(AttentionCache):
 
     def visibility(self, span: Span) -> Visibility:
         """One token is written first and sees the ring; several see the ring as it was, and each other."""
+        if span.at is not None:
+            return _filled(span.at, min(span.start + 1, self.window))
+        span = span.to(self.keys.device)
         if span.ordinals is None and span.start == 0:
             return causal_visibility(span, self.window, self.keys.device)
         slots = torch.arange(self.window, device=self.keys.device)
@@ -224,7 +237,7 @@ class WindowKVCache(AttentionCache):
 
     def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Write over the oldest; return the ring, or for several tokens the ring as it was and their own keys."""
-        fresh = span.ordinals is None and span.start == 0
+        fresh = span.ordinals is None and span.start == 0 and span.at is None
         if span.length == 1 and not fresh:
             self._write(keys, values, span)
             used = self.window if span.ordinals is not None else min(span.start + 1, self.window)
@@ -244,7 +257,11 @@ class WindowKVCache(AttentionCache):
         return torch.where(numbers < 0, -1, numbers % self.window), (numbers.clamp(min=0) + 1).clamp(max=self.window)
 
     def _write(self, keys: Tensor, values: Tensor, span: Span) -> None:
+        slot_at = None if span.at is None else span.at % self.window
         for buffer, new in ((self.keys, keys), (self.values, values)):
+            if slot_at is not None:
+                buffer.index_copy_(2, slot_at, new)
+                continue
             if span.ordinals is not None:
                 newest = span.ordinals.max(dim=1, keepdim=True).values
                 kept = span.ordinals.masked_fill(span.ordinals <= newest - self.window, -1)

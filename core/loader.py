@@ -4,7 +4,7 @@ On the CPU, a weight whose dtype is already right stays a view of the mapped fil
 what is touched.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from lmx.core.checkpoint import Source
 from lmx.core.errors import InputError
 from lmx.core.heads import HeadKind
+from lmx.core.mapped import ITEM_SIZES, Advice
 from lmx.core.model import LanguageModel
 from lmx.core.names import NameTable, Piece, Shape
+from lmx.core.placement import HOST, Budget, Destinations, move_weight
 from lmx.core.registry import Family, family_of
 
 HEAD_NAMES = {"head.weight": "lm_head.weight", "head.score.weight": "score.weight", "head.score.bias": "score.bias"}
@@ -44,20 +46,51 @@ def load_model(
     head: HeadKind = "causal",
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
+    budgets: Sequence[Budget] = (),
 ) -> LanguageModel:
     """Load a checkpoint.
 
     head: what to put on the decoder; a classification head that the checkpoint lacks begins from random weights.
-    dtype: convert all weights; None keeps each as stored. device: None is the CPU. The model is in evaluation mode.
+    dtype: convert all weights; None keeps each as stored. device: None is the CPU. budgets: what may be taken of each
+    card, in place of a device; what they do not hold stays on the CPU. The model is in evaluation mode.
     Raises InputError where config, names or shapes do not fit.
     """
     model, bound = build_bound(source.config, {name: info.shape for name, info in source.infos.items()}, head)
-    device = device or torch.device("cpu")
+    weights = held_bytes(model, source, bound, dtype) if budgets else {}
+    places = Destinations.plan(model, weights, dtype or torch.float32, device, budgets)
     for name, piece in bound.items():
-        weight = piece.of(source.tensor(piece.hub))
-        assign(model, name, weight.to(device=device, dtype=dtype or weight.dtype))
-    start_missing_head(model, dtype, device)
+        assign_moved(model, name, source, piece, piece.of(source.tensor(piece.hub)), dtype, places)
+    start_missing_head(model, dtype, places.placement.head)
+    places.settle()
     return model.eval()
+
+
+def held_bytes(
+    model: LanguageModel, source: Source, bound: Mapping[str, Piece], dtype: torch.dtype | None
+) -> dict[str, int]:
+    """The bytes of each parameter in `dtype`, or as stored; what the checkpoint lacks, a new head, is small."""
+    names = dict(model.named_parameters())
+    return {
+        name: names[name].numel() * (dtype.itemsize if dtype else ITEM_SIZES[source.infos[piece.hub].dtype])
+        for name, piece in bound.items()
+        if piece.hub in source.infos
+    }
+
+
+def assign_moved(
+    model: LanguageModel,
+    name: str,
+    source: Source,
+    piece: Piece,
+    weight: Tensor,
+    dtype: torch.dtype | None,
+    places: Destinations,
+) -> None:
+    """Put a weight of the source in its place on its device; on a card, the pages that it was read from are let go."""
+    device = places.of(name)
+    assign(model, name, move_weight(weight, device, dtype or weight.dtype))
+    if device != HOST and piece.rows is None:  # else its neighbours in the same tensor may come next
+        source.advise(piece.hub, Advice.DONT_NEED)
 
 
 def build_bound(

@@ -70,7 +70,7 @@ class FileMap:
         """
         import torch
 
-        dtypes = _torch_dtypes()
+        dtypes = torch_dtypes()
         if not nbytes:
             return torch.empty(shape, dtype=dtypes[dtype])
         item = ITEM_SIZES[dtype]
@@ -117,7 +117,8 @@ def _no_reserve() -> int:
 
 
 @cache
-def _torch_dtypes() -> "dict[str, torch.dtype]":
+def torch_dtypes() -> "dict[str, torch.dtype]":
+    """Torch's dtypes by safetensors' names."""
     import torch
 
     return {
@@ -137,3 +138,13 @@ def _torch_dtypes() -> "dict[str, torch.dtype]":
         "U16": torch.uint16,
         "U8": torch.uint8,
     }
+
+
+def stored_name(dtype: "torch.dtype") -> str:
+    """Safetensors' name of a dtype. Raises KeyError for one that it has no name for."""
+    return _stored_names()[dtype]
+
+
+@cache
+def _stored_names() -> "dict[torch.dtype, str]":
+    return {dtype: name for name, dtype in torch_dtypes().items()}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lmx.core.config import ModelConfig
 from lmx.core.decoder import Decoder, Inputs, Record
 from lmx.core.errors import UsageError
+from lmx.core.graph_stepper import GraphStepper, reason_against
 from lmx.core.heads import (
     CausalHead,
     ClassHead,
@@ -23,6 +24,9 @@ from lmx.core.layers.moe import balance_loss
 from lmx.core.state import LayerState, State, StateError
 from lmx.core.state_file import load_state
 from lmx.core.stepper import Stepper
+
+if TYPE_CHECKING:
+    from lmx.core.placement import Share
 
 AnyState = State[LayerState]
 
@@ -56,6 +60,8 @@ class LanguageModel(nn.Module):
         self.decoder = decoder
         self.kind: HeadKind = kind
         self.attention: Implementation = "sdpa"
+        self.shares: tuple[Share, ...] = ()
+        """What lies on which device, where cards were shared out; empty where nobody asked."""
         self.head: CausalHead | ClassHead | None = None
         if kind == "causal":
             self.head = CausalHead(config, tied=config.tie_word_embeddings if tied is None else tied)
@@ -88,10 +94,10 @@ class LanguageModel(nn.Module):
 
     def stepper(self, state: AnyState) -> Stepper:
         """What continues a state by one token a row at a time, faster than calling the model does."""
-        return Stepper(self, state)
+        return Stepper(self, state) if reason_against(self) is not None else GraphStepper(self, state)
 
     def load_state(self, path: Path) -> AnyState:
-        """A state saved by `State.save`, on the model's device; it continues to the same bits.
+        """A state saved by `State.save`, each layer's on the layer's device; it continues to the same bits.
 
         Raises InputError for a damaged file, StateError for a state of another model, dtype or window.
         """
@@ -99,6 +105,8 @@ class LanguageModel(nn.Module):
         # On no device: what a hostile file says of its batch must not be allocated.
         weight = self.decoder.embed.weight
         state.check_fits(self.family, self.decoder.empty_layers(1, weight.dtype, torch.device("meta")))
+        if self.decoder.placement is not None:
+            state.settle(self.decoder.placement.layers)
         return state
 
     def reset_parameters(self) -> None:

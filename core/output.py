@@ -10,17 +10,18 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
 
 from lmx.core.errors import ConflictError, ResourceError, UsageError
-from lmx.core.files import quoted, sync_folder, write_atomically
+from lmx.core.files import quoted, read_bounded, sync_folder, write_atomically
 from lmx.core.jsonfile import JSON
 from lmx.core.shards import Shard, ShardWriter
 
 _LOCK, _JOURNAL, _OUT, _OLD = ".lock", "journal.jsonl", "out", "old"
+_COMPANION_LIMIT_BYTES = 256 << 20
 _CONFIGS = ("config.json", "params.json")  # one of these makes a folder a checkpoint
 SINGLE_FILE_SUFFIX = ".gguf"
 """A target of such a name is one file, not a folder."""
@@ -65,6 +66,11 @@ class OutputFolder:
             file.flush()
             os.fsync(file.fileno())
 
+    def copy(self, paths: Sequence[Path]) -> None:
+        """Take over small files that stand beside the source's weights. Raises InputError, NotFoundError."""
+        for path in paths:
+            self.add(path.name, read_bounded(path, _COMPANION_LIMIT_BYTES))
+
     def commit(self) -> None:
         """Give the folder, or the file, its name; an old output of that name goes with the partial folder."""
         made = self._partial / _OUT
@@ -79,6 +85,17 @@ class OutputFolder:
     def discard(self) -> None:
         """Forget all that was written, where it would serve no later run."""
         _discard(self._partial)
+
+    def check_room(self, shards: Sequence[Shard]) -> None:
+        """Raise ResourceError where the disk has no room for what is yet to be written of these."""
+        missing = [shard for shard in shards if shard.name not in self.finished]
+        there = sum(slot.nbytes for shard in missing for slot in shard.slots[: self.begun.get(shard.name, 0)])
+        needed, free = sum(shard.size for shard in missing) - there, self.free_bytes()
+        if needed > free:
+            raise ResourceError(
+                f"{quoted(str(self.target))} needs {needed / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB left",
+                "free space on that disk, or choose another folder",
+            )
 
     def free_bytes(self) -> int:
         """The room that is left on the disk."""

@@ -8,7 +8,7 @@ only the way there is cheaper, because nothing is sorted that a threshold can ru
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -160,6 +160,39 @@ def _nucleus(probabilities: Tensor, sampling: Sampling) -> Tensor:
     return candidates[descending.indices[kept]]
 
 
+class Chosen(NamedTuple):
+    """A token, and the natural log of its probability by the model's own logits.
+
+    seconds: what a device took for it beside the host; 0 where the host computed or waited all the time.
+    """
+
+    token_id: int
+    logprob: float
+    seconds: float = 0.0
+
+
+class History:
+    """What the penalties know of one sequence: which tokens were in it, and how often each was chosen."""
+
+    def __init__(self, prompt_ids: Sequence[int], vocab: int, device: torch.device) -> None:
+        self.counts = torch.zeros(vocab, device=device)
+        self.seen = torch.zeros(vocab, dtype=torch.bool, device=device)
+        self.seen[[index for index in set(prompt_ids) if index < vocab]] = True
+
+    def add(self, token_id: Tensor) -> None:
+        """Note a chosen token, int64 [1]."""
+        self.counts.index_add_(0, token_id, torch.ones_like(self.counts[:1]))
+        self.seen.index_fill_(0, token_id, True)
+
+    def penalized(self, logits: Tensor, sampling: Sampling) -> Tensor:
+        """Return `logits` [vocab] with the penalties for the tokens so far."""
+        penalty = sampling.repeat_penalty
+        scores = torch.where(self.seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+        scores -= sampling.presence_penalty * (self.counts > 0)
+        scores -= sampling.frequency_penalty * self.counts
+        return scores
+
+
 class Sampler:
     """Chooses one sequence's tokens, remembering which came before.
 
@@ -169,9 +202,8 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
         self.sampling = sampling
-        self._prompt_ids = prompt_ids
-        self._counts: Tensor | None = None  # [vocab], how often each token was chosen
-        self._seen: Tensor | None = None  # [vocab], whether each token was in the prompt or chosen
+        self.prompt_ids = prompt_ids
+        self._history: History | None = None
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -185,25 +217,21 @@ class Sampler:
         and truncation. Raises `InputError` if the logits hold NaN or infinity.
         """
         logits = logits.float()
-        log_normalizer = _finite(logits.logsumexp(0).item())
+        log_normalizer = finite(logits.logsumexp(0).item())
         scores = self._penalized(logits) if self.sampling.penalizes else logits
         token_id = self._draw(scores) if self.sampling.temperature > 0 else int(scores.argmax())
-        if self._counts is not None and self._seen is not None:
-            self._counts[token_id] += 1
-            self._seen[token_id] = True
+        if self._history is not None:
+            self._history.add(torch.tensor([token_id], device=logits.device))
         return token_id, logits[token_id].item() - log_normalizer
 
+    def uniforms(self, count: int) -> Tensor:
+        """The next so many random numbers from [0, 1), float64 [count] on the CPU: those that as many draws use."""
+        return torch.rand(count, generator=self._generator, dtype=torch.float64)
+
     def _penalized(self, logits: Tensor) -> Tensor:
-        """Return `logits` [vocab] with the penalties for the tokens so far."""
-        if self._counts is None or self._seen is None:
-            self._counts = torch.zeros_like(logits)
-            self._seen = torch.zeros_like(logits, dtype=torch.bool)
-            self._seen[[index for index in set(self._prompt_ids) if index < len(logits)]] = True
-        penalty = self.sampling.repeat_penalty
-        scores = torch.where(self._seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-        scores -= self.sampling.presence_penalty * (self._counts > 0)
-        scores -= self.sampling.frequency_penalty * self._counts
-        return scores
+        if self._history is None:
+            self._history = History(self.prompt_ids, len(logits), logits.device)
+        return self._history.penalized(logits, self.sampling)
 
     def _draw(self, scores: Tensor) -> int:
         ids, probabilities = distribution(scores, self.sampling)
@@ -223,10 +251,10 @@ def sample_rows(samplers: Sequence[Sampler], logits: Tensor) -> list[tuple[int, 
     logits = logits.float()
     values, token_ids = logits.max(-1)
     logprobs = values - logits.logsumexp(-1)
-    return [(token_id, _finite(value)) for token_id, value in zip(token_ids.tolist(), logprobs.tolist(), strict=True)]
+    return [(token_id, finite(value)) for token_id, value in zip(token_ids.tolist(), logprobs.tolist(), strict=True)]
 
 
-def _finite(log_value: float) -> float:
+def finite(log_value: float) -> float:
     """Pass on a figure that is finite exactly when no logit is NaN or +infinity and some logit is finite."""
     if math.isfinite(log_value):
         return log_value

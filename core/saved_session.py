@@ -6,20 +6,18 @@ whole), and `lock`, held by the process that writes. A turn's state is in place 
 are synced: whatever is killed, the turns whose lines are whole can be continued.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Self
 
 from lmx.core.conversation import Conversation, Message, Turn
-from lmx.core.errors import ConflictError, InputError, LmxError, NotFoundError, ResourceError, UsageError
-from lmx.core.files import is_plain_name, quoted, sync_folder, write_atomically
+from lmx.core.errors import ConflictError, InputError, LmxError, NotFoundError
+from lmx.core.files import quoted, sync_folder, write_atomically
+from lmx.core.session_folders import RECORD, cannot_write, session_folder, take_lock
 from lmx.core.session_record import (
     Identity,
-    SessionRecord,
     branches_line,
     header_line,
     question_line,
@@ -30,23 +28,9 @@ from lmx.core.session_record import (
 if TYPE_CHECKING:
     from lmx.core.model import AnyState
 
-_RECORD, _LOCK = "session.jsonl", "lock"
-_MAX_NAME = 100
-
 
 class OtherModelError(InputError):
     """The session was made with another model, or with the same one in another form."""
-
-
-@dataclass(frozen=True)
-class SessionInfo:
-    """A session in a list. nbytes: on the disk; problem: why it cannot be read, if so."""
-
-    name: str
-    nbytes: int
-    modified: float
-    record: SessionRecord | None
-    problem: str | None = None
 
 
 class SavedSession:
@@ -75,10 +59,10 @@ class SavedSession:
         folder = session_folder(root, name)
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            session = cls(folder, identity, _take_lock(folder), state_bytes)
+            session = cls(folder, identity, take_lock(folder), state_bytes)
         except OSError as error:
-            raise _cannot_write(folder, error) from error
-        if (folder / _RECORD).exists():
+            raise cannot_write(folder, error) from error
+        if (folder / RECORD).exists():
             session.close()
             raise ConflictError(f"there is a session {quoted(name)} already", "choose another name, or load that one")
         return session
@@ -99,9 +83,9 @@ class SavedSession:
         another process has it, UsageError for a name that cannot be, InputError for a damaged one.
         """
         folder = session_folder(root, name)
-        if not (folder / _RECORD).exists():
+        if not (folder / RECORD).exists():
             raise NotFoundError(f"there is no session {quoted(name)}", "`lmx sessions list` shows those there are")
-        session = cls(folder, identity, _take_lock(folder), state_bytes)
+        session = cls(folder, identity, take_lock(folder), state_bytes)
         try:
             session._read(reread)
         except BaseException:
@@ -164,7 +148,7 @@ class SavedSession:
         self._lock, self._file = -1, None
 
     def _read(self, reread: bool) -> None:
-        record = read_record(self._folder / _RECORD)
+        record = read_record(self._folder / RECORD)
         differences = record.identity.differences(self._identity)
         if differences and not reread:
             raise OtherModelError(
@@ -189,7 +173,7 @@ class SavedSession:
         if self._file is not None:
             self._file.close()
             self._file = None
-        write_atomically(self._folder / _RECORD, b"".join(lines))
+        write_atomically(self._folder / RECORD, b"".join(lines))
         self._open_file()
         self._last_branches = branches_line(conversation) if not self.waiting else b""
 
@@ -206,11 +190,11 @@ class SavedSession:
             file.flush()
             os.fsync(file.fileno())
         except OSError as error:
-            raise _cannot_write(self._folder, error) from error
+            raise cannot_write(self._folder, error) from error
 
     def _open_file(self) -> BinaryIO:
         if self._file is None:
-            self._file = (self._folder / _RECORD).open("ab")
+            self._file = (self._folder / RECORD).open("ab")
             sync_folder(self._folder)
         return self._file
 
@@ -246,59 +230,6 @@ class SavedSession:
         return self._folder / f"turn-{number}.safetensors"
 
 
-def session_folder(root: Path, name: str) -> Path:
-    """Where the session lies: a plain name within the folder of sessions. Raises UsageError for any other name."""
-    folder = root / name
-    if not is_plain_name(name) or name.startswith(".") or len(name.encode()) > _MAX_NAME or folder.is_symlink():
-        raise UsageError(
-            f"{quoted(name)} cannot be a session's name", f"give a plain name of up to {_MAX_NAME} bytes, without /"
-        )
-    return folder
-
-
-def list_sessions(root: Path) -> list[SessionInfo]:
-    """All sessions, the one that was used last first. Those that cannot be read are in it, with the reason."""
-    if not root.is_dir():
-        return []
-    folders = [path for path in root.iterdir() if (path / _RECORD).is_file() and not path.is_symlink()]
-    return sorted((_info(folder) for folder in folders), key=lambda info: info.modified, reverse=True)
-
-
-def read_session(root: Path, name: str) -> SessionInfo:
-    """One session, without taking it. Raises UsageError, NotFoundError, InputError."""
-    folder = session_folder(root, name)
-    if not (folder / _RECORD).is_file():
-        raise NotFoundError(f"there is no session {quoted(name)}", "`lmx sessions list` shows those there are")
-    return replace(_about(folder), record=read_record(folder / _RECORD))
-
-
-def remove_session(root: Path, name: str) -> None:
-    """Delete a session. Raises UsageError, NotFoundError, ConflictError where a process has it open, ResourceError."""
-    folder = session_folder(root, name)
-    if not folder.is_dir():
-        raise NotFoundError(f"there is no session {quoted(name)}", "`lmx sessions list` shows those there are")
-    lock = _take_lock(folder)
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-    finally:
-        os.close(lock)
-
-
-def _info(folder: Path) -> SessionInfo:
-    about = _about(folder)
-    try:
-        return replace(about, record=read_record(folder / _RECORD))
-    except LmxError as error:
-        return replace(about, problem=error.message)
-
-
-def _about(folder: Path) -> SessionInfo:
-    sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
-    return SessionInfo(folder.name, sum(sizes), (folder / _RECORD).stat().st_mtime, None)
-
-
 def _unread(conversation: Conversation) -> Conversation:
     """The same turns without tokens and states."""
     turns: dict[int, Turn] = {}
@@ -307,23 +238,3 @@ def _unread(conversation: Conversation) -> Conversation:
         turns[number] = Turn(number, parent, turn.messages, turn.system)
     heads = [None if head is None else turns[head.number] for head in conversation.heads]
     return Conversation(heads, conversation.current, conversation.next_number)
-
-
-def _take_lock(folder: Path) -> int:
-    """Lock the session; the kernel frees it, whatever ends the process. Raises ConflictError."""
-    fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise ConflictError(
-            f"the session {quoted(folder.name)} is open in another process", "end that one, or choose another name"
-        ) from None
-    return fd
-
-
-def _cannot_write(folder: Path, error: OSError) -> ResourceError:
-    return ResourceError(
-        f"{quoted(str(folder))} cannot be written: {(error.strerror or str(error)).lower()}",
-        "check the free space and the folder's permissions",
-    )

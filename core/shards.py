@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from lmx.core.checkpoint import SINGLE
+from lmx.core.jsonfile import to_json
 from lmx.core.mapped import ITEM_SIZES
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def index_json(shards: Sequence[Shard]) -> bytes:
         "metadata": {"total_size": sum(slot.nbytes for slot, _ in slots)},
         "weight_map": dict(sorted((slot.name, file) for slot, file in slots)),
     }
-    return (json.dumps(index, indent=2) + "\n").encode()
+    return to_json(index)
 
 
 class ShardWriter:

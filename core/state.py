@@ -12,7 +12,7 @@ Worked example, a full cache and a ring of window 4, after the tokens a b c d e 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Generic, Self, TypeVar, cast
 
@@ -33,6 +33,8 @@ class Span:
     start: real tokens that every row already holds (the most, if they differ); length: columns of this call;
     ordinals: [batch, length], each real token's number in its row, -1 for padding; None while no row was ever padded;
     held: [batch], real tokens that each row already holds; None likewise. whole: whether no column is padding.
+    at: int64 [1], the number in every row of a call's one token, where only the device knows it; start is then the
+    largest number that it may have. For calls that are captured once and replayed for many tokens.
     """
 
     start: int
@@ -40,6 +42,7 @@ class Span:
     ordinals: Tensor | None = None
     held: Tensor | None = None
     whole: bool = True
+    at: Tensor | None = None
 
     @classmethod
     def stateless(cls, columns: int, mask: Tensor | None) -> "Span":
@@ -49,10 +52,19 @@ class Span:
         ordinals = (mask.cumsum(1) - 1).masked_fill(~mask, -1)
         return cls(0, columns, ordinals, torch.zeros_like(ordinals[:, 0]), whole=False)
 
+    def to(self, device: torch.device) -> "Span":
+        """The same for a layer on another device."""
+        if self.ordinals is None or self.ordinals.device == device:
+            return self
+        held = None if self.held is None else self.held.to(device)
+        return replace(self, ordinals=self.ordinals.to(device), held=held)
+
     def positions(self, device: torch.device) -> Tensor:
         """Rotary positions: real tokens count from 0 in each row; padding gets 0. [batch or 1, length]."""
         if self.ordinals is not None:
             return self.ordinals.clamp(min=0)
+        if self.at is not None:
+            return self.at[None]
         return torch.arange(self.start, self.start + self.length, device=device)[None]
 
 
@@ -83,6 +95,12 @@ class LayerState(ABC):
     def extend(self, part: Self, held: int) -> None:
         """Put a `part` behind the `held` tokens. Raises StateError as `part` does."""
         raise StateError(f"a {self.KIND} layer does not keep tokens apart", "Take a clone() of the whole state.")
+
+    def to(self, device: torch.device, length: int) -> Self:
+        """The same on another device, of what it holds after `length` tokens; itself where it is there already."""
+        if all(buffer.device == device for buffer in self.buffers):
+            return self
+        return self.restore({name: tensor.to(device) for name, tensor in self.tensors(length).items()})
 
     def make_room(self, span: Span) -> None:
         """See that there is room for every token of the span."""
@@ -182,6 +200,12 @@ class State(Generic[L]):
         ]
         lengths = None if self.lengths is None else self.lengths.clone()
         return type(self)(self.family, layers, self.batch_size, self.length, lengths)
+
+    def settle(self, devices: Sequence[torch.device]) -> None:
+        """Move each layer to the device of the same number, and the rows' lengths to the first."""
+        self.layers = [layer.to(device, self.length) for layer, device in zip(self.layers, devices, strict=True)]
+        if self.lengths is not None:
+            self.lengths = self.lengths.to(devices[0])
 
     def part(self, start: int, end: int) -> Self:
         """A copy of what the tokens `start` to `end` have put in, as a state of its own, to `extend` another with.

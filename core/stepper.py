@@ -1,10 +1,11 @@
 """One token a row at a time: a model's step of generation with as little between its kernels as can be.
 
 The first step runs as any call does, while its kernels are noted (`lmx.core.native.tape`); the following ones only call
-the kernels again, which at 7B is a tenth to a fifth of a step saved on a CPU. Where anything but kernels takes part, or
-a caller watches the modules, every step runs as any call does. The numbers are the same to the bit either way.
+the kernels again (`benchmarks/step_profile.py` says what that saves). Where anything but kernels takes part, or a
+caller watches the modules, every step runs as any call does. The numbers are the same to the bit either way.
 """
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from lmx.core.decoder import Call, Decoder, Inputs
 from lmx.core.heads import CausalHead
 from lmx.core.native.library import library
 from lmx.core.native.tape import Tape, recording
+from lmx.core.sampling import Chosen, Sampler
 from lmx.core.state import Span
 
 if TYPE_CHECKING:
@@ -60,6 +62,15 @@ class Stepper:
         logits: Tensor = head(hidden, decoder.embed.weight)
         return logits[:, -1]
 
+    def choices(self, logits: Tensor, sampler: Sampler, limit: int | None = None) -> Generator[Chosen, None, None]:
+        """Choose tokens one after another, the first from the logits [vocab] of the state's last token.
+
+        limit: how many there may be, so that nothing is computed for more; None for no end. Once the generator is
+        closed or exhausted, the state holds all tokens chosen but the last one. Raises InputError if the model produces
+        NaN.
+        """
+        yield from one_by_one(lambda ids: self.feed(ids.to(self._model.device)), logits, sampler)
+
     def _run_layers(self, decoder: Decoder[Any], x: Tensor, call: Call, span: Span) -> Tensor:
         for layer in self._state.layers:
             layer.make_room(span)
@@ -82,8 +93,19 @@ class Stepper:
         return tuple(buffer.data_ptr() for layer in self._state.layers for buffer in layer.buffers)
 
 
+def one_by_one(feed: Callable[[Tensor], Tensor], logits: Tensor, sampler: Sampler) -> Generator[Chosen, None, None]:
+    """Choose from logits [vocab], feed the token as [1, 1] for those of the next, and so on without end."""
+    while True:
+        chosen = Chosen(*sampler.next(logits))
+        yield chosen
+        with torch.no_grad():
+            logits = feed(torch.tensor([[chosen.token_id]]))[0]
+
+
 def _can_note(model: "LanguageModel") -> bool:
     """Whether a step of this model may consist of kernels alone, and nobody wants to see its modules called."""
-    if model.device.type != "cpu" or model.training or model.attention != "sdpa" or library() is None:
+    if model.device.type != "cpu" or model.decoder.placement is not None or library() is None:
+        return False
+    if model.training or model.attention != "sdpa":
         return False
     return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -108,9 +108,9 @@ class TurnRunner:
         After an exception all is as it was before the turn, but that the live state is lost: the model may have been
         stopped between two layers, so that only a copy from before it ran is sure to be whole.
         """
-        ended = False
+        ended, generated = False, self._generated(draft, cancel)
         try:
-            for event in self._generated(draft, cancel):
+            for event in generated:
                 if isinstance(event, Token):
                     self.ids.append(event.id)
                 if isinstance(event, Finished):
@@ -118,6 +118,7 @@ class TurnRunner:
                     on_end(self._turn(draft))
                 yield event
         except GeneratorExit:
+            generated.close()  # what a device computed ahead is taken back before the turn is made
             if not ended:
                 on_end(self._turn(draft))
             raise

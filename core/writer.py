@@ -1,6 +1,5 @@
 """Writing a model as a checkpoint folder in the Hugging Face layout, all of it or nothing."""
 
-import json
 import re
 from collections.abc import Mapping
 from itertools import groupby
@@ -13,7 +12,9 @@ from torch import Tensor
 from lmx.core.checkpoint import INDEX, SINGLE
 from lmx.core.errors import InputError
 from lmx.core.files import is_plain_name, quoted
+from lmx.core.jsonfile import to_json
 from lmx.core.loader import bind, hub_shapes
+from lmx.core.mapped import stored_name
 from lmx.core.model import LanguageModel
 from lmx.core.names import Piece
 from lmx.core.output import OutputFolder, open_output
@@ -22,7 +23,6 @@ from lmx.core.shards import DEFAULT_SHARD_BYTES, Shard, Slot, Unit, index_json, 
 
 CONFIG = "config.json"
 
-_STORED = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _LAYER = re.compile(r".*?\.\d+\.")
 
 
@@ -107,7 +107,7 @@ def _plan(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> tuple[Shard, .
     """Tensors in the order of their names, numbers counted, so that an expert's matrices lie side by side."""
     groups: list[list[Unit]] = []
     for _, names in groupby(sorted(tensors, key=_counted), key=_layer):
-        groups.append([(Slot(name, _STORED[tensors[name].dtype], tuple(tensors[name].shape)),) for name in names])
+        groups.append([(Slot(name, stored_name(tensors[name].dtype), tuple(tensors[name].shape)),) for name in names])
     return plan_shards(groups, max_shard_bytes)
 
 
@@ -123,4 +123,4 @@ def _layer(name: str) -> str:
 def _config_json(config: Mapping[str, object], tensors: Mapping[str, Tensor]) -> bytes:
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     described = {**config, "dtype": dtypes.pop()} if len(dtypes) == 1 else config
-    return (json.dumps(described, indent=2) + "\n").encode()
+    return to_json(described)

@@ -1,7 +1,7 @@
 """The front door: from what a user calls a model to one that runs. Importing this imports no torch."""
 
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -19,7 +19,7 @@ from lmx.core.errors import InputError, NotFoundError, UsageError
 from lmx.core.files import quoted
 from lmx.core.registry import model_type_of
 from lmx.core.text.engine import TextEngine
-from lmx.device import Device, choose_device
+from lmx.device import Device, choose_budgets, choose_device
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lmx.core.config import ModelConfig
     from lmx.core.heads import HeadKind
     from lmx.core.layers.attention import Implementation
+    from lmx.core.placement import Budget
     from lmx.language_model import LanguageModel
     from lmx.quant.apply import HeadScheme
     from lmx.quant.spec import QuantSpec, Scheme
@@ -51,6 +52,7 @@ def load(
     quantize: "str | QuantSpec | None" = None,
     head: "HeadKind" = "causal",
     head_scheme: "HeadScheme | None" = None,
+    gpu_memory: int | None = None,
 ) -> "LanguageModel":
     """Load a model, ready to be called or to generate.
 
@@ -60,7 +62,8 @@ def load(
     (those of a quantized GGUF, dequantized, bfloat16). quantize: "nf4", "fp4", "int8", optimum-quanto's "qint8",
     "qint4", "qint2" or "qfloat8", or a `QuantSpec`: quantize a plain checkpoint, or a GGUF, while it is loaded; one
     that is quantized already runs as it is, without. head: "causal", "none", "sequence" or "token". head_scheme:
-    "int8" or "nf4" quantizes the output head too.
+    "int8" or "nf4" quantizes the output head too. gpu_memory: the most bytes to take of each CUDA card; what does not
+    fit there, or into what is free, stays on the CPU (`model.shares` says what lies where).
 
     Raises:
         UsageError: an argument that this version or this machine cannot honour.
@@ -70,7 +73,9 @@ def load(
     """
     opened = OpenedModel.open(model)
     try:
-        return opened.load(device=device, dtype=dtype, quantize=quantize, head=head, head_scheme=head_scheme)
+        return opened.load(
+            device=device, dtype=dtype, quantize=quantize, head=head, head_scheme=head_scheme, gpu_memory=gpu_memory
+        )
     except BaseException:
         opened.close()
         raise
@@ -119,13 +124,15 @@ class OpenedModel:
         head: "HeadKind" = "causal",
         head_scheme: "HeadScheme | None" = None,
         attention: "Implementation" = "sdpa",
+        gpu_memory: int | None = None,
     ) -> "LanguageModel":
         """The model with its weights. Raises UsageError, InputError."""
         from lmx.language_model import LanguageModel
 
         spec = choose_spec(quantize)
         where, wanted = choose_device(device), choose_dtype(dtype, self.checkpoint)
-        loaded = load_core(self.checkpoint, spec, head, head_scheme, wanted, where)
+        budgets = choose_budgets(device, gpu_memory)
+        loaded = load_core(self.checkpoint, spec, head, head_scheme, wanted, where, budgets)
         loaded.attention = attention
         return LanguageModel(loaded, self.text, stop_ids=self.stop_ids(loaded.config), defaults=self.generation_config)
 
@@ -159,7 +166,7 @@ def open_checkpoint(
     model: str | Path | None, *, revision: str | None = None, offline: bool = False, watch: Watcher = unwatched
 ) -> Checkpoint:
     """Find a model and check its headers. None is the demo. Raises as `load`."""
-    folder = demo_path() if model is None else find_model(model, revision=revision, offline=offline, watch=watch)
+    folder = find_model(demo_path() if model is None else model, revision=revision, offline=offline, watch=watch)
     checkpoint = open_folder(folder)
     check_runnable(checkpoint)
     return checkpoint
@@ -175,7 +182,7 @@ def open_headers(model: str | Path | None, *, revision: str | None = None, offli
 
     What is quantized, or not supported, is opened too. Raises as `load`.
     """
-    found = demo_path() if model is None else find_local(model, revision=revision)
+    found = find_local(demo_path() if model is None else model, revision=revision)
     if isinstance(found, Path):
         return open_folder(found)
     check_online(found, offline)
@@ -213,15 +220,21 @@ def load_core(
     head_scheme: "HeadScheme | None",
     dtype: "torch.dtype",
     device: "torch.device",
+    budgets: "Sequence[Budget]" = (),
 ) -> "core.LanguageModel":
-    """The bare model, with whatever is to be quantized, or is already. Raises UsageError, InputError."""
+    """The bare model, with whatever is to be quantized, or is already. Raises UsageError, InputError.
+
+    budgets: what may be taken of each card, in place of `device`.
+    """
     if spec is None and head_scheme is None and not checkpoint.is_quantized:
         from lmx.core.loader import load_model
 
-        return load_model(checkpoint, head=head, dtype=dtype, device=device)
+        return load_model(checkpoint, head=head, dtype=dtype, device=device, budgets=budgets)
     from lmx.quant.apply import load_quantized
 
-    return load_quantized(checkpoint, spec=spec, head=head, head_scheme=head_scheme, dtype=dtype, device=device)
+    return load_quantized(
+        checkpoint, spec=spec, head=head, head_scheme=head_scheme, dtype=dtype, device=device, budgets=budgets
+    )
 
 
 def choose_spec(quantize: "str | QuantSpec | None") -> "QuantSpec | None":

@@ -18,7 +18,7 @@ from lmx.api import choose_dtype, choose_spec, demo_path, load_core, model_name,
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.files import read_bounded
 from lmx.core.jsonfile import parse_json
-from lmx.device import Device, choose_device
+from lmx.device import Device, choose_budgets, choose_device, peak_gpu_memory, reset_gpu_memory
 from lmx.memory import Needed, check_memory
 from lmx.presets import Config, build_dummy, preset
 from lmx.pulling import Watcher, unwatched
@@ -48,6 +48,7 @@ class Setting:
     double_quant: bool = False
     head_scheme: "HeadScheme | None" = None
     attention: "Implementation" = "sdpa"
+    gpu_memory: int | None = None
     dummy: bool = False
     revision: str | None = None
     offline: bool = False
@@ -99,6 +100,7 @@ class Result:
     load_seconds: float
     first_token_seconds: float
     peak_memory_bytes: int
+    peak_gpu_memory_bytes: int | None
     bytes_per_token: float | None
     bandwidth_utilization: float | None
     flops_utilization: float | None
@@ -146,6 +148,7 @@ def _benchmark_one(
     yield Step(name, "measuring the machine")
     ceilings = measure_ceilings(choose_device(setting.device))
     reset_peak_memory()  # of the measurement just done, or of the model before
+    reset_gpu_memory()
     yield Step(name, "loading")
     start = perf_counter()
     loaded = _load(origin, setting)
@@ -179,13 +182,16 @@ def _find(model: str | Path | None, setting: Setting) -> Config | Path:
 def _load(origin: Config | Path, setting: Setting) -> "LanguageModel":
     from lmx.core.model import LanguageModel
 
-    device = choose_device(setting.device)
     if isinstance(origin, Path):
         checkpoint: Checkpoint = open_folder(origin)
         dtype = choose_dtype(setting.dtype, checkpoint)
-        model: LanguageModel = load_core(checkpoint, setting.spec, "causal", setting.head_scheme, dtype, device)
+        budgets = choose_budgets(setting.device, setting.gpu_memory)
+        model: LanguageModel = load_core(
+            checkpoint, setting.spec, "causal", setting.head_scheme, dtype, choose_device(setting.device), budgets
+        )
     else:
-        model = build_dummy(origin, setting.spec, setting.head_scheme, setting.dtype or "bf16").to(device)
+        dtype_name, head = setting.dtype or "bf16", setting.head_scheme
+        model = build_dummy(origin, setting.spec, head, dtype_name, setting.device, setting.gpu_memory)
     model.attention = setting.attention
     return model
 
@@ -199,6 +205,13 @@ class _Subject:
         self._name, self._model, self._load_seconds, self._ceilings = name, model, load_seconds, ceilings
         self._footprint: Footprint = measure_footprint(model)
         self._layers = model.make_state().layers
+        placement = model.decoder.placement
+        devices = (model.device,) if placement is None else placement.devices
+        self._device_names = "+".join(map(str, devices))
+        kinds = {device.type for device in devices}
+        # The ceilings are those of one kind of device: what is spread over two has none of its own.
+        self._is_of_one_kind = len(kinds) == 1
+        self._device = next((device for device in devices if device.type != "cpu"), devices[0])
 
     def result(self, work: "Workload", samples: "Sequence[Sample]") -> Result:
         """What the samples of a workload say."""
@@ -211,14 +224,14 @@ class _Subject:
 
         speeds = tuple(work.tokens / sample.seconds for sample in samples)
         mean, deviation = mean_and_deviation(speeds)
-        per_token, device = self._bytes_per_token(work), self._model.device
+        per_token, device = self._bytes_per_token(work), self._device
         return Result(
             model=self._name,
             architecture=family_of({"model_type": self._model.family}).title,
             scheme=self._footprint.scheme,
             parameters=self._footprint.parameters,
             bytes=self._footprint.nbytes,
-            device=str(device),
+            device=self._device_names,
             threads=torch.get_num_threads(),
             kernels=kernel_path(),
             test=work.name,
@@ -232,8 +245,9 @@ class _Subject:
             load_seconds=self._load_seconds,
             first_token_seconds=mean_and_deviation([sample.first_token_seconds for sample in samples])[0],
             peak_memory_bytes=peak_memory_bytes(),
+            peak_gpu_memory_bytes=peak_gpu_memory() if device.type == "cuda" else None,
             bytes_per_token=per_token,
-            bandwidth_utilization=None if per_token is None else per_token * mean / self._ceilings.bandwidth,
+            bandwidth_utilization=self._bandwidth_utilization(per_token, mean),
             flops_utilization=self._flops_utilization(work, mean),
             memory_bandwidth=self._ceilings.bandwidth,
             matrix_flops=self._ceilings.flops,
@@ -254,12 +268,18 @@ class _Subject:
         state = sum(state_bytes_read(self._layers, length) for length in lengths) / len(lengths)
         return self._footprint.step_bytes + state
 
+    def _bandwidth_utilization(self, per_token: float | None, speed: float) -> float | None:
+        """The share of the memory's bandwidth that generating takes; None for prompts, or over two kinds of device."""
+        if per_token is None or not self._is_of_one_kind:
+            return None
+        return per_token * speed / self._ceilings.bandwidth
+
     def _flops_utilization(self, work: "Workload", speed: float) -> float | None:
-        """The share of the matrix peak that a prompt's products and attention take; None where tokens are generated."""
+        """The share of the matrix peak that a prompt takes; None as above, or where tokens are generated."""
         from lmx.core.bench import attention_flops
         from lmx.core.generate import PROMPT_CHUNK
 
-        if work.generate:
+        if work.generate or not self._is_of_one_kind:
             return None
         heads = self._footprint.head_parameters * ceil(work.prompt / PROMPT_CHUNK)
         products = 2 * (self._footprint.body_parameters * work.prompt + heads)

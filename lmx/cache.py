@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmx.convert import cache
-from lmx.convert.cache import Repository, Revision, Verified, cache_folder, remove, scan
+from lmx.convert.cache import Repository, Revision, Verified, remove, scan
+from lmx.convert.places import cache_folder
 from lmx.core.errors import InputError, LmxError, NotFoundError, UsageError
 from lmx.core.files import quoted
 from lmx.core.jsonfile import read_json

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lmx.api import check_runnable, main_dtype, open_checkpoint, open_headers
+from lmx.api import check_runnable, dtype_by_name, main_dtype, open_checkpoint, open_headers
 from lmx.convert.events import Finished, Progress
 from lmx.convert.gguf_source import GGUFCheckpoint
 from lmx.convert.original_source import OriginalCheckpoint
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Conversion", "Finished", "Format", "Progress", "convert", "convert_events", "predict_conversion"]
 
 Format = Literal["hf", "gguf", "mistral"]
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_DTYPES = ("bf16", "fp16", "fp32")
 _MISTRAL_COMPANIONS = ("tokenizer.model", "chat_template", "README", "LICEN", "NOTICE", "USE_POLICY")
 _GGUF_KINDS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 
@@ -174,10 +174,7 @@ class Conversion:
 
     def _torch_dtype(self, checkpoint: Checkpoint) -> "torch.dtype | None":
         """The dtype of all weights, or None for that of each. A GGUF mixes them; the hub's checkpoints have one."""
-        import torch
-
-        kind = None if self.dtype is None else _DTYPES[self.dtype]
+        kind = self.dtype
         if kind is None and isinstance(checkpoint, GGUFCheckpoint):
             kind = str(checkpoint.config["dtype"])
-        known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-        return None if kind is None else known[kind]
+        return None if kind is None else dtype_by_name(kind)

@@ -16,13 +16,15 @@ from lmx.core.files import read_bounded
 from lmx.core.text.files import read_tokenizer_files
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    import torch
     from torch import Tensor
 
     from lmx.core.layers.moe import ExpertBank
     from lmx.core.model import LanguageModel
     from lmx.core.names import Shape
+    from lmx.core.placement import Budget, Share
     from lmx.quant.stored import StoredMatrices
 
 STATE_CONTEXT = 4096
@@ -42,7 +44,8 @@ class Description:
 
     context_length: None where the architecture has no limit. quantization: None, or the scheme and its method.
     chat_template: the file that it stands in, or None. state_bytes: one conversation of `state_context` tokens.
-    read_as: what a folder in a layout of its makers was taken for, else None.
+    read_as: what a folder in a layout of its makers was taken for, else None. placement: what would lie on which
+    device; empty where there is no card.
     """
 
     model: str
@@ -62,6 +65,8 @@ class Description:
     license: str
     kernels: str
     read_as: str | None = None
+    layers: int = 0
+    placement: "tuple[Share, ...]" = ()
 
     @property
     def memory_to_run(self) -> int:
@@ -81,8 +86,11 @@ def open_described(
     return checkpoint
 
 
-def describe(name: str, checkpoint: Checkpoint) -> Description:
-    """Describe a checkpoint. Raises InputError where it is broken or of an architecture that is not supported."""
+def describe(name: str, checkpoint: Checkpoint, budgets: "Sequence[Budget]" = ()) -> Description:
+    """Describe a checkpoint. budgets: what could be taken of each card, for its placement.
+
+    Raises InputError where it is broken or of an architecture that is not supported.
+    """
     import torch
 
     from lmx.core.loader import bind, build
@@ -114,7 +122,21 @@ def describe(name: str, checkpoint: Checkpoint) -> Description:
         license=license_of(checkpoint.folder),
         kernels=_kernels(),
         read_as=checkpoint.title if isinstance(checkpoint, OriginalCheckpoint) else None,
+        layers=model.config.layers,
+        placement=_placement(checkpoint, dtype, budgets),
     )
+
+
+def _placement(checkpoint: Checkpoint, dtype: "torch.dtype", budgets: "Sequence[Budget]") -> "tuple[Share, ...]":
+    """What loading would put on which device."""
+    if not budgets:
+        return ()
+    from lmx.core.placement import measure_parts, plan_placement, state_bytes
+    from lmx.quant.apply import stored_bytes as weight_bytes
+
+    model, weights = weight_bytes(checkpoint, dtype)
+    sizes = measure_parts(model, weights, state_bytes(model, dtype))
+    return plan_placement(sizes, budgets).shares(sizes)
 
 
 def _kernels() -> str:

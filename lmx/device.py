@@ -8,7 +8,12 @@ from lmx.core.files import quoted
 if TYPE_CHECKING:
     import torch
 
+    from lmx.core.placement import Budget
+
 Device = Literal["auto", "cpu", "cuda", "mps"]
+
+# Activations of a prompt's chunk, workspaces of the libraries, a matrix that is being quantized.
+_FOR_ACTIVATIONS = 1 << 30
 
 
 def choose_device(device: Device | None) -> "torch.device":
@@ -33,13 +38,56 @@ def limit_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def limit_gpu_memory(nbytes: int | None, device: Device | None) -> None:
-    """Let this process take no more than so much of a GPU's memory. Raises UsageError where there is no CUDA device."""
-    if nbytes is None:
-        return
+def choose_budgets(device: Device | None, gpu_memory: int | None = None) -> "tuple[Budget, ...]":
+    """How much of each card weights and states may take; nothing where a model runs on no card.
+
+    gpu_memory: the most that lmx takes of a card; None for what is free. An eighth of either, a gigabyte at most, stays
+    for what is computed. Raises UsageError where `gpu_memory` is given and there is no CUDA device to run on.
+    """
+    if choose_device(device).type == "cuda":
+        return tuple(card_budget(card, free if gpu_memory is None else min(free, gpu_memory)) for card, free in _free())
+    if gpu_memory is not None:
+        raise UsageError("--gpu-memory is for CUDA, and this runs elsewhere", "leave it out, or use --device cuda")
+    return ()
+
+
+def planned_budgets(gpu_memory: int | None = None) -> "tuple[Budget, ...]":
+    """Those of the cards that are here; for a given `gpu_memory`, of one card of that size where there is none."""
     import torch
 
-    if choose_device(device).type != "cuda":
-        raise UsageError("--gpu-memory is for CUDA, and this runs elsewhere", "leave it out, or use --device cuda")
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total))
+    if torch.cuda.is_available():
+        return choose_budgets("cuda", gpu_memory)
+    return () if gpu_memory is None else (card_budget(0, gpu_memory),)
+
+
+def card_budget(number: int, nbytes: int) -> "Budget":
+    """What weights and states may take of so many bytes of a card."""
+    import torch
+
+    from lmx.core.placement import Budget
+
+    return Budget(torch.device("cuda", number), nbytes - min(nbytes // 8, _FOR_ACTIVATIONS))
+
+
+def _free() -> list[tuple[int, int]]:
+    """The free bytes of each card that this process sees."""
+    import torch
+
+    return [(card, torch.cuda.mem_get_info(card)[0]) for card in range(torch.cuda.device_count())]
+
+
+def reset_gpu_memory() -> None:
+    """Let `peak_gpu_memory` count from now on, and give back what is cached."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        for card in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(card)
+
+
+def peak_gpu_memory() -> int:
+    """The most that torch has taken of all cards together so far; the few hundred MB of CUDA itself are not in it."""
+    import torch
+
+    return sum(torch.cuda.max_memory_reserved(card) for card in range(torch.cuda.device_count()))

@@ -5,7 +5,7 @@ from pathlib import Path
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, UsageError
 from lmx.core.files import quoted, read_bounded
-from lmx.core.jsonfile import parse_json
+from lmx.core.jsonfile import parse_value
 from lmx.core.text.types import TextCodec
 
 DEFAULT_CONTEXT = 2048
@@ -20,8 +20,7 @@ Sequences = list[list[int]]
 def read_ids(path: Path) -> Sequences:
     """A file with a JSON list of lists of token ids. Raises InputError, NotFoundError."""
     where = quoted(str(path))
-    # parse_json takes objects: our list becomes the value of one
-    value = parse_json(b'{"sequences":' + read_bounded(path, _LIMIT_BYTES) + b"}", where).get("sequences")
+    value = parse_value(read_bounded(path, _LIMIT_BYTES), where)
     if not isinstance(value, list) or not value:
         raise InputError(f"{where} holds no list of sequences", _IDS_HINT)
     return [_ids(item, f"{where}, sequence {number}") for number, item in enumerate(value, start=1)]
@@ -44,12 +43,15 @@ def read_windows(path: Path, codec: TextCodec, context: int | None, longest: int
     if context is not None and longest is not None and context > longest:
         raise UsageError(f"a context of {context:,} is beyond the model's {longest:,}", "give a shorter --context")
     size = context or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
-    data = read_bounded(path, _LIMIT_BYTES)
+    return windows(codec.encode(read_text(path), add_special_tokens=False), size, codec.info.bos_id)
+
+
+def read_text(path: Path) -> str:
+    """A text file. Raises InputError, NotFoundError."""
     try:
-        text = data.decode()
+        return read_bounded(path, _LIMIT_BYTES).decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{quoted(str(path))} is no text in UTF-8", "give plain text") from error
-    return windows(codec.encode(text, add_special_tokens=False), size, codec.info.bos_id)
 
 
 def check_quantized(

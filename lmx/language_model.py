@@ -35,7 +35,7 @@ class LanguageModel(core.LanguageModel):
         with torch.device("meta"):
             super().__init__(model.decoder, model.kind, tied=True)
         self.head = model.head
-        self.attention = model.attention
+        self.attention, self.shares = model.attention, model.shares
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
         self._defaults = defaults

@@ -1,7 +1,6 @@
 """What loading a model takes, said before it is done: a GGUF's blocks become numbers that lie in no file."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmx.api import choose_dtype, choose_spec
@@ -9,13 +8,13 @@ from lmx.convert.gguf_source import GGUFCheckpoint
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import ResourceError
 from lmx.core.files import quoted
+from lmx.core.mapped import stored_name
+from lmx.core.memory import available_memory_bytes
 
 if TYPE_CHECKING:
     import torch
 
     from lmx.quant.spec import QuantSpec
-
-_SAFETENSORS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
 def made_bytes(
@@ -30,8 +29,7 @@ def made_bytes(
     wanted = choose_dtype(dtype, checkpoint)
     spec = choose_spec(quantize)
     if spec is None:
-        stored = _SAFETENSORS[str(wanted)]
-        return checkpoint.parameters * wanted.itemsize - checkpoint.mapped_bytes(stored)
+        return checkpoint.parameters * wanted.itemsize - checkpoint.mapped_bytes(stored_name(wanted))
     from lmx.quant.plan import layout_bytes, plan_source
 
     weights = plan_source(checkpoint, spec).weights
@@ -53,7 +51,7 @@ def check_memory(
     needed = made_bytes(checkpoint, dtype, quantize)
     if not needed:
         return None
-    free = available_bytes()
+    free = available_memory_bytes()
     if free is not None and needed > free:
         raise ResourceError(
             f"{quoted(checkpoint.label)} needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
@@ -61,13 +59,3 @@ def check_memory(
         )
     spec = choose_spec(quantize)
     return Needed(needed, str(choose_dtype(dtype, checkpoint)).removeprefix("torch.") if spec is None else spec.scheme)
-
-
-def available_bytes() -> int | None:
-    """The memory that can be had without swapping, or None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from lmx.core.model import LanguageModel
+    from lmx.device import Device
     from lmx.quant.apply import HeadScheme
     from lmx.quant.spec import QuantSpec
 
@@ -213,25 +214,30 @@ def build_dummy(
     quantize: "QuantSpec | str | None" = None,
     head_scheme: "HeadScheme | None" = None,
     dtype: "torch.dtype | str" = "bf16",
+    device: "Device" = "cpu",
+    gpu_memory: int | None = None,
 ) -> "LanguageModel":
-    """A model of random weights on the CPU, those that are quantized straight in that form.
+    """A model of random weights, made where they will lie, those that are quantized straight in that form.
 
-    config: a hub id of `PRESETS`, or a config.json. quantize: as for `lmx.load`. dtype: of all other weights.
+    config: a hub id of `PRESETS`, or a config.json. dtype: of all weights that are not quantized. The others are as for
+    `lmx.load`.
     Raises NotFoundError for an unknown id, UsageError for an unknown scheme, InputError for a config that is not
     supported, and, before any memory is taken, ResourceError for a model that would not fit.
     """
     from lmx.api import choose_spec, dtype_by_name
+    from lmx.core.memory import available_memory_bytes
+    from lmx.device import choose_budgets, choose_device
     from lmx.quant.dummy import DummyModel
-    from lmx.quant.memory import available_memory_bytes
 
     known = preset(config) if isinstance(config, str) else config
     wanted = dtype_by_name(dtype) if isinstance(dtype, str) else dtype
     model = DummyModel(known, spec=choose_spec(quantize), head_scheme=head_scheme, dtype=wanted)
-    needed, available = model.nbytes + _BESIDE_WEIGHTS, available_memory_bytes()
+    places = model.places(choose_device(device), choose_budgets(device, gpu_memory))
+    needed, available = _BESIDE_WEIGHTS + places.host_bytes(model.nbytes), available_memory_bytes()
     if available is not None and needed > available:
         smaller = "take a smaller model" if quantize else "quantize it (--4bit), take a smaller model"
         raise ResourceError(
             f"a model of this size takes {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free",
             f"{smaller}, or close other programs",
         )
-    return model.build()
+    return model.build(places)

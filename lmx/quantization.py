@@ -14,7 +14,7 @@ from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, UsageError
 from lmx.core.shards import DEFAULT_SHARD_BYTES
-from lmx.evaluation import check_quantized
+from lmx.evaluation import check_quantized, read_text
 from lmx.quant.report import Checked, Event, Finished, Progress, Report
 
 if TYPE_CHECKING:
@@ -118,6 +118,8 @@ class Quantization:
         spec = _spec(scheme, block_size, double_quant, tuple(skip))
         if max_kl is not None and check is None:
             raise UsageError("--max-kl needs a text to measure on", "add --check TEXTFILE")
+        if check is not None:
+            read_text(check)  # now, and not when all the work is done
         if headers_only:
             source = open_headers(model, revision=revision, offline=offline)
         else:

@@ -14,7 +14,9 @@ from lmx.convert.verify import Comparison, compare_weights
 from lmx.core.checkpoint import Checkpoint, Source
 from lmx.core.evaluate import Evaluation, evaluate
 from lmx.core.loader import load_model
-from lmx.memory import available_bytes, made_bytes
+from lmx.core.mapped import stored_name
+from lmx.core.memory import available_memory_bytes
+from lmx.memory import made_bytes
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -114,7 +116,7 @@ def _ids(checkpoint: Checkpoint) -> list[list[int]] | None:
 
 
 def _too_large(source: Checkpoint, target: Checkpoint, dtype: torch.dtype) -> str | None:
-    free = available_bytes()
+    free = available_memory_bytes()
     needed = sum(max(made_bytes(side, dtype), _converted(side, dtype)) for side in (source, target))
     if free is None or needed <= free:
         return None
@@ -125,9 +127,8 @@ def _converted(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     """The bytes of weights that are not stored in the dtype."""
     if isinstance(checkpoint, GGUFCheckpoint):
         return 0
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     packed = 2 if checkpoint.is_quantized else 1  # a byte of two codes
-    sizes = (info.parameters for info in checkpoint.infos.values() if info.dtype != names[dtype])
+    sizes = (info.parameters for info in checkpoint.infos.values() if info.dtype != stored_name(dtype))
     return sum(sizes) * dtype.itemsize * packed
 
 

@@ -39,6 +39,8 @@ _ORDER: dict[FourBitType, tuple[int, ...]] = {
 }
 
 
+_HOST = torch.device("cpu")
+
 # Tables are made once, so none may depend on a default dtype or device that happens to be set at that moment.
 
 
@@ -93,9 +95,9 @@ class RankTable:
 
 
 @cache
-def rank_table(quant_type: FourBitType) -> RankTable:
+def rank_table(quant_type: FourBitType, device: torch.device = _HOST) -> RankTable:
     """The table of ranks among the `midpoints` of a four-bit type."""
-    return make_rank_table(midpoints(quant_type))
+    return RankTable(make_rank_table(midpoints(quant_type)).carry.to(device))
 
 
 @cache

@@ -4,7 +4,7 @@ Speed does not depend on the numbers as long as they are finite, so a block of n
 matrix: billions of parameters take seconds, and there is never a 16-bit copy of what is quantized.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from lmx.core.layers.norm import OffsetRMSNorm, RMSNorm
 from lmx.core.layers.rg_lru import RGLRU
 from lmx.core.loader import assign, build, hub_shapes
+from lmx.core.mapped import stored_name
 from lmx.core.model import LanguageModel
 from lmx.core.models.falcon_mamba import FalconMambaConfig, Mixer, initialise_scan
 from lmx.core.models.recurrent_gemma import RecurrentGemmaConfig
+from lmx.core.placement import Budget, Destinations
 from lmx.core.registry import family_of
 from lmx.core.safetensors_file import TensorInfo
 from lmx.quant.apply import HeadScheme, install
@@ -25,13 +27,12 @@ from lmx.quant.four_bit import NESTED_BLOCK_SIZE, FourBit, NestedScales
 from lmx.quant.int8 import Int8
 from lmx.quant.matmul import QuantMatrix
 from lmx.quant.plan import layout_bytes, make_plan
-from lmx.quant.serialize import FLOATS, layout
+from lmx.quant.serialize import layout
 from lmx.quant.spec import QuantSpec
 
 # No power of two, so that the rows of a matrix are not alike.
 _BLOCK = (1 << 22) - 3
 _HEAD = "head.weight"
-_DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 # The root mean square of the 16 values of a four-bit type, and of 8-bit codes, is near to this share of absmax.
 _RMS_OF_CODES = 0.57
 
@@ -54,18 +55,27 @@ class DummyModel:
         self._specs = self._quantized(spec)
         if head_scheme is not None:
             self._specs[_HEAD] = QuantSpec(head_scheme)
-        self.nbytes = sum(self._nbytes(name, shape) for name, shape in self._shapes().items())
+        self._sizes = {name: self._nbytes(name, shape) for name, shape in self._shapes().items()}
+        self.nbytes = sum(self._sizes.values())
 
-    def build(self) -> LanguageModel:
-        """Make the weights and the model on the CPU, in evaluation mode."""
-        noise, matrices = _Noise(self._dtype), {}
+    def places(self, device: torch.device | None = None, budgets: Sequence[Budget] = ()) -> Destinations:
+        """Where `build` will make the weights; the arguments are those of `lmx.core.loader.load_model`."""
+        return Destinations.plan(self._model, self._sizes, self._dtype, device, budgets)
+
+    def build(self, places: Destinations | None = None) -> LanguageModel:
+        """Make the weights where they will lie (None is the CPU), and the model, in evaluation mode."""
+        places = places or self.places()
+        noises = {device: _Noise(self._dtype, device) for device in places.placement.devices}
+        matrices = {}
         for name, shape in self._shapes().items():
+            noise = noises[places.of(name)]
             if name in self._specs:
                 matrices[name] = noise.matrix(shape, self._specs[name])
             else:
                 assign(self._model, name, noise.plain(shape))
         install(self._model, matrices)
         _settle(self._model)
+        places.settle()
         return self._model.eval()
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -79,7 +89,7 @@ class DummyModel:
         """The parameters that quantizing a checkpoint of this shape would quantize, each with its spec."""
         if spec is None:
             return {}
-        name, size = _DTYPE_NAMES[self._dtype], self._dtype.itemsize
+        name, size = stored_name(self._dtype), self._dtype.itemsize
         shapes = hub_shapes(self._model, family_of(self._config))
         infos = {hub: TensorInfo(hub, name, shape, Path(), 0, prod(shape) * size) for hub, shape in shapes.items()}
         return {weight.ours: spec for weight in make_plan(self._config, infos, spec).weights if weight.kept is None}
@@ -91,21 +101,21 @@ class DummyModel:
 
 
 class _Noise:
-    """Blocks of random numbers; every matrix is laid out from another place in them."""
+    """Blocks of random numbers on a device; every matrix is laid out there, from another place in them."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
-        self._dtype = dtype
-        self._bytes = torch.randint(0, 256, (_BLOCK,), dtype=torch.uint8, generator=generator)
+        self._dtype, self._device = dtype, device
+        self._bytes = torch.randint(0, 256, (_BLOCK,), dtype=torch.uint8, generator=generator).to(device)
         self._eights = self._bytes.view(torch.int8).clamp(min=-127)
-        self._normal = torch.randn(_BLOCK, generator=generator).to(dtype)
-        self._scales = torch.empty(_BLOCK).uniform_(0.5, 1.5, generator=generator)
+        self._normal = torch.randn(_BLOCK, generator=generator).to(dtype).to(device)
+        self._scales = torch.empty(_BLOCK).uniform_(0.5, 1.5, generator=generator).to(device)
         self._place = 0
 
     def plain(self, shape: tuple[int, ...]) -> Tensor:
         """Zeros for a vector; else normal numbers that keep the size of what they multiply."""
         if len(shape) < 2:
-            return torch.zeros(shape, dtype=self._dtype)
+            return torch.zeros(shape, dtype=self._dtype, device=self._device)
         return self._laid(self._normal, prod(shape), shape[-1] ** -0.5).view(shape)
 
     def matrix(self, shape: tuple[int, ...], spec: QuantSpec) -> QuantMatrix:
@@ -120,14 +130,14 @@ class _Noise:
         if spec.double_quant:
             absmax = self._laid(self._bytes, blocks)
             groups = self._laid(self._scales, -(-blocks // NESTED_BLOCK_SIZE), 0.3 * scale)
-            nested = NestedScales(groups, dynamic_map(), scale)
+            nested = NestedScales(groups, dynamic_map().to(self._device), scale)
         else:
             absmax = self._laid(self._scales, blocks, scale)
         return FourBit(packed, absmax, spec.four_bit_type, shape, self._dtype, spec.block_size, nested)
 
     def _laid(self, block: Tensor, size: int, scale: float | None = None) -> Tensor:
         """`size` numbers of the block, over and over, times `scale`."""
-        out = torch.empty(size, dtype=block.dtype)
+        out = torch.empty(size, dtype=block.dtype, device=block.device)
         self._place = (self._place + 9973) % _BLOCK
         done, first = 0, self._place
         while done < size:

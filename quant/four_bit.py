@@ -31,6 +31,8 @@ SOURCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Elements that a thread works on at a time: whole blocks of every size, so few that the temporaries stay in the cache.
 _CHUNK = 1 << 18
+# The same on a card, where the launches would take longer than the work.
+CARD_CHUNK = 1 << 23
 _SMALLEST_ABSMAX = 1e-38
 
 
@@ -99,8 +101,8 @@ def quantize_4bit(
     check_block_size(block_size)
     check_source(x, name)
     flat = x.detach().reshape(-1)
-    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32)
+    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=x.device)
+    absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32, device=x.device)
     if can_quantize(flat):
         codes = None if quant_type == "nf4" else packed_codes(quant_type)
         encode_four_bit(flat, block_size, midpoints(quant_type), codes, packed, absmax)
@@ -164,7 +166,7 @@ def _encode(flat: Tensor, block_size: int, quant_type: FourBitType, packed: Tens
         scaled = _scale_blocks(blocks, absmax[start // block_size : stop // block_size])
         packed[start // 2 : stop // 2] = _pack(scaled.view(-1), quant_type)
 
-    for_chunks(whole, _CHUNK, encode_chunk)
+    for_chunks(whole, _CHUNK if flat.is_cpu else CARD_CHUNK, encode_chunk)
     if whole < flat.numel():
         packed[whole // 2 :] = _pack(_scale_tail(flat[whole:].to(torch.float32), absmax), quant_type)
 
@@ -186,18 +188,18 @@ def _scale_tail(tail: Tensor, absmax: Tensor) -> Tensor:
 
 def _pack(scaled: Tensor, quant_type: FourBitType) -> Tensor:
     """Values in [-1, 1] (an even number of them) to bytes of two codes, the first in the high nibble: uint8 [n / 2]."""
-    pairs = rank_table(quant_type)(scaled).view(torch.int16)  # the first of two is the low byte
+    pairs = rank_table(quant_type, scaled.device)(scaled).view(torch.int16)  # the first of two is the low byte
     packed = (pairs << 4).bitwise_or_(pairs >> 8).to(torch.uint8)
     if quant_type == "nf4":
         return packed
-    return torch.index_select(packed_codes(quant_type), 0, packed.int())
+    return torch.index_select(packed_codes(quant_type).to(packed.device), 0, packed.int())
 
 
 def _quantize_absmax(q: FourBit) -> FourBit:
     """Replace absmax by 8-bit codes of its distance from its mean, in blocks of 256."""
     offset = q.absmax.mean()
     codes, absmax = _quantize_dynamic(q.absmax - offset)
-    return replace(q, absmax=codes, nested=NestedScales(absmax, dynamic_map(), offset.item()))
+    return replace(q, absmax=codes, nested=NestedScales(absmax, dynamic_map().to(q.device), offset.item()))
 
 
 def _quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,8 +219,9 @@ def _quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
 def _encode_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
     """The same in plain torch."""
     blocks = torch.nn.functional.pad(x, (0, -len(x) % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
-    codes = torch.empty(blocks.shape, dtype=torch.uint8)
-    absmax = torch.empty(len(blocks), dtype=torch.float32)
+    codes = torch.empty(blocks.shape, dtype=torch.uint8, device=x.device)
+    absmax = torch.empty(len(blocks), dtype=torch.float32, device=x.device)
+    nearest_codes = dynamic_codes().to(x.device)
 
     def quantize_chunk(start: int, stop: int) -> None:
         largest = torch.amax(blocks[start:stop].abs(), 1, out=absmax[start:stop])
@@ -226,7 +229,7 @@ def _encode_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
         scaled = (blocks[start:stop] * inverse[:, None]).clamp_(-1, 1)
         # Where the reciprocal of a denormal overflows, zero times infinity is no number: step 0, there as here.
         steps = ((scaled + 1.0) * 0.5 * 65535 + 0.5).nan_to_num_(0.0).to(torch.int32)
-        nearest = torch.index_select(dynamic_codes(), 0, steps.view(-1)).view(steps.shape)
+        nearest = torch.index_select(nearest_codes, 0, steps.view(-1)).view(steps.shape)
         codes[start:stop] = nearest * (largest > 0)[:, None]
 
     for_chunks(len(blocks), _CHUNK // NESTED_BLOCK_SIZE, quantize_chunk)

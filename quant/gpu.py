@@ -36,13 +36,22 @@ def device_bank(
     return DeviceBank.make(list(zip(*parts, strict=True)), activation)
 
 
-def device_matrix(q: Int8) -> "DeviceMatrix | None":
-    """The matrix as the kernel for a few vectors is told of it, or None."""
+def serves_few(q: Int8) -> bool:
+    """Whether the kernel multiplies a few vectors by this matrix."""
     if not can_launch(q.weight):
+        return False
+    from lmx.core.gpu.table import is_readable
+
+    return is_readable(describe_matrix(q))
+
+
+def device_matrix(q: Int8) -> "DeviceMatrix | None":
+    """The matrix as the kernel for a few vectors is told of it; None where it does not serve."""
+    if not serves_few(q):
         return None
     from lmx.core.gpu.linear import DeviceMatrix
 
-    return DeviceMatrix.make(describe_matrix(q))
+    return DeviceMatrix(describe_matrix(q))
 
 
 def _describe(q: Stored) -> StoredMatrix | None:

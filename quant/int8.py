@@ -12,7 +12,7 @@ from torch import Tensor
 from lmx.core.errors import InputError
 from lmx.core.native.quantize import can_quantize, encode_int8
 from lmx.quant.chunks import for_chunks
-from lmx.quant.four_bit import check_finite, check_source
+from lmx.quant.four_bit import CARD_CHUNK, check_finite, check_source
 
 # Elements that a thread works on at a time, so that the temporaries stay in the cache.
 _CHUNK = 1 << 18
@@ -57,8 +57,8 @@ def quantize_int8(x: Tensor, name: str = "the tensor") -> Int8:
     check_source(x, name)
     if x.ndim != 2:
         raise InputError(f"{name} has {x.ndim} dimensions", "int8 quantization takes matrices only")
-    weight = torch.empty(x.shape, dtype=torch.int8)
-    absmax = torch.empty(len(x), dtype=torch.float32)
+    weight = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    absmax = torch.empty(len(x), dtype=torch.float32, device=x.device)
     encode = encode_int8 if can_quantize(x) else _encode
     encode(x.detach(), weight, absmax)
     check_finite(absmax, name)
@@ -90,7 +90,8 @@ def _encode(x: Tensor, weight: Tensor, absmax: Tensor) -> None:
         weight[start:stop] = rows.mul_(scale[:, None]).round_()
         absmax[start:stop] = largest
 
-    for_chunks(len(x), max(1, _CHUNK // x.shape[1]), encode_chunk)
+    chunk = _CHUNK if x.is_cpu else CARD_CHUNK
+    for_chunks(len(x), max(1, chunk // x.shape[1]), encode_chunk)
 
 
 def _round_to_half(source: Tensor) -> tuple[Tensor, Tensor]:

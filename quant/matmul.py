@@ -30,6 +30,8 @@ Product = Callable[[Tensor], Tensor]
 _TILE = 1 << 18
 # The same where the kernels dequantize: enough for torch's product to run at its full speed.
 _NATIVE_TILE = 1 << 20
+# Vectors in two groups still take less time than rows dequantized for all (`benchmarks/products.py --vectors 8`).
+_FEW = 2 * MAX_VECTORS
 # Activations beyond it are multiplied in 16 bits by LLM.int8() (arXiv 2208.07339, section 3.2).
 _OUTLIER_THRESHOLD = 6.0
 
@@ -58,13 +60,12 @@ def _native_product(table: MatrixTable, q: Matrix, many: Product, x: Tensor) -> 
     """Multiply by the kernels where they are quicker, else by `many`: x [..., columns] -> [..., rows]."""
     if not can_take(x, table.columns):
         return many(x)
-    if x.numel() <= MAX_VECTORS * table.columns:
+    if x.numel() <= _FEW * table.columns:
         return table.multiply(x)
     if isinstance(q, Tensor | Quanto):
         return many(x)
     flat = x.reshape(-1, table.columns)
-    # Quicker than torch's product of dequantized rows for any number of vectors: 3.2 ms against 12 for 8 of them times
-    # a 14336 x 4096 matrix in NF4, 18 against 28 for 64, 141 against 148 for 512 (two cores of Zen 4).
+    # Quicker than torch's product of dequantized rows, for any number of vectors (`benchmarks/products.py` times both).
     multiply = multiply_many if x.dtype == torch.bfloat16 and has_panels() else _multiply_tiles
     return multiply(table, flat).view(*x.shape[:-1], table.rows)
 
@@ -158,9 +159,10 @@ def _bitsandbytes_4bit(q: FourBit) -> Product:
     from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]
 
     state = _quant_state(q)
+    packed = q.packed.t()  # before 0.50 it wants the row that this makes of the column, and 0.50 takes either
 
     def product(x: Tensor) -> Tensor:
-        return matmul_4bit(x, q.packed, quant_state=state).to(x.dtype)
+        return matmul_4bit(x, packed, quant_state=state).to(x.dtype)
 
     return product
 

@@ -13,12 +13,13 @@ from lmx.core.config import ModelConfig
 from lmx.core.errors import InputError
 from lmx.core.heads import CausalHead
 from lmx.core.layers.activation import ACTIVATIONS
+from lmx.core.layers.moe import Bank
 from lmx.core.layers.projection import Projection
 from lmx.core.layers.residual import added
 from lmx.core.native.matrix import answer_many, has_panels
 from lmx.core.native.mixer import Affine
 from lmx.core.native.vector import are_few, can_take, wants_gradient
-from lmx.quant.gpu import device_bank
+from lmx.quant.gpu import device_bank, serves_few
 from lmx.quant.int8 import Int8
 from lmx.quant.matmul import Matrix, Product, QuantMatrix, choose_product, dequantize
 from lmx.quant.native import expert_table, matrix_table
@@ -54,6 +55,11 @@ class QuantLinear(Projection):
         """Matrix and bias as the CPU's kernels read them; None where they cannot."""
         return None if self._table is None else Affine(self._table, self.bias)
 
+    @property
+    def capturable(self) -> bool:
+        """In int8 only with our own kernel: LLM.int8() looks on the host for columns that stand out."""
+        return not isinstance(self.weight, Int8) or serves_few(self.weight)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole weight, in `dtype` or in that of its source."""
         return dequantize(self.weight, dtype)
@@ -86,7 +92,7 @@ class QuantHead(CausalHead):
         return self.capped(self.output(hidden.to(embedding.dtype)))
 
 
-class QuantExpertBank(nn.Module):
+class QuantExpertBank(Bank):
     """`lmx.core.layers.moe.ExpertBank` on quantized matrices: gated MLPs, `down(act(gate(x)) * up(x))`.
 
     gate, up: one matrix [inner, hidden] an expert; down: one [hidden, inner] an expert. A matrix that was kept from
@@ -111,6 +117,11 @@ class QuantExpertBank(nn.Module):
         self.gate, self.up, self.down = list(gate), list(up), list(down)
         self.activation = activation
         self._choose_products()
+
+    @property
+    def capturable(self) -> bool:
+        """Where the card's kernels take it; else the host sorts the tokens by expert."""
+        return self._on_device is not None
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' answers, in the dtype of x.

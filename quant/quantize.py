@@ -5,8 +5,6 @@ inside a matrix would wait for each other at every step of it. They are finished
 bytes depend on the source and the options alone.
 """
 
-import hashlib
-import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,11 +17,12 @@ import torch
 from torch import Tensor
 
 from lmx.core.checkpoint import INDEX, Source
-from lmx.core.errors import InputError, ResourceError, UsageError
-from lmx.core.files import quoted, read_bounded
-from lmx.core.jsonfile import JSON
-from lmx.core.mapped import Advice
-from lmx.core.output import OutputFolder, check_target, open_output
+from lmx.core.errors import InputError
+from lmx.core.files import quoted
+from lmx.core.job import check_job, job_identity
+from lmx.core.jsonfile import JSON, to_json
+from lmx.core.mapped import Advice, stored_name
+from lmx.core.output import OutputFolder, open_output
 from lmx.core.shards import DEFAULT_SHARD_BYTES, Shard, ShardWriter, Slot, Unit, index_json, plan_shards
 from lmx.quant.apply import quantize_matrix
 from lmx.quant.error import rmse
@@ -31,14 +30,12 @@ from lmx.quant.memory import PIECE_BYTES, choose_workers, peak_memory_bytes, pre
 from lmx.quant.plan import Plan, PlannedWeight, plan_source
 from lmx.quant.quanto_files import QMAP, quantization_map
 from lmx.quant.report import Checked, Event, Finished, Progress, Report, make_report
-from lmx.quant.serialize import FLOATS, matrix_tensors
+from lmx.quant.serialize import matrix_tensors
 from lmx.quant.spec import QuantSpec
 
 # Changes whenever the same source and options would give other bytes: a half-made output of before is not continued.
 _FORMAT = 1
-_COMPANION_LIMIT_BYTES = 256 << 20
 _COMPUTE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"} | {v: k for k, v in FLOATS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +72,19 @@ def quantize(source: Source, target: Path, spec: QuantSpec, options: Options = O
     target's name but what was.
 
     Raises:
+        UsageError: the target holds the source, or has the name of a file.
         InputError: the source is damaged (NaN and infinity included), unsupported or quantized already.
         ConflictError: the target exists and `force` is not set, or another process works on it.
         ResourceError: disk or memory would not suffice, or did not.
 
     """
-    _check_apart(source, target)
-    check_target(target, force=options.force)
+    check_job(source, target, force=options.force)
     plan = plan_source(source, spec)
     workers = choose_workers(plan, options.workers or torch.get_num_threads(), options.max_memory_bytes)
     shards = plan_output(plan, options.max_shard_bytes)
-    with open_output(target, _job(source, plan, shards), force=options.force) as output:
-        _check_room(output, shards)
+    job = job_identity(source, shards, _FORMAT, asdict(spec))
+    with open_output(target, job, force=options.force) as output:
+        output.check_room(shards)
         try:
             with _one_thread_each(workers) as pool:
                 yield from _write_shards(source, plan, shards, output, pool, results_in_flight(workers) - 1)
@@ -112,7 +110,7 @@ def plan_output(plan: Plan, max_shard_bytes: int) -> tuple[Shard, ...]:
 def _unit(weight: PlannedWeight, spec: QuantSpec) -> Unit:
     if weight.kept:
         return (Slot(weight.name, weight.dtype, weight.shape),)
-    return tuple(Slot(name, _DTYPE_NAMES[dtype], shape) for name, (dtype, shape) in weight.layout(spec).items())
+    return tuple(Slot(name, stored_name(dtype), shape) for name, (dtype, shape) in weight.layout(spec).items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +216,7 @@ def _copy(source: Source, work: _Work, file: ShardWriter) -> None:
 
 
 def _is_finite(x: Tensor) -> bool:
-    """Whether no element is NaN or infinity, which show in the extremes; `isfinite` takes thirty times as long."""
+    """Whether no element is NaN or infinity, which show in the extremes: one pass, and no mask as large as it."""
     return x.numel() == 0 or all(extreme.isfinite().item() for extreme in x.aminmax())
 
 
@@ -245,16 +243,11 @@ def _add_small_files(
 ) -> None:
     if len(shards) > 1:
         output.add(INDEX, index_json(shards))
-    output.add("config.json", _json_bytes(quantized_config(source, plan)))
+    output.add("config.json", to_json(quantized_config(source, plan)))
     if plan.spec.quanto_type is not None:
         names = (weight.name for weight in plan.weights if weight.kept is None)
-        output.add(QMAP, _json_bytes(quantization_map(names, plan.spec.quanto_type)))
-    for path in companions:
-        output.add(path.name, read_bounded(path, _COMPANION_LIMIT_BYTES))
-
-
-def _json_bytes(value: object) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
+        output.add(QMAP, to_json(quantization_map(names, plan.spec.quanto_type)))
+    output.copy(companions)
 
 
 def quantized_config(source: Source, plan: Plan) -> dict[str, object]:
@@ -264,29 +257,3 @@ def quantized_config(source: Source, plan: Plan) -> dict[str, object]:
     stored = Counter(weight.dtype for weight in plan.weights if weight.kept is None)
     compute = _COMPUTE_DTYPES[stored.most_common(1)[0][0] if stored else "BF16"]
     return {**source.config, "quantization_config": plan.spec.to_config(plan.kept_modules, compute)}
-
-
-def _job(source: Source, plan: Plan, shards: Sequence[Shard]) -> str:
-    """What must be the same for a half-made output to be continued: source, options, and every header."""
-    stats = [(str(path), path.stat()) for path in source.files]
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    headers = [hashlib.sha256(shard.header).hexdigest() for shard in shards]
-    identity = [_FORMAT, asdict(plan.spec), source.label, files, source.config, headers]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _check_apart(source: Source, target: Path) -> None:
-    """Replacing the source, or a folder around it, by its own quantization would leave nothing to go back to."""
-    folders = {folder for path in source.files for folder in (path.parent.resolve(), path.resolve().parent)}
-    if any(folder.is_relative_to(target.resolve()) for folder in folders):
-        raise UsageError(f"{quoted(str(target))} holds the source itself", "choose another output folder")
-
-
-def _check_room(output: OutputFolder, shards: Sequence[Shard]) -> None:
-    needed = sum(shard.size for shard in shards if shard.name not in output.finished)
-    free = output.free_bytes()
-    if needed > free:
-        raise ResourceError(
-            f"{quoted(str(output.target))} needs {needed / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB left",
-            "free space on that disk, or choose another folder",
-        )

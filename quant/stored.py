@@ -15,7 +15,7 @@ from lmx.core.errors import InputError
 from lmx.core.files import quoted
 from lmx.core.jsonfile import JSON
 from lmx.core.loader import DECODER_PREFIX, HEAD_NAMES, build, stored_head
-from lmx.core.mapped import ITEM_SIZES, Advice
+from lmx.core.mapped import ITEM_SIZES, Advice, stored_name
 from lmx.core.names import Shape
 from lmx.core.registry import family_of
 from lmx.core.safetensors_file import TensorInfo
@@ -215,5 +215,5 @@ class DequantizedSource:
     def _info(self, name: str, shape: Shape) -> TensorInfo:
         info, matrix = self._source.infos[self._stored.bulk.get(name, name)], self._stored.matrices.get(name)
         was = FLOATS[info.dtype] if matrix is None else matrix.dtype
-        dtype = next(key for key, value in FLOATS.items() if value == (self._dtype or was))
+        dtype = stored_name(self._dtype or was)
         return replace(info, name=name, dtype=dtype, shape=shape, nbytes=prod(shape) * ITEM_SIZES[dtype])

@@ -8,7 +8,7 @@ import torch
 from families import config_of
 
 from lmx.conversion import Conversion, Format
-from lmx.convert import gguf_target, mistral_target
+from lmx.convert import single_file
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import LmxError
 from lmx.core.loader import build
@@ -22,7 +22,7 @@ SHARD_BYTES = 12_000
 
 def finish(source: Path, target: Path) -> int:
     """Convert to the end; returns how many tensors were written."""
-    gguf_target._KEEP_BYTES = mistral_target._KEEP_BYTES = SHARD_BYTES
+    single_file._KEEP_BYTES = SHARD_BYTES
     to: Format | None = "mistral" if target.name == "mistral" else None
     job = Conversion(target, to, max_shard_bytes=SHARD_BYTES)
     return len([event for event in job.run(Checkpoint.open(source), "m") if getattr(event, "name", "")])

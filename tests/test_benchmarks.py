@@ -1,5 +1,6 @@
 """The benchmarks whose limits are promises run, and keep them."""
 
+import json
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -7,20 +8,23 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from support import ROOT
 
 
 def _script(name: str) -> ModuleType:
-    spec = spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    spec = spec_from_file_location(Path(name).name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[module.__name__] = module
     spec.loader.exec_module(module)
     return module
 
 
-compare = _script("compare")
+sys.path.append(str(ROOT / "benchmarks"))  # where a script started as a program finds what it shares with others
+compare, gpu = _script("compare"), _script("gpu")
+rounds = sys.modules["peers.rounds"]
 
 
 @pytest.mark.slow
@@ -38,17 +42,17 @@ def test_recurrences_keep_their_limits() -> None:
 def test_the_comparison_tells_its_figures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Rounds, ratios and shares, from programs that answer with made-up speeds."""
     speeds = {"lmx": [10.0, 30.0, 20.0], "llama.cpp Q4_0": [10.0, 10.0, 16.0]}
-    rounds = {name: iter(values) for name, values in speeds.items()}
+    answers = {name: iter(values) for name, values in speeds.items()}
 
     def answer(command: list[str], *more: str) -> dict[str, float]:
         if more:
-            return {"tg128": next(rounds["llama.cpp Q4_0"])}
+            return {"tg128": next(answers["llama.cpp Q4_0"])}
         assert command[command.index("-d") + 1] == "0"
         shares = {"flops_utilization": None, "bandwidth_utilization": 0.5}
-        sizes = {"bytes_per_token": 5e6, "peak_memory_bytes": 1e9}
-        return {"tokens_per_second_mean": next(rounds["lmx"]), **shares, **sizes}
+        sizes = {"bytes_per_token": 5e6, "peak_memory_bytes": 1e9, "peak_gpu_memory_bytes": None}
+        return {"tokens_per_second_mean": next(answers["lmx"]), **shares, **sizes}
 
-    monkeypatch.setattr(compare, "_run", answer)
+    monkeypatch.setattr(rounds, "run", answer)
     monkeypatch.setattr(compare, "MODELS", {"toy": compare.Model("org/toy", "nf4", ("tg128",), ("tg128",), ())})
     monkeypatch.setattr(compare, "_gguf", lambda *_: Path("toy.gguf"))
     monkeypatch.setattr(sys, "argv", ["compare.py", "--models", "toy"])
@@ -59,8 +63,69 @@ def test_the_comparison_tells_its_figures(monkeypatch: pytest.MonkeyPatch, capsy
     assert "tg128 5 MB. Peak memory of lmx: 1.00 GB." in said
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
-def test_every_benchmark_says_how_to_use_it(script: Path) -> None:
-    ran = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert "usage" in ran.stdout
+def test_the_gpu_comparison_tells_its_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ratios, the card's memory, and a prompt beside its products, from programs that answer with made-up figures."""
+    asked: list[list[str]] = []
+
+    def answer(command: list[str], *more: str) -> dict[str, object]:
+        asked.append(command)
+        if "transformers_runner.py" in command[1]:
+            return {"tg16": 50.0}
+        if "products_runner.py" in command[1]:
+            return {"seconds": 0.1}
+        is_prompt = command[command.index("-n") + 1] == "0"
+        shares = {"flops_utilization": 0.6, "bandwidth_utilization": None if is_prompt else 0.45}
+        sizes = {"bytes_per_token": None if is_prompt else 4.3e9, "peak_memory_bytes": 9, "peak_gpu_memory_bytes": 5e9}
+        return {"tokens_per_second_mean": 8192.0 if is_prompt else 420.0, **shares, **sizes}
+
+    monkeypatch.setattr(rounds, "run", answer)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda number: "a card")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--cases", "falcon_mamba", "--rounds", "2"])
+    assert gpu.main() == 0
+    said = capsys.readouterr().out
+    assert said.startswith("a card, torch ")
+    assert "| tg128 | lmx | 420.00 | | 45% |" in said
+    assert "| tg128 | transformers + bitsandbytes NF4 | 50.00 | 8.40 | |" in said
+    assert "| pp2048 | lmx | 8192.00 | | 60% |" in said
+    assert "Bytes a token: tg128 4300 MB. Peak memory of lmx: 5.00 GB." in said
+    assert "A prompt of 2,048 tokens takes 2.50 times its matrix products' 100.0 ms." in said
+    assert all("--dummy" in command and "cuda" in command for command in asked if "bench" in command)
+    assert len(asked) == 2 * 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a card")
+def test_the_gpu_comparison_says_that_there_is_no_card(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert gpu.main() == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert [line.partition(":")[0] for line in said.err.splitlines()] == ["gpu.py"] * 2
+    assert "no CUDA device" in said.err
+
+
+def test_products_alone_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every matrix of the layers, and the head for the last token."""
+    runner = _script("peers/products_runner")
+    case = gpu.CASES["falcon_mamba"]
+    (tmp_path / "config.json").write_text(json.dumps({**gpu.preset(case.hub), **case.tiny}))
+    runner.main(str(tmp_path / "config.json"), 8, "cpu")
+    assert json.loads(capsys.readouterr().out)["seconds"] > 0
+    model = runner.build_dummy({**gpu.preset(case.hub), **case.tiny}, "nf4")
+    work = runner._products(model, 8)
+    assert [tuple(x.shape[:2]) for _, x in work] == [(1, 8)] * 4 * 2 + [(1, 1)]
+    assert all(layer(x).shape[-1] == layer.out_features for layer, x in work)
+
+
+@pytest.mark.slow
+def test_the_gpu_comparison_runs_on_the_cpu() -> None:
+    """All of its programs, in tiny."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--rounds", "1", "--threads", "1"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout.count("| lmx |") == 4
+    assert ran.stdout.count("| transformers + bitsandbytes NF4 |") == 2
+    assert "times its matrix products'" in ran.stdout

@@ -4,7 +4,7 @@ The toy model's memory is the list of tokens it was fed, so that a test can look
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -13,7 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from lmx.core.model import Output
+from lmx.core.sampling import Chosen, Sampler
 from lmx.core.state import StateError
+from lmx.core.stepper import one_by_one
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<s>")
 START, END = 0, 1
@@ -96,7 +98,10 @@ class ToyModel(nn.Module):
             output = self(ids, attention_mask=None, state=state, logits_to_keep=1, output_router_logits=False)
             return output.logits[:, -1]
 
-        return SimpleNamespace(feed=feed)
+        def choices(logits: Tensor, sampler: Sampler, limit: int | None) -> Generator[Chosen, None, None]:
+            return one_by_one(feed, logits, sampler)
+
+        return SimpleNamespace(feed=feed, choices=choices)
 
     def forward(
         self,

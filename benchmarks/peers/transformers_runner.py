@@ -1,8 +1,9 @@
-"""Time transformers with bitsandbytes NF4: `python transformers_runner.py CONFIG.json THREADS TESTS`.
+"""Time transformers with bitsandbytes NF4: `python transformers_runner.py CONFIG.json THREADS TESTS [DEVICE]`.
 
-TESTS as `pp512,tg32`. Prints one JSON object, test -> tokens a second. Weights are random and made in the form that
-they are run in. Its best path on a CPU: bf16, inference mode, eval mode (bitsandbytes then repacks for AVX-512 BF16),
-a cache kept between steps. What its 4-bit mode leaves alone (3-D experts, the head) stays in bf16.
+TESTS as `pp512,tg32`; DEVICE: `cpu` or `cuda`. Prints one JSON object, test -> tokens a second. Weights are random and
+made in the form that they are run in, on the device. Its best path on a CPU: bf16, inference mode, eval mode
+(bitsandbytes then repacks for AVX-512 BF16), a cache kept between steps. What its 4-bit mode leaves alone (3-D experts,
+the head) stays in bf16.
 """
 
 import json
@@ -19,13 +20,13 @@ from torch import Tensor, nn
 BLOCK = 64
 
 
-def main(config_file: str, threads: int, tests: list[str]) -> None:
+def main(config_file: str, threads: int, tests: list[str], device: str) -> None:
     """Build, warm up, run every test once, print."""
     torch.set_num_threads(threads)
     with open(config_file, encoding="utf-8") as file:
         raw = json.load(file)
     config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.device(device):
         model = build(config)
         _forward(model, [1, 2, 3], None)
         _choose_experts(model)
@@ -73,7 +74,7 @@ def _random_linear(linear: nn.Linear) -> nn.Module:
     state = QuantState(
         torch.full((rows * columns // BLOCK,), 0.05),
         shape=torch.Size((rows, columns)),
-        code=get_4bit_type("nf4", device="cpu"),
+        code=get_4bit_type("nf4", device=torch.get_default_device()),
         blocksize=BLOCK,
         quant_type="nf4",
         dtype=torch.bfloat16,
@@ -129,4 +130,4 @@ def _consume(logits: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3].split(","))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3].split(","), *(sys.argv[4:5] or ["cpu"]))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lmx.core.gpu.table import FEW_VECTORS, Format, VectorTile, code_values, is_readable, table_row
+from lmx.core.gpu.table import FEW_VECTORS, Format, VectorTile, code_values, table_row
 from lmx.core.gpu.words import add_products, load_elements, open_matrix, row_scales
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.vector import StoredMatrix, wants_gradient
@@ -42,17 +42,12 @@ def multiply_vectors(
 
 
 class DeviceMatrix:
-    """A matrix [rows, columns] on one device, as the kernel is told of it; keeps its tensors alive."""
+    """A matrix [rows, columns] on one device, as the kernel is told of it (if it `is_readable`); keeps its tensors."""
 
     def __init__(self, matrix: StoredMatrix) -> None:
         self._matrix, self._format = matrix, Format.of(matrix)
         self._table = torch.tensor(table_row(matrix), dtype=torch.int64).to(matrix.data.device)
         self._codes = code_values(self._format, matrix.data.device)
-
-    @classmethod
-    def make(cls, matrix: StoredMatrix) -> "DeviceMatrix | None":
-        """The matrix, or None where the kernel cannot read it."""
-        return cls(matrix) if is_readable(matrix) else None
 
     def __reduce__(self) -> tuple[type["DeviceMatrix"], tuple[StoredMatrix]]:
         """A copy has tensors of its own, and so addresses of its own."""

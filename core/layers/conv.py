@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmx.core.gpu import recurrent as gpu
 from lmx.core.native.scan import can_convolve, convolve
 
 # Elements that are convolved at a time, 1 MiB in float32 (32 steps of FalconMamba-7B), so that every tap but the first
@@ -19,6 +20,7 @@ def causal_conv(
     lengths: Tensor | None = None,
     *,
     silu: bool = False,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y_t = bias + sum_j weight[:, j] x_{t - kernel + 1 + j}; inputs before the first come from `state`.
 
@@ -30,12 +32,14 @@ def causal_conv(
     `lengths` [batch]: how many of each row's inputs, counted from the front, are real (see `Compaction`). The state
     then holds the last real inputs of each row, and y behind them means nothing.
 
-    `silu`: y goes through silu.
+    `silu`: y goes through silu. `overwrite`: the old state is not needed any more, and the new one may take its place.
     """
     if x.shape[1] == 0:
         return x, state
     if lengths is None and can_convolve(x, weight, bias, state):
         return convolve(x, weight, bias, state, silu)
+    if gpu.can_convolve(x, weight, bias, state):
+        return gpu.convolve(x, weight, bias, state, lengths, silu, overwrite)
     y, recent = _in_torch(x, weight, bias, state, lengths)
     return F.silu(y) if silu else y, recent
 

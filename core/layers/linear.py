@@ -12,8 +12,8 @@ from lmx.core.native.vector import MatrixTable, StoredMatrix, are_few, can_multi
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: x [..., columns] -> [..., rows], both of weight's dtype.
 
-    One to four vectors and 16-bit weights go to the CPU's kernels: torch 2.13 takes twice as long for them as reading
-    the weight does. A sum with a bias is then rounded twice.
+    One to four vectors and 16-bit weights go to the CPU's kernels, which read the weight faster than torch 2.13 does
+    (`benchmarks/products.py` times both). A sum with a bias is then rounded twice.
     """
     if not _is_ours(x, weight):
         return F.linear(x, weight, bias)

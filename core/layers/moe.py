@@ -1,5 +1,6 @@
 """Mixture of experts: the router's choice, the bank of experts, and the load balancing loss."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -49,9 +50,9 @@ def balance_loss(router_logits: Sequence[Tensor], top_k: int, mask: Tensor | Non
     probability = torch.zeros(experts, device=router_logits[0].device)
     rows = torch.zeros((), device=router_logits[0].device)
     for logits in router_logits:
-        probabilities = F.softmax(logits, dim=-1)
+        probabilities = F.softmax(logits.to(counts.device), dim=-1)
         ids = torch.topk(probabilities, top_k, dim=-1).indices
-        real = torch.ones(ids.shape[0], device=ids.device) if mask is None else mask.reshape(-1).float()
+        real = torch.ones(len(ids), device=ids.device) if mask is None else mask.reshape(-1).to(ids.device).float()
         counts = counts.index_add(0, ids.flatten(), real.repeat_interleave(top_k))
         probability = probability + (probabilities.float() * real[:, None]).sum(0)
         rows = rows + real.sum()
@@ -135,7 +136,19 @@ def _(
     return torch.empty_like(x)
 
 
-class ExpertBank(nn.Module):
+class Bank(nn.Module):
+    """All experts of one layer, however they are stored.
+
+    forward: x [tokens, hidden], ids and weights [tokens, top_k] -> [tokens, hidden].
+    """
+
+    @property
+    @abstractmethod
+    def capturable(self) -> bool:
+        """Whether a step can be captured in a CUDA graph: the ids of the chosen experts never leave the device."""
+
+
+class ExpertBank(Bank):
     """All experts of one layer: gated MLPs, `down(act(gate(x)) * up(x))`.
 
     Each expert's matrices are parameters of their own, so that they can be views of a mapped file in whatever order
@@ -153,6 +166,12 @@ class ExpertBank(nn.Module):
         self._table: ExpertTable | None = None
         self._on_device: DeviceBank | None = None
         self._place: tuple[int, ...] = ()
+
+    @property
+    def capturable(self) -> bool:
+        """Where the card's kernels take it; else the host sorts the tokens by expert."""
+        gate, up, down = _matrices(self.gate), _matrices(self.up), _matrices(self.down)
+        return can_launch(gate[0]) and self._device_bank(gate, up, down) is not None
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' answers."""
@@ -207,7 +226,7 @@ class ExpertBank(nn.Module):
 
 
 def _are_many(x: Tensor, matrix: Tensor) -> bool:
-    """Whether the kernels take a prompt through a bank of such matrices: they are a fifth quicker than torch."""
+    """Whether the kernels take a prompt through a bank of such matrices."""
     return x.dtype == matrix.dtype == torch.bfloat16 and can_take(x, matrix.shape[1]) and has_panels()
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmx.core.gpu import recurrent as gpu
 from lmx.core.native.attention import Scale
 from lmx.core.native.norm import can_normalise, rms_norm, rms_norm_parts, serves
 
@@ -19,6 +20,8 @@ def rms_normalise_parts(x: Tensor, sizes: Sequence[int], eps: float) -> tuple[Te
     """Cut [..., sum of sizes] into parts and normalise each by itself."""
     if serves(x) and x.is_contiguous():
         return rms_norm_parts(x, sizes, eps).split(sizes, -1)
+    if gpu.can_normalise_parts(x, sizes):
+        return gpu.normalise_parts(x, sizes, eps).split(sizes, -1)
     return tuple(rms_normalise(part, eps) for part in x.split(sizes, -1))
 
 

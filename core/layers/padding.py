@@ -49,6 +49,11 @@ class Compaction:
         real = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
         return cls(mask, real, lengths, sources, torch.argsort(sources, dim=1))
 
+    def to(self, device: torch.device) -> "Compaction":
+        """The same for a layer on another device."""
+        parts = (self.mask, self.real, self.lengths, self.sources, self.targets)
+        return Compaction(*(part.to(device) for part in parts))
+
     def pack(self, x: Tensor) -> Tensor:
         """Real tokens first, in their order, then zeros: [batch, length, ...] -> [batch, length, ...]."""
         return self.fill_tail(_permute(x, self.sources), 0)

@@ -14,6 +14,11 @@ class Projection(nn.Module):
     def affine(self) -> Affine | None:
         """Matrix and bias as the CPU's kernels read them; None where they cannot."""
 
+    @property
+    def capturable(self) -> bool:
+        """Whether its product can be captured in a CUDA graph: the device never waits for the host in it."""
+        return True
+
 
 def affine(layer: nn.Module) -> Affine | None:
     """What a kernel must know of a linear layer; None where it cannot read it."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lmx.core.config import ConfigReader, ModelConfig, count_labels
 from lmx.core.decoder import Call, Decoder, Inputs
+from lmx.core.gpu import recurrent as gpu
 from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS, SILU_NAMES
 from lmx.core.layers.conv import causal_conv
 from lmx.core.layers.derived import Derived
@@ -145,7 +147,7 @@ class Mixer(nn.Module):
         before = state if state is not None else self.empty_state(x.shape[0], x.dtype, x.device)
         lengths = None if compaction is None else compaction.lengths
         taps, silu = self.conv_weight.squeeze(1), self._conv_has_silu
-        x, conv = causal_conv(x, taps, self.conv_bias, before.conv, lengths, silu=silu)
+        x, conv = causal_conv(x, taps, self.conv_bias, before.conv, lengths, silu=silu, overwrite=True)
         y, ssm = self._scan(x if silu else self.act(x), gate, compaction, before.hidden)
         if state is not None:
             state.keep(conv, ssm)
@@ -171,11 +173,29 @@ class Mixer(nn.Module):
             lengths = None if compaction is None else compaction.lengths
             hidden = hidden.contiguous()  # written to in place: it is the state's own
             return gated_scan(raw, bias, x, gate, A, B, C, self.D, hidden, lengths, hidden)
-        delta = F.softplus(raw.float().add_(bias))
-        if compaction is not None:
-            delta = compaction.fill_tail(delta, 0.0)
-        y, hidden = selective_scan(x, delta, A, B, C, hidden)
-        return (y.addcmul_(x, self.D) * F.silu(gate)).to(x.dtype), hidden
+        if gpu.can_scan(x, raw, bias, self.D, A, hidden):
+            lengths, oracle = None if compaction is None else compaction.lengths, partial(_in_torch, compaction)
+            return gpu.gated_scan(raw, bias, x, gate, A, B, C, self.D, hidden, lengths, oracle)
+        return _in_torch(compaction, raw, bias, x, gate, A, B, C, self.D, hidden)
+
+
+def _in_torch(
+    compaction: Compaction | None,
+    raw: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor]:
+    delta = F.softplus(raw.float() + bias)
+    if compaction is not None:
+        delta = compaction.fill_tail(delta, 0.0)
+    y, hidden = selective_scan(x, delta, A, B, C, hidden)
+    return (y.addcmul_(x, D) * F.silu(gate)).to(x.dtype), hidden
 
 
 class Block(nn.Module):

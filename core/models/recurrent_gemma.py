@@ -4,7 +4,7 @@ recurrence, the RG-LRU, to one of local attention, and a gated MLP after each.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 import torch
@@ -143,6 +143,11 @@ class GriffinCall(AttentionCall):
         shared = {entry.name: getattr(call, entry.name) for entry in fields(call)}
         return cls(**{**shared, "compaction": compaction}, begins=call.positions == 0)
 
+    def to(self, device: torch.device) -> Call:
+        """With where texts begin."""
+        moved = replace(self, begins=self.begins.to(device))
+        return super(GriffinCall, moved).to(device)
+
     def follow(self, call: Call) -> bool:
         """Those of the attention layers, and where texts begin."""
         if not isinstance(call, GriffinCall) or not super().follow(call):
@@ -205,9 +210,10 @@ class RecurrentBlock(nn.Module):
             lengths = compaction.lengths
             branch = compaction.pack(branch)
             reset = compaction.pack(reset.expand(x.shape[:2]))
-        branch, conv = causal_conv(branch, self.conv_weight.squeeze(1), self.conv_bias, before.conv, lengths)
+        taps = self.conv_weight.squeeze(1)
+        branch, conv = causal_conv(branch, taps, self.conv_bias, before.conv, lengths, overwrite=True)
         packed = None if compaction is not None else gate
-        branch, lru = self.rg_lru(branch, packed, reset, compaction, before.hidden)
+        branch, lru = self.rg_lru(branch, packed, reset, compaction, before.hidden, overwrite=True)
         if state is not None:
             state.keep(conv, lru)
         return self.linear_out(branch if compaction is None else gate * compaction.unpack(branch))

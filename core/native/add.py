@@ -1,15 +1,14 @@
 """Sums of the CPU's kernels: residuals and biases."""
 
-import ctypes
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from lmx.core.native.library import library
+from lmx.core.native.library import INT, LONG, POINTER, c_function
 from lmx.core.native.norm import serves
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.tape import call
+
+_add = c_function("lmx_add", POINTER, INT, POINTER, INT, LONG, POINTER, INT, LONG, LONG)
 
 
 def can_add(x: Tensor, y: Tensor) -> bool:
@@ -26,16 +25,5 @@ def add(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     stride = width if y.dim() == x.dim() else 0
     right = y.data_ptr(), DTYPE_CODES[y.dtype], stride
     left = x.data_ptr(), DTYPE_CODES[x.dtype]
-    call(_function(), *left, *right, out.data_ptr(), DTYPE_CODES[dtype], x.numel() // width, width)
+    call(_add(), *left, *right, out.data_ptr(), DTYPE_CODES[dtype], x.numel() // width, width)
     return out
-
-
-@cache
-def _function() -> "ctypes._NamedFuncPointer":
-    found = library()
-    if found is None:
-        raise RuntimeError("the kernels are not there: ask library() first")
-    pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    found.lmx_add.argtypes = [pointer, number, pointer, number, long, pointer, number, long, long]
-    found.lmx_add.restype = None
-    return found.lmx_add

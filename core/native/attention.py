@@ -3,45 +3,46 @@
 import ctypes
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from lmx.core.native.library import library
+from lmx.core.native.library import FLOAT, INT, LONG, POINTER, c_function, library
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.tape import call
 
 _SERVED = (torch.float32, torch.bfloat16)
-_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 # The three structures of src/attention.h.
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("cos", "sin")),
-        *((name, _LONG) for name in ("half", "table_stride")),
-        *((name, _POINTER) for name in ("slots", "counts")),
-        ("rows", _LONG),
+        *((name, POINTER) for name in ("cos", "sin")),
+        *((name, LONG) for name in ("half", "table_stride")),
+        *((name, POINTER) for name in ("slots", "counts")),
+        ("rows", LONG),
     )
 
 
 class _Projected(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("query", "key", "value")),
-        *((name, _LONG) for name in ("query_stride", "key_stride", "value_stride")),
-        *((name, _POINTER) for name in ("query_norm", "key_norm")),
-        *((name, _FLOAT) for name in ("query_eps", "key_eps", "limit")),
-        ("dtype", ctypes.c_int32),
-        *((name, _LONG) for name in ("heads", "kv_heads", "width")),
+        *((name, POINTER) for name in ("query", "key", "value")),
+        *((name, LONG) for name in ("query_stride", "key_stride", "value_stride")),
+        *((name, POINTER) for name in ("query_norm", "key_norm")),
+        *((name, FLOAT) for name in ("query_eps", "key_eps", "limit")),
+        ("dtype", INT),
+        *((name, LONG) for name in ("heads", "kv_heads", "width")),
     )
 
 
 class _Cache(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("keys", "values")),
-        *((name, _LONG) for name in ("row_stride", "head_stride", "slot_stride")),
+        *((name, POINTER) for name in ("keys", "values")),
+        *((name, LONG) for name in ("row_stride", "head_stride", "slot_stride")),
     )
+
+
+_attend_step = c_function("lmx_attend_step", _Step, _Projected, _Cache, POINTER)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class AttentionStep:
         )
         kept = _Cache(keys.data_ptr(), values.data_ptr(), *keys.stride()[:3])
         out = query.new_empty(query.shape)
-        call(_function(), self._step, projected, kept, out.data_ptr())
+        call(_attend_step(), self._step, projected, kept, out.data_ptr())
         return out
 
 
@@ -125,14 +126,3 @@ def can_attend(
         and keys.stride() == values.stride()
         and (norms is None or all(norm.weight.dtype == dtype and norm.weight.is_contiguous() for norm in norms))
     )
-
-
-@cache
-def _function() -> "ctypes._NamedFuncPointer":
-    found = library()
-    if found is None:
-        raise RuntimeError("the kernels are not there: ask library() first")
-    structures = (ctypes.POINTER(structure) for structure in (_Step, _Projected, _Cache))
-    found.lmx_attend_step.argtypes = [*structures, _POINTER]
-    found.lmx_attend_step.restype = None
-    return found.lmx_attend_step

@@ -3,47 +3,49 @@
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from lmx.core.native.attention import Scale
-from lmx.core.native.library import library
+from lmx.core.native.library import FLOAT, INT, LONG, POINTER, c_function
 from lmx.core.native.mixer import Affine, are_served, lie_whole, place
 from lmx.core.native.norm import serves
 from lmx.core.native.scan import MAX_KERNEL
 from lmx.core.native.tape import call
 from lmx.core.native.vector import ACTIVATION_CODES
 
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 # The error function's gelu is torch's alone.
 ACTIVATIONS_SERVED = frozenset(ACTIVATION_CODES) - {"gelu"}
 
 
 # The structures of src/griffin.cpp.
 class _Affine(ctypes.Structure):
-    _fields_ = (("matrix", _POINTER), ("bias", _POINTER))
+    _fields_ = (("matrix", POINTER), ("bias", POINTER))
 
 
 class _MlpStep(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("x", "out", "norm_weight")),
+        *((name, POINTER) for name in ("x", "out", "norm_weight")),
         *((name, _Affine) for name in ("gate", "up", "down")),
-        *((name, _LONG) for name in ("rows", "hidden", "inner")),
-        *(("activation", _INT), ("eps", _FLOAT)),
+        *((name, LONG) for name in ("rows", "hidden", "inner")),
+        *(("activation", INT), ("eps", FLOAT)),
     )
 
 
 class _GriffinStep(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("x", "out", "norm_weight")),
+        *((name, POINTER) for name in ("x", "out", "norm_weight")),
         *((name, _Affine) for name in ("linear_y", "linear_x", "linear_out")),
-        *((name, _POINTER) for name in ("conv_weight", "conv_bias", "input_weight", "input_bias")),
-        *((name, _POINTER) for name in ("recurrent_weight", "recurrent_bias", "rate", "reset", "conv_state", "state")),
-        *((name, _LONG) for name in ("width", "heads", "kernel", "reset_stride")),
-        *(("activation", _INT), ("eps", _FLOAT), ("mlp", _MlpStep)),
+        *((name, POINTER) for name in ("conv_weight", "conv_bias", "input_weight", "input_bias")),
+        *((name, POINTER) for name in ("recurrent_weight", "recurrent_bias", "rate", "reset", "conv_state", "state")),
+        *((name, LONG) for name in ("width", "heads", "kernel", "reset_stride")),
+        *(("activation", INT), ("eps", FLOAT), ("mlp", _MlpStep)),
     )
+
+
+_mlp_step, _griffin_step = c_function("lmx_mlp_step", _MlpStep), c_function("lmx_griffin_step", _GriffinStep)
+_soft_cap = c_function("lmx_soft_cap", POINTER, LONG, FLOAT)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def can_step_griffin(x: Tensor, weights: GriffinWeights, conv_state: Tensor, sta
 def mlp_step(x: Tensor, weights: MlpWeights) -> Tensor:
     """One token a row: x [rows, 1, hidden] -> the same, rounded where the layers by themselves round."""
     out = torch.empty(x.shape, dtype=x.dtype)
-    call(_functions()[0], _mlp(x, out, weights))
+    call(_mlp_step(), _mlp(x, out, weights))
     return out
 
 
@@ -126,7 +128,7 @@ def griffin_step(x: Tensor, weights: GriffinWeights, conv_state: Tensor, state: 
         *(width, weights.input_gate[0].shape[0], kernel, int(reset.shape[0] > 1)),
         *(ACTIVATION_CODES[weights.activation], weights.norm.eps, _mlp(x, out, weights.mlp)),
     )
-    call(_functions()[1], step)
+    call(_griffin_step(), step)
     return out
 
 
@@ -137,7 +139,7 @@ def can_cap(logits: Tensor) -> bool:
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
     """`cap * tanh(logits / cap)` in place, each of the three rounded to bfloat16; returns the logits."""
-    call(_functions()[2], logits.data_ptr(), logits.numel(), cap)
+    call(_soft_cap(), logits.data_ptr(), logits.numel(), cap)
     return logits
 
 
@@ -156,15 +158,3 @@ def _mlp(x: Tensor, out: Tensor, weights: MlpWeights) -> _MlpStep:
         *(x.shape[0], x.shape[2], weights.gate.table.rows),
         *(ACTIVATION_CODES[weights.activation], weights.norm.eps),
     )
-
-
-@cache
-def _functions() -> tuple["ctypes._NamedFuncPointer", "ctypes._NamedFuncPointer", "ctypes._NamedFuncPointer"]:
-    found = library()
-    if found is None:
-        raise RuntimeError("the kernels are not there: ask library() first")
-    mlp, griffin, cap = found.lmx_mlp_step, found.lmx_griffin_step, found.lmx_soft_cap
-    mlp.argtypes, griffin.argtypes = [ctypes.POINTER(_MlpStep)], [ctypes.POINTER(_GriffinStep)]
-    cap.argtypes = [_POINTER, _LONG, _FLOAT]
-    mlp.restype = griffin.restype = cap.restype = None
-    return mlp, griffin, cap

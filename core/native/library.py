@@ -2,14 +2,19 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch  # loads the OpenMP library that the kernels then share
 
 from lmx.core.native.build import LIBRARY_NAME
+
+Kernel = Callable[..., Any]
+POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+"""The types of the kernels' arguments, and of the fields of their structures."""
 
 _ABI = 2
 _LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
@@ -31,6 +36,26 @@ def library() -> ctypes.CDLL | None:
     found.lmx_set_threads(torch.get_num_threads())
     found.lmx_set_level(_LEVELS.get(os.environ.get("LMX_KERNELS", ""), _AUTO))
     return found
+
+
+def c_function(name: str, *arguments: type, result: type | None = None) -> Callable[[], Kernel]:
+    """What returns a function of the compiled kernels, found at its first call.
+
+    arguments, result: its types; a structure is taken by its address. Raises, when called, RuntimeError where the
+    kernels are absent: ask `library` first.
+    """
+    types = [ctypes.POINTER(kind) if issubclass(kind, ctypes.Structure) else kind for kind in arguments]
+
+    @cache
+    def find() -> Kernel:
+        found = library()
+        if found is None:
+            raise RuntimeError("the kernels are not there: ask library() first")
+        function = getattr(found, name)
+        function.argtypes, function.restype = types, result
+        return function
+
+    return find
 
 
 def kernel_path() -> str:

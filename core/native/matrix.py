@@ -1,15 +1,18 @@
 """Many vectors times matrices, prompts through banks of experts, and dequantized rows."""
 
-import ctypes
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from lmx.core.native.library import library
+from lmx.core.native.library import INT, LONG, POINTER, c_function, library
 from lmx.core.native.operation import DTYPE_CODES, define
 from lmx.core.native.tape import call
 from lmx.core.native.vector import ACTIVATION_CODES, ExpertTable, MatrixTable
+
+_multiply_many = c_function("lmx_multiply_many", POINTER, POINTER, LONG, LONG, POINTER)
+_experts_many = c_function(
+    "lmx_experts_many", POINTER, LONG, POINTER, LONG, POINTER, POINTER, POINTER, LONG, INT, POINTER
+)
+_dequantize = c_function("lmx_dequantize", POINTER, LONG, LONG, INT, POINTER)
 
 
 def has_panels() -> bool:
@@ -20,8 +23,8 @@ def has_panels() -> bool:
 
 def multiply_many(table: MatrixTable, x: Tensor) -> Tensor:
     """X bf16 [vectors, columns] times the one matrix of a table -> [vectors, rows]; weights are rounded to bf16."""
-    call = _multiply if torch.compiler.is_compiling() else _multiply_cpu
-    out: Tensor = call(table.words, x, table.rows)
+    run = _multiply if torch.compiler.is_compiling() else _multiply_cpu
+    out: Tensor = run(table.words, x, table.rows)
     return out
 
 
@@ -30,37 +33,23 @@ def answer_many(table: ExpertTable, x: Tensor, ids: Tensor, weights: Tensor) -> 
 
     Raises IndexError for the id of no expert.
     """
-    call = _answer if torch.compiler.is_compiling() else _answer_cpu
-    out: Tensor = call(table.words, x, ids, weights, ACTIVATION_CODES[table.activation])
+    run = _answer if torch.compiler.is_compiling() else _answer_cpu
+    out: Tensor = run(table.words, x, ids, weights, ACTIVATION_CODES[table.activation])
     return out
 
 
 def dequantize_rows(table: MatrixTable, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """The rows first .. last of the one quantized matrix of a table: [last - first, columns], rounded as torch does."""
     out = torch.empty(last - first, table.columns, dtype=dtype)
-    call(_functions()[2], table.words.data_ptr(), first, last, DTYPE_CODES[dtype], out.data_ptr())
+    call(_dequantize(), table.words.data_ptr(), first, last, DTYPE_CODES[dtype], out.data_ptr())
     return out
-
-
-@cache
-def _functions() -> tuple["ctypes._NamedFuncPointer", "ctypes._NamedFuncPointer", "ctypes._NamedFuncPointer"]:
-    found = library()
-    if found is None:
-        raise RuntimeError("the kernels are not there: ask library() first")
-    pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    multiply, answer, dequantize = found.lmx_multiply_many, found.lmx_experts_many, found.lmx_dequantize
-    multiply.argtypes = [pointer, pointer, long, long, pointer]
-    answer.argtypes = [pointer, long, pointer, long, pointer, pointer, pointer, long, number, pointer]
-    dequantize.argtypes = [pointer, long, long, number, pointer]
-    multiply.restype = answer.restype = dequantize.restype = None
-    return multiply, answer, dequantize
 
 
 def _multiply_cpu(table: Tensor, x: Tensor, rows: int) -> Tensor:
     if x.stride(-1) != 1:
         x = x.contiguous()
     out = x.new_empty(len(x), rows)
-    call(_functions()[0], table.data_ptr(), x.data_ptr(), x.stride(0), len(x), out.data_ptr())
+    call(_multiply_many(), table.data_ptr(), x.data_ptr(), x.stride(0), len(x), out.data_ptr())
     return out
 
 
@@ -73,7 +62,7 @@ def _answer_cpu(table: Tensor, x: Tensor, ids: Tensor, weights: Tensor, activati
     out = torch.empty_like(x)
     inputs = table.data_ptr(), len(table), x.data_ptr(), len(x)
     chosen = order.data_ptr(), counts.data_ptr(), weights.data_ptr(), ids.shape[1]
-    call(_functions()[1], *inputs, *chosen, activation, out.data_ptr())
+    call(_experts_many(), *inputs, *chosen, activation, out.data_ptr())
     return out
 
 

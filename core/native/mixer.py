@@ -3,33 +3,33 @@
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from lmx.core.native.attention import Scale
-from lmx.core.native.library import library
+from lmx.core.native.library import FLOAT, INT, LONG, POINTER, c_function
 from lmx.core.native.norm import serves
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.scan import MAX_KERNEL, MAX_STATES
 from lmx.core.native.tape import call
 from lmx.core.native.vector import MAX_VECTORS, MatrixTable
 
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-
 
 # As in src/mixer.cpp.
 class _MambaStep(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("x", "out", "norm_weight")),
-        *((name, _POINTER) for name in ("in_proj", "x_proj", "dt_proj", "out_proj")),
-        *((name, _POINTER) for name in ("in_bias", "dt_bias", "out_bias", "conv_weight", "conv_bias", "D")),
-        *((name, _POINTER) for name in ("A", "conv_state", "state")),
-        *((name, _LONG) for name in ("rows", "hidden", "inner", "states", "rank", "kernel")),
-        *((name, _INT) for name in ("x_dtype", "out_dtype")),
-        *((name, _FLOAT) for name in ("norm_eps", "mixer_eps")),
+        *((name, POINTER) for name in ("x", "out", "norm_weight")),
+        *((name, POINTER) for name in ("in_proj", "x_proj", "dt_proj", "out_proj")),
+        *((name, POINTER) for name in ("in_bias", "dt_bias", "out_bias", "conv_weight", "conv_bias", "D")),
+        *((name, POINTER) for name in ("A", "conv_state", "state")),
+        *((name, LONG) for name in ("rows", "hidden", "inner", "states", "rank", "kernel")),
+        *((name, INT) for name in ("x_dtype", "out_dtype")),
+        *((name, FLOAT) for name in ("norm_eps", "mixer_eps")),
     )
+
+
+_mamba_step = c_function("lmx_mamba_step", _MambaStep)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def mamba_step(x: Tensor, weights: MambaWeights, conv_state: Tensor, state: Tens
         *(rows, hidden, inner, states, weights.dt_proj.table.columns, weights.conv_weight.shape[1]),
         *(DTYPE_CODES[x.dtype], DTYPE_CODES[out_dtype], weights.norm.eps, weights.eps),
     )
-    call(_function(), step)
+    call(_mamba_step(), step)
     return out
 
 
@@ -112,13 +112,3 @@ def are_served(x: Tensor, parameters: Sequence[Tensor]) -> bool:
 def lie_whole(*tensors: Tensor) -> bool:
     """Whether each lies in memory without gaps."""
     return all(tensor.is_contiguous() for tensor in tensors)
-
-
-@cache
-def _function() -> "ctypes._NamedFuncPointer":
-    found = library()
-    if found is None:
-        raise RuntimeError("the kernels are not there: ask library() first")
-    found.lmx_mamba_step.argtypes = [ctypes.POINTER(_MambaStep)]
-    found.lmx_mamba_step.restype = None
-    return found.lmx_mamba_step

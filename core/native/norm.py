@@ -1,18 +1,19 @@
 """Root-mean-square norms of the CPU's kernels: one call instead of torch's several."""
 
-import ctypes
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from lmx.core.native.library import library
+from lmx.core.native.library import FLOAT, INT, LONG, POINTER, c_function, library
 from lmx.core.native.operation import DTYPE_CODES, define
 from lmx.core.native.tape import call
 
 # What the kernels of this file and of scan.py and recurrence.py compute with.
 WORKING_DTYPES = (torch.float32, torch.bfloat16)
+
+_SOURCE, _TARGET = (POINTER, INT, LONG), (POINTER, INT, LONG)
+_rms_norm = c_function("lmx_rms_norm", *_SOURCE, POINTER, *_TARGET, LONG, LONG, FLOAT, INT)
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -45,21 +46,9 @@ def rms_norm_parts(x: Tensor, sizes: Sequence[int], eps: float) -> Tensor:
     for size in sizes:
         start = at * x.element_size()
         source, target = x.data_ptr() + start, out.data_ptr() + start
-        call(_function(), source, code, total, None, target, code, total, x.numel() // total, size, eps, 0)
+        call(_rms_norm(), source, code, total, None, target, code, total, x.numel() // total, size, eps, 0)
         at += size
     return out
-
-
-@cache
-def _function() -> "ctypes._NamedFuncPointer":
-    found = library()
-    if found is None:
-        raise RuntimeError("the kernels are not there: ask library() first")
-    pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    function = found.lmx_rms_norm
-    function.argtypes = [pointer, number, long, pointer, pointer, number, long, long, long, ctypes.c_float, number]
-    function.restype = None
-    return function
 
 
 def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
@@ -67,7 +56,7 @@ def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor
     width = x.shape[-1]
     given, made = DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype]
     places = x.data_ptr(), given, width, weight.data_ptr(), out.data_ptr(), made, width
-    call(_function(), *places, x.numel() // width, width, eps, offset)
+    call(_rms_norm(), *places, x.numel() // width, width, eps, offset)
     return out
 
 

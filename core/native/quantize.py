@@ -1,13 +1,17 @@
 """Weights to four-bit codes, to 8-bit rows and to 8-bit scales, and how far off they then are."""
 
 import ctypes
-from functools import cache
 
 from torch import Tensor
 
-from lmx.core.native.library import library
+from lmx.core.native.library import INT, LONG, POINTER, c_function, library
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.vector import MatrixTable
+
+_quantize_4bit = c_function("lmx_quantize_4bit", POINTER, INT, LONG, LONG, POINTER, POINTER, POINTER, POINTER, POINTER)
+_quantize_int8 = c_function("lmx_quantize_int8", POINTER, INT, LONG, LONG, POINTER, POINTER)
+_quantize_scales = c_function("lmx_quantize_scales", POINTER, LONG, POINTER, POINTER, POINTER)
+_squared_error = c_function("lmx_squared_error", POINTER, POINTER, INT, result=ctypes.c_double)
 
 
 def can_quantize(x: Tensor) -> bool:
@@ -27,7 +31,7 @@ def encode_four_bit(
     tail = flat[len(flat) // block_size * block_size :].float()
     places = thresholds.data_ptr(), None if codes is None else codes.data_ptr(), tail.data_ptr()
     given = x.data_ptr(), DTYPE_CODES[x.dtype], x.numel(), block_size
-    _functions()[0](*given, *places, packed.data_ptr(), absmax.data_ptr())
+    _quantize_4bit()(*given, *places, packed.data_ptr(), absmax.data_ptr())
 
 
 def encode_int8(x: Tensor, weight: Tensor, absmax: Tensor) -> None:
@@ -35,7 +39,7 @@ def encode_int8(x: Tensor, weight: Tensor, absmax: Tensor) -> None:
 
     NaN and infinity in x show in absmax.
     """
-    _functions()[1](x.data_ptr(), DTYPE_CODES[x.dtype], *x.shape, weight.data_ptr(), absmax.data_ptr())
+    _quantize_int8()(x.data_ptr(), DTYPE_CODES[x.dtype], *x.shape, weight.data_ptr(), absmax.data_ptr())
 
 
 def encode_scales(x: Tensor, nearest: Tensor, codes: Tensor, absmax: Tensor) -> None:
@@ -43,31 +47,10 @@ def encode_scales(x: Tensor, nearest: Tensor, codes: Tensor, absmax: Tensor) -> 
 
     nearest: uint8 [65536], the code for each of so many even steps from -1 to 1.
     """
-    _functions()[2](x.data_ptr(), len(x), nearest.data_ptr(), codes.data_ptr(), absmax.data_ptr())
+    _quantize_scales()(x.data_ptr(), len(x), nearest.data_ptr(), codes.data_ptr(), absmax.data_ptr())
 
 
 def squared_error(table: MatrixTable, source: Tensor) -> float:
     """The sum of `(value - source)^2` over the one quantized matrix of a table; source [rows, columns]."""
-    found: float = _functions()[3](table.words.data_ptr(), source.data_ptr(), DTYPE_CODES[source.dtype])
+    found: float = _squared_error()(table.words.data_ptr(), source.data_ptr(), DTYPE_CODES[source.dtype])
     return found
-
-
-@cache
-def _functions() -> tuple["ctypes._NamedFuncPointer", ...]:
-    found = library()
-    if found is None:
-        raise RuntimeError("the kernels are not there: ask library() first")
-    pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    four_bit, int8, scales, error = (
-        found.lmx_quantize_4bit,
-        found.lmx_quantize_int8,
-        found.lmx_quantize_scales,
-        found.lmx_squared_error,
-    )
-    four_bit.argtypes = [pointer, number, long, long, *[pointer] * 5]
-    int8.argtypes = [pointer, number, long, long, pointer, pointer]
-    scales.argtypes = [pointer, long, pointer, pointer, pointer]
-    error.argtypes = [pointer, pointer, number]
-    four_bit.restype = int8.restype = scales.restype = None
-    error.restype = ctypes.c_double
-    return four_bit, int8, scales, error

@@ -1,12 +1,11 @@
 """The RG-LRU with its gates in one call on the CPU; for one token the products of the gates too."""
 
 import ctypes
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from lmx.core.native.library import library
+from lmx.core.native.library import INT, LONG, POINTER, c_function
 from lmx.core.native.norm import serves
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.scan import token_rows
@@ -14,17 +13,19 @@ from lmx.core.native.tape import call
 
 # Rows of a one-token step beyond which torch's batched product is quicker than reading the weights for each.
 MAX_ROWS = 4
-_POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 
 
 class _Recurrence(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("x", "input", "recurrent", "gate")),
-        *((name, _POINTER) for name in ("input_weight", "input_bias", "recurrent_weight", "recurrent_bias")),
-        *((name, _POINTER) for name in ("rate", "state", "reset", "new_state", "y")),
-        *((name, _LONG) for name in ("lengths", "batch", "length", "heads", "width")),
-        *((name, _LONG) for name in ("x_stride", "gate_stride", "reset_stride")),
+        *((name, POINTER) for name in ("x", "input", "recurrent", "gate")),
+        *((name, POINTER) for name in ("input_weight", "input_bias", "recurrent_weight", "recurrent_bias")),
+        *((name, POINTER) for name in ("rate", "state", "reset", "new_state", "y")),
+        *((name, LONG) for name in ("lengths", "batch", "length", "heads", "width")),
+        *((name, LONG) for name in ("x_stride", "gate_stride", "reset_stride")),
     )
+
+
+_recurrence = c_function("lmx_recurrence", _Recurrence, INT)
 
 
 def can_recur(x: Tensor, state: Tensor, *parameters: Tensor) -> bool:
@@ -90,16 +91,5 @@ def _run(
     real = 0 if lengths is None else lengths.data_ptr()
     reset_stride = 0 if len(reset) == 1 else reset.shape[1]
     sizes = *x.shape[:2], *heads, x_stride, gate_stride, reset_stride
-    call(_function(), _Recurrence(*places, *states, real, *sizes), DTYPE_CODES[x.dtype])
+    call(_recurrence(), _Recurrence(*places, *states, real, *sizes), DTYPE_CODES[x.dtype])
     return y, new_state
-
-
-@cache
-def _function() -> "ctypes._NamedFuncPointer":
-    found = library()
-    if found is None:
-        raise RuntimeError("the kernels are not there: ask library() first")
-    function = found.lmx_recurrence
-    function.argtypes = [ctypes.POINTER(_Recurrence), ctypes.c_int]
-    function.restype = None
-    return function

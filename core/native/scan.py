@@ -1,34 +1,35 @@
 """The selective scan with its gate and the short convolution before it, each in one call on the CPU."""
 
 import ctypes
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from lmx.core.native.library import library
+from lmx.core.native.library import INT, LONG, POINTER, c_function
 from lmx.core.native.norm import serves
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.tape import call
 
 # As in src/lanes.h.
 MAX_STATES, MAX_KERNEL = 64, 8
-_POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 
 
 class _Conv(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("x", "weight", "bias", "state", "new_state", "y")),
-        *((name, _LONG) for name in ("batch", "length", "channels", "kernel", "x_stride", "silu")),
+        *((name, POINTER) for name in ("x", "weight", "bias", "state", "new_state", "y")),
+        *((name, LONG) for name in ("batch", "length", "channels", "kernel", "x_stride", "silu")),
     )
 
 
 class _Scan(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("raw", "bias", "x", "gate", "B", "C", "D", "A", "state", "new_state", "y")),
-        *((name, _LONG) for name in ("lengths", "batch", "length", "inner", "states")),
-        *((name, _LONG) for name in ("raw_stride", "x_stride", "gate_stride", "b_stride")),
+        *((name, POINTER) for name in ("raw", "bias", "x", "gate", "B", "C", "D", "A", "state", "new_state", "y")),
+        *((name, LONG) for name in ("lengths", "batch", "length", "inner", "states")),
+        *((name, LONG) for name in ("raw_stride", "x_stride", "gate_stride", "b_stride")),
     )
+
+
+_convolution, _scan = c_function("lmx_conv", _Conv, INT), c_function("lmx_scan", _Scan, INT)
 
 
 def token_rows(x: Tensor) -> tuple[Tensor, int]:
@@ -55,7 +56,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu
     y, new_state = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(state)
     biases = None if bias is None else bias.data_ptr()
     places = x.data_ptr(), weight.data_ptr(), biases, state.data_ptr(), new_state.data_ptr(), y.data_ptr()
-    call(_functions()[0], _Conv(*places, *x.shape, weight.shape[1], stride, silu), DTYPE_CODES[x.dtype])
+    call(_convolution(), _Conv(*places, *x.shape, weight.shape[1], stride, silu), DTYPE_CODES[x.dtype])
     return y, new_state
 
 
@@ -95,21 +96,9 @@ def gated_scan(
     places = [tensor.data_ptr() for tensor in tensors]
     real = 0 if lengths is None else lengths.data_ptr()
     scan = _Scan(*places, real, *x.shape, A.shape[1], raw_stride, x_stride, gate_stride, b_stride)
-    call(_functions()[1], scan, DTYPE_CODES[x.dtype])
+    call(_scan(), scan, DTYPE_CODES[x.dtype])
     return y, new_state
 
 
 def _alike(first: Tensor, *others: Tensor) -> bool:
     return all(other.dtype == first.dtype for other in others) and serves(first, *others)
-
-
-@cache
-def _functions() -> tuple["ctypes._NamedFuncPointer", "ctypes._NamedFuncPointer"]:
-    found = library()
-    if found is None:
-        raise RuntimeError("the kernels are not there: ask library() first")
-    conv, scan = found.lmx_conv, found.lmx_scan
-    conv.argtypes = [ctypes.POINTER(_Conv), ctypes.c_int]
-    scan.argtypes = [ctypes.POINTER(_Scan), ctypes.c_int]
-    conv.restype = scan.restype = None
-    return conv, scan

@@ -6,14 +6,14 @@ again in order is the whole step.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_Kernel = Callable[..., int | None]
+from lmx.core.native.library import Kernel
 
 _aten = torch.ops.aten
 # What touches no number: it makes tensors that kernels then fill, or looks at others from another side.
@@ -33,13 +33,13 @@ class Tape:
     def __init__(self) -> None:
         self.foreign: str | None = None
         """The first operation that was none of ours: what it computed would be missing."""
-        self._calls: list[tuple[_Kernel, tuple[object, ...]]] = []
+        self._calls: list[tuple[Kernel, tuple[object, ...]]] = []
         self._kept: list[object] = []
 
     def __len__(self) -> int:
         return len(self._calls)
 
-    def note(self, kernel: _Kernel, arguments: tuple[object, ...]) -> None:
+    def note(self, kernel: Kernel, arguments: tuple[object, ...]) -> None:
         """Remember a call."""
         self._calls.append((kernel, arguments))
 
@@ -60,12 +60,13 @@ class _Local(threading.local):
 _local = _Local()
 
 
-def call(kernel: _Kernel, *arguments: object) -> int | None:
+def call(kernel: Kernel, *arguments: object) -> int | None:
     """Call a kernel of the library, and note it on the tape that is being recorded, if any."""
     tape = _local.tape
     if tape is not None:
         tape.note(kernel, arguments)
-    return kernel(*arguments)
+    result: int | None = kernel(*arguments)
+    return result
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A few vectors times matrices, and through banks of experts, on the bytes as a checkpoint holds them."""
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lmx.core.native.library import library
+from lmx.core.native.library import INT, LONG, POINTER, c_function, library
 from lmx.core.native.operation import DTYPE_CODES, define
 from lmx.core.native.tape import call
 
@@ -30,8 +30,12 @@ class Kind(IntEnum):
     F16 = 4
 
 
-_Function = Callable[..., int | None]
 _KEPT = {torch.bfloat16: Kind.BF16, torch.float32: Kind.F32, torch.float16: Kind.F16}
+_multiply_kept = c_function("lmx_multiply_kept", POINTER, LONG, LONG, LONG, POINTER, INT, LONG, POINTER)
+_multiply_table = c_function("lmx_multiply", POINTER, LONG, POINTER, INT, LONG, LONG, POINTER)
+_answer_table = c_function(
+    "lmx_experts", POINTER, LONG, POINTER, INT, LONG, POINTER, POINTER, LONG, INT, POINTER, result=INT
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +79,7 @@ def _code_tables(code: tuple[float, ...]) -> Tensor:
     """float32 [25], never freed: the 16 values, then the same times a factor as 16 bf16, then 1 / factor.
 
     bf16 has eight bits, and rounding the values to it would be most of a product's error. Times the best of many
-    factors they fall close to bf16 numbers, all 16 at once: NF4's error is a quarter of what it is without.
+    factors they fall close to bf16 numbers, all 16 at once.
     """
     values = torch.tensor(code, dtype=torch.float64)
     factors = torch.linspace(1.0, 2.0, 1 << 16, dtype=torch.float64)[:, None]
@@ -116,7 +120,7 @@ def multiply_kept(weight: Tensor, x: Tensor) -> Tensor:
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], rows)
     kind, code, vectors = _KEPT[weight.dtype].value, DTYPE_CODES[x.dtype], x.numel() // columns
-    call(_functions().kept, weight.data_ptr(), rows, columns, kind, x.data_ptr(), code, vectors, out.data_ptr())
+    call(_multiply_kept(), weight.data_ptr(), rows, columns, kind, x.data_ptr(), code, vectors, out.data_ptr())
     return out
 
 
@@ -134,10 +138,10 @@ class MatrixTable:
         return MatrixTable, (self._matrices,)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """X [..., columns] -> [..., sum of rows] of the same dtype; up to MAX_VECTORS vectors."""
+        """X [..., columns] -> [..., sum of rows] of the same dtype; MAX_VECTORS vectors at a time."""
         # Past the dispatcher where nothing watches: it takes longer than all else around a small product.
-        call = _multiply if torch.compiler.is_compiling() else _multiply_cpu
-        out: Tensor = call(self.words, x, self.rows)
+        run = _multiply if torch.compiler.is_compiling() else _multiply_cpu
+        out: Tensor = run(self.words, x, self.rows)
         return out
 
 
@@ -162,39 +166,18 @@ class ExpertTable:
 
         Raises IndexError for the id of no expert.
         """
-        call = _experts if torch.compiler.is_compiling() else _experts_cpu
-        out: Tensor = call(self.words, x, ids, weights, ACTIVATION_CODES[self.activation])
+        run = _experts if torch.compiler.is_compiling() else _experts_cpu
+        out: Tensor = run(self.words, x, ids, weights, ACTIVATION_CODES[self.activation])
         return out
-
-
-@dataclass(frozen=True)
-class _Functions:
-    multiply: _Function
-    kept: _Function
-    experts: _Function
-
-
-@cache
-def _functions() -> _Functions:
-    found = library()
-    if found is None:
-        raise RuntimeError("the kernels are not there: ask library() first")
-    pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    multiply, kept, experts = found.lmx_multiply, found.lmx_multiply_kept, found.lmx_experts
-    multiply.argtypes = [pointer, long, pointer, number, long, long, pointer]
-    kept.argtypes = [pointer, long, long, long, pointer, number, long, pointer]
-    experts.argtypes = [pointer, long, pointer, number, long, pointer, pointer, long, number, pointer]
-    multiply.restype = kept.restype = None
-    return _Functions(multiply, kept, experts)
 
 
 def _multiply_cpu(table: Tensor, x: Tensor, rows: int) -> Tensor:
     x = x.contiguous()
     *before, columns = x.shape
     out = x.new_empty(*before, rows)
-    # A tensor's len() is a function in Python: ten times slower than its shape.
+    # A tensor's len() is a function in Python, its shape is none.
     matrices, vectors, code = table.shape[0], x.numel() // columns, DTYPE_CODES[x.dtype]
-    call(_functions().multiply, table.data_ptr(), matrices, x.data_ptr(), code, vectors, rows, out.data_ptr())
+    call(_multiply_table(), table.data_ptr(), matrices, x.data_ptr(), code, vectors, rows, out.data_ptr())
     return out
 
 
@@ -203,7 +186,7 @@ def _experts_cpu(table: Tensor, x: Tensor, ids: Tensor, weights: Tensor, activat
     out = torch.empty_like(x)
     vectors = x.data_ptr(), DTYPE_CODES[x.dtype], x.shape[0]
     chosen = ids.data_ptr(), weights.data_ptr(), ids.shape[1]
-    if call(_functions().experts, table.data_ptr(), table.shape[0], *vectors, *chosen, activation, out.data_ptr()):
+    if call(_answer_table(), table.data_ptr(), table.shape[0], *vectors, *chosen, activation, out.data_ptr()):
         raise IndexError(f"experts {ids.tolist()} of a bank of {len(table)}")
     return out
 

@@ -18,7 +18,7 @@ from lmx.core.errors import InputError, LmxError
 from lmx.core.text.tokenizer import Tokenizer
 from lmx.core.text.types import TemplateError
 
-MEMORY_LIMIT = 4 << 30  # address space; the 17 MB Gemma vocabulary needs about 1 GB
+MEMORY_LIMIT = 4 << 30  # address space; the largest published vocabularies need a part of it
 _DISTRUST = "The checkpoint's tokenizer files ask for more than any real model's; do not trust them."
 
 Answer = dict[str, object]

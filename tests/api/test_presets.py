@@ -74,21 +74,21 @@ def test_unknown_ids_and_names() -> None:
 
 
 def test_what_does_not_fit_is_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmx.quant.memory.available_memory_bytes", lambda: 24 * 10**9)
+    monkeypatch.setattr("lmx.core.memory.available_memory_bytes", lambda: 24 * 10**9)
     monkeypatch.setattr("lmx.quant.dummy.DummyModel.build", lambda self: pytest.fail("memory was taken"))
     with pytest.raises(ResourceError, match=r"takes 27\.1 GB of memory, and 24\.0 GB are free"):
         build_dummy("mistralai/Mixtral-8x7B-v0.1", "nf4", "int8")
 
 
 def test_free_memory_is_known_here() -> None:
-    from lmx.quant.memory import available_memory_bytes
+    from lmx.core.memory import available_memory_bytes
 
     free = available_memory_bytes()
     assert free is None or 1 << 20 < free < 1 << 50
 
 
 def test_a_container_limits_memory(tmp_path: Path) -> None:
-    from lmx.quant.memory import _group_available
+    from lmx.core.memory import _group_available
 
     for name, text in (("max", "1000"), ("current", "700"), ("stat", "anon 300\ninactive_file 400\n")):
         (tmp_path / f"memory.{name}").write_text(text)

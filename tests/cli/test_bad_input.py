@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import write_family
 from support import run_lmx
 
 MODES = (("chat", "-p", "Hello"), ("generate", "Hello"))
@@ -222,3 +223,49 @@ def test_a_file_is_no_model(lmx: Any, tmp_path: Path) -> None:
         ran = lmx("show", tmp_path / name)
         assert ran.code == 3
         _check_error(ran.out, ran.err, named)
+
+
+@pytest.mark.parametrize("command", [["eval", "--ids"], ["chat", "--messages"], ["bench", "--compare"]])
+def test_a_list_that_is_no_json_is_told_by_its_own_place(command, tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text('[\n  {"a": 1},\n  oops\n]')
+    done = run_lmx(*command, str(path))
+    assert done.returncode == 3
+    assert "(line 3, column 3)" in done.stderr
+
+
+def test_a_revision_of_the_demo_is_refused():
+    done = run_lmx("show", "--revision", "main")
+    assert (done.returncode, "--revision main is for models of the hub" in done.stderr) == (2, True)
+
+
+def test_a_size_of_nothing_is_refused(tmp_path):
+    done = run_lmx("convert", str(tmp_path), str(tmp_path / "out"), "--max-shard-size", "0")
+    assert (done.returncode, "--max-shard-size is 0" in done.stderr) == (2, True)
+
+
+def test_a_check_without_its_text_fails_before_any_work(tmp_path):
+    source = write_family(tmp_path / "model", "olmoe")
+    done = run_lmx("quantize", str(source), str(tmp_path / "out"), "--check", str(tmp_path / "none.txt"))
+    assert (done.returncode, "none.txt' does not exist" in done.stderr) == (4, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_sessions_alone_shows_its_help():
+    done = run_lmx("sessions")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "export" in done.stdout
+
+
+def test_every_command_fits_its_line_and_has_an_example():
+    listed = run_lmx("--help").stdout
+    assert "..." not in listed.partition("Commands:")[2]
+    names = [line.split()[0] for line in listed.partition("Commands:")[2].splitlines() if line.startswith("  ")]
+    for name in names[:-1]:  # the last line is the example
+        assert "Example: lmx" in run_lmx(name, "--help").stdout
+
+
+def test_a_wrong_choice_is_told_in_plain_words():
+    done = run_lmx("generate", "--device", "gpu", "--prompt-ids", "1")
+    assert done.returncode == 2
+    assert "Invalid value for '--device': 'gpu' is not one of 'auto'" in done.stderr

@@ -122,7 +122,7 @@ def test_a_dummy_needs_no_weights(lmx: Any, checkpoint: Path, tmp_path: Path) ->
 
 
 def test_a_dummy_that_does_not_fit(lmx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmx.quant.memory.available_memory_bytes", lambda: 24 * 10**9)
+    monkeypatch.setattr("lmx.core.memory.available_memory_bytes", lambda: 24 * 10**9)
     ran = lmx("bench", "mistralai/Mixtral-8x7B-Instruct-v0.1", "--dummy", "--4bit", "-r", "1")
     assert (ran.code, ran.out) == (6, "")
     assert "takes 27.3 GB of memory, and 24.0 GB are free" in ran.err

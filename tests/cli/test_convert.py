@@ -189,3 +189,20 @@ def test_memory_is_that_of_what_is_made(tmp_path):
     assert made_bytes(blocks) == blocks.parameters * 2
     assert made_bytes(blocks, quantize="nf4") < made_bytes(blocks) * 0.6
     assert made_bytes(open_folder(source)) == 0
+
+
+def test_a_source_is_never_replaced_by_its_own_conversion(tmp_path):
+    folder, gguf = write_family(tmp_path / "in" / "model", "olmoe"), tmp_path / "m.gguf"
+    convert(folder, gguf)
+    before = {path: path.read_bytes() for path in (gguf, *folder.iterdir())}
+    for source, target in ((folder, folder), (folder, folder.parent), (gguf, gguf)):
+        done = run_lmx("convert", str(source), str(target), "--force")
+        assert (done.returncode, "holds the source itself" in done.stderr) == (2, True)
+    assert {path: path.read_bytes() for path in (gguf, *folder.iterdir())} == before
+
+
+def test_a_folder_may_not_have_the_name_of_a_file(tmp_path):
+    source = write_family(tmp_path / "model", "olmoe")
+    done = run_lmx("convert", str(source), str(tmp_path / "m.gguf"), "--to", "hf")
+    assert (done.returncode, "is the name of a GGUF" in done.stderr) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -107,3 +107,18 @@ def test_it_is_a_table_on_a_terminal(lmx: Any, checkpoint: Path, monkeypatch: py
     assert "\x1b[" not in plain
     assert "architecture" in plain
     assert "Mixtral (mixtral)" in plain
+
+
+def test_placement_is_planned_for_a_card_of_that_size(lmx: Any, checkpoint: Path) -> None:
+    folder, facts = checkpoint, json.loads(lmx("show", checkpoint, "--json").out)
+    total, state = facts["weight_bytes"], facts["state_bytes"]
+    assert facts["placement"] == []
+    whole = json.loads(lmx("show", folder, "--json", "--gpu-memory", "1GB").out)["placement"]
+    assert [(share["device"], share["layers"], share["banks"]) for share in whole] == [("cuda:0", 2, 2)]
+    assert whole[0]["nbytes"] == total + state
+    half = lmx("show", folder, "--gpu-memory", str((total * 3 // 4 + state) * 8 // 7)).out
+    rows = [line.split("\t")[1] for line in half.splitlines() if line.startswith("placement")]
+    assert [row.partition(":")[0] for row in rows] == ["cpu", "cuda"]
+    assert "2 of 2 layers, 1 bank of experts, head" in rows[1]
+    assert "embedding" in rows[0]
+    assert lmx("show", folder, "--gpu-memory", "much").code == 2

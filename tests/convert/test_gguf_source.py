@@ -122,7 +122,7 @@ def test_the_config_survives(tmp_path):
 
 
 def test_a_half_written_file_is_continued(tmp_path, monkeypatch):
-    monkeypatch.setattr("lmx.convert.gguf_target._KEEP_BYTES", 20_000)
+    monkeypatch.setattr("lmx.convert.single_file._KEEP_BYTES", 20_000)
     source = Checkpoint.open(write_family(tmp_path / "source", "mixtral"))
     to_gguf(source, tmp_path / "whole.gguf", "BF16", name="x")
     steps = write_gguf(source, tmp_path / "x.gguf", Options("BF16", tmp_path, "x"))

@@ -165,7 +165,7 @@ def test_a_trained_dtype_and_a_prediction(source, tmp_path):
 
 
 def test_a_stopped_run_goes_on(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("lmx.convert.mistral_target._KEEP_BYTES", 1)
+    monkeypatch.setattr("lmx.convert.single_file._KEEP_BYTES", 1)
     opened = open_checkpoint(source)
     steps = write_target(opened, tmp_path / "out", Options())
     first = [next(steps).name for _ in range(7)]

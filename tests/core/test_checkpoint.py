@@ -15,6 +15,7 @@ from support import SHARED, needs_shared
 from lmx.core.checkpoint import Checkpoint, Source
 from lmx.core.errors import InputError, NotFoundError
 from lmx.core.mapped import Advice
+from lmx.core.safetensors_file import open_safetensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -69,7 +70,7 @@ def test_trained_checkpoints_read_as_the_package_reads_them(family: str) -> None
     assert checkpoint.config == json.loads((folder / "config.json").read_text())
     assert checkpoint.generation_config == json.loads((folder / "generation_config.json").read_text())
     assert checkpoint.quantization_config is None
-    assert checkpoint.metadata == {"format": "pt"}
+    assert open_safetensors(checkpoint.files[0]).metadata == {"format": "pt"}
 
 
 def test_shards_and_index(tmp_path: Path) -> None:

@@ -161,3 +161,24 @@ def test_a_folder_in_a_file_is_a_resource_error(tmp_path):
 def test_the_root_is_no_output():
     with pytest.raises(UsageError, match="cannot be an output folder"):
         write_all("/")
+
+
+def test_what_a_stopped_run_has_written_needs_no_room_again(tmp_path, monkeypatch):
+    whole = plan_shards([[(Slot(name, "U8", (1000,)),)] for name in "ab"])
+    with open_output(tmp_path / "model", "job") as output, output.shard(whole[0], {}) as file:
+        file.write("a", torch.ones(1000, dtype=torch.uint8))
+        output.keep(file, 1)
+        file.write("b", torch.ones(1000, dtype=torch.uint8))
+    (tmp_path / "model.partial" / "journal.jsonl").write_text(
+        "".join(
+            line
+            for line in (tmp_path / "model.partial" / "journal.jsonl").read_text().splitlines(keepends=True)
+            if '"shard"' not in line
+        )
+    )
+    with open_output(tmp_path / "model", "job") as output:
+        monkeypatch.setattr(type(output), "free_bytes", lambda self: whole[0].size - 1000)
+        output.check_room(whole)
+        monkeypatch.setattr(type(output), "free_bytes", lambda self: whole[0].size - 1001)
+        with pytest.raises(ResourceError, match="GB more"):
+            output.check_room(whole)

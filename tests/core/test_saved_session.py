@@ -12,8 +12,9 @@ from support import needs_shared
 
 from lmx.core.conversation import Conversation
 from lmx.core.errors import ConflictError, InputError, NotFoundError, UsageError
-from lmx.core.saved_session import OtherModelError, SavedSession, list_sessions, read_session, remove_session
+from lmx.core.saved_session import OtherModelError, SavedSession
 from lmx.core.session import ChatSession
+from lmx.core.session_folders import list_sessions, read_session, remove_session
 
 pytestmark = needs_shared
 

@@ -1,15 +1,12 @@
 """Converting under kills and full disks, to a GGUF or a folder: all of it or nothing, and then the same bytes."""
 
-import multiprocessing
-import os
 import random
-import sys
 import time
-from multiprocessing import forkserver
 
 import convert_child
 import pytest
 from families import write_family
+from fork_server import start_server
 
 from lmx.core.errors import ResourceError
 
@@ -19,13 +16,7 @@ TARGETS = ["m.gguf", "folder", "mistral"]
 
 @pytest.fixture(scope="module")
 def server():
-    """A process with everything imported and no threads, which forks the children."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["convert_child"])
-    with pytest.MonkeyPatch.context() as patch:  # the server imports before it is told our path
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        forkserver.ensure_running()
-    return context
+    return start_server("convert_child")
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,15 @@
 """Quantizing under kills, full disks, rivals and damaged sources: all of it or nothing, and then the same bytes."""
 
 import json
-import multiprocessing
-import os
 import random
 import subprocess
-import sys
 import time
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import quantize_child
 from families import config_of, write_family, write_tensors
+from fork_server import start_server
 from safetensors.torch import load_file
 
 from lmx.core.checkpoint import Checkpoint
@@ -27,13 +24,7 @@ OLD = {"config.json": b"old"}
 
 @pytest.fixture(scope="module")
 def server():
-    """A process with everything imported and no threads, which forks the children."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["quantize_child"])
-    with pytest.MonkeyPatch.context() as patch:  # the server imports before it is told our path
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        forkserver.ensure_running()
-    return context
+    return start_server("quantize_child")
 
 
 @pytest.fixture(scope="module")

@@ -37,12 +37,12 @@ def used(monkeypatch):
 def test_few_vectors_take_the_kernels_and_many_do_not(used, quantize):
     q = quantize(random(48, 96))
     product = choose_product(q)
-    for lead in [(), (1,), (2, 2), (1, 1, 3), (5,), (0,)]:
+    for lead in [(), (1,), (2, 2), (1, 1, 3), (8,), (9,), (0,)]:
         x = random(*lead, 96, seed=1)
         got = product(x)
         assert got.shape == (*lead, 48)
         torch.testing.assert_close(got, tiled_product(q, x), rtol=1e-5, atol=1e-4)
-    assert used == [1, 1, 4, 3]
+    assert used == [1, 1, 4, 3, 8]
 
 
 def test_gradients_unusual_dtypes_and_wrong_shapes_stay_with_torch(used):
@@ -71,7 +71,7 @@ def test_banks_take_the_kernels_for_few_tokens(used):
         return [quantize_4bit(random(rows, columns, seed=seed + e), "nf4") for e in range(3)]
 
     bank = QuantExpertBank(matrices(64, 96, 0), matrices(64, 96, 3), matrices(96, 64, 6), "silu")
-    x, ids, weights = random(5, 96, seed=9), torch.tensor([[2, 0]] * 5), torch.full((5, 2), 0.5)
+    x, ids, weights = random(9, 96, seed=9), torch.tensor([[2, 0]] * 9), torch.full((9, 2), 0.5)
     together = bank(x, ids, weights)
     assert used == []
     torch.testing.assert_close(bank(x[:4], ids[:4], weights[:4]), together[:4], rtol=1e-5, atol=1e-3)

@@ -32,7 +32,11 @@ public:
             prepare(from + v * columns_ * size_of(dtype_), dtype_, columns_, layout, place(layout, v));
     }
 
-    Vectors all(Layout layout) { return {place(layout, 0), count_, columns_, padded(columns_)}; }
+    int64_t count() const { return count_; }
+    // As many from `v` on as a kernel takes.
+    Vectors some(Layout layout, int64_t v) {
+        return {place(layout, v), std::min<int64_t>(count_ - v, MAX_VECTORS), columns_, padded(columns_)};
+    }
     Vectors one(Layout layout, int64_t v) { return {place(layout, v), 1, columns_, padded(columns_)}; }
 
 private:
@@ -47,15 +51,19 @@ private:
     Scratch<float> memory_;
 };
 
-// Rows first .. last of a matrix, a unit at a time into `out` [vectors, out_stride] of dtype.
-void multiply_rows(const Matrix& m, const Kernel& kernel, const Vectors& x, int64_t first, int64_t last, Dtype dtype,
+// Rows first .. last of a matrix into `out` [vectors, out_stride] of dtype: a unit at a time, so that it lies in the cache
+// for the second group of vectors.
+void multiply_rows(const Matrix& m, const Kernel& kernel, Prepared& x, int64_t first, int64_t last, Dtype dtype,
                    uint8_t* out, int64_t out_stride) {
     float sums[MAX_VECTORS * UNIT];
     for (int64_t row = first; row < last; row += UNIT) {
         const int64_t stop = std::min(row + UNIT, last);
-        kernel.rows(m, x, row, stop, sums, UNIT);
-        for (int64_t v = 0; v < x.count; ++v)
-            store(sums + v * UNIT, stop - row, dtype, out + (v * out_stride + row) * size_of(dtype));
+        for (int64_t v = 0; v < x.count(); v += MAX_VECTORS) {
+            const Vectors some = x.some(kernel.layout, v);
+            kernel.rows(m, some, row, stop, sums, UNIT);
+            for (int64_t i = 0; i < some.count; ++i)
+                store(sums + i * UNIT, stop - row, dtype, out + ((v + i) * out_stride + row) * size_of(dtype));
+        }
     }
 }
 
@@ -87,7 +95,7 @@ static void multiply(const Matrix* matrices, int64_t count, const void* x, Dtype
             if (from >= to) continue;
             const Kernel kernel = choose_kernel(m, type);
             auto* at = static_cast<uint8_t*>(out) + before * size_of(type);
-            multiply_rows(m, kernel, prepared.all(kernel.layout), from, to, type, at, total_rows);
+            multiply_rows(m, kernel, prepared, from, to, type, at, total_rows);
         }
     });
 }

@@ -3,6 +3,8 @@
 
 #if defined(LMX_X86)
 
+#define LMX_TARGET LMX_AVX2
+
 namespace lmx {
 namespace {
 
@@ -18,6 +20,7 @@ LMX_AVX2 inline float sum_of(__m256 x) {
 // matter, so that the low nibble needs no mask.
 struct Table {
     __m256 low, high;
+    LMX_AVX2 explicit Table(const float* code) : low(_mm256_loadu_ps(code)), high(_mm256_loadu_ps(code + 8)) {}
     LMX_AVX2 inline __m256 operator()(__m256i codes) const {
         const __m256 fourth = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
         return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), fourth);
@@ -97,42 +100,14 @@ LMX_AVX2 void plain_row(const Matrix& m, const Vectors& x, int64_t row, float* o
     for (int v = 0; v < VECTORS; ++v) out[v * out_stride] = scale * sum_of(_mm256_add_ps(sums[v][0], sums[v][1]));
 }
 
-template <int VECTORS>
-LMX_AVX2 void four_bit_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
-                          int64_t out_stride) {
-    const Table table{_mm256_loadu_ps(m.code), _mm256_loadu_ps(m.code + 8)};
-    for (int64_t row = first; row < last; ++row)
-        four_bit_row<VECTORS>(m, x, row, out + row - first, out_stride, table);
-}
-
-template <Kind KIND, int VECTORS>
-void plain_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
-    for (int64_t row = first; row < last; ++row) plain_row<KIND, VECTORS>(m, x, row, out + row - first, out_stride);
-}
-
-void four_bit(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
-    static constexpr RowsFunction by_count[] = {four_bit_of<1>, four_bit_of<2>, four_bit_of<3>, four_bit_of<4>};
-    by_count[x.count - 1](m, x, first, last, out, out_stride);
-}
-
-template <Kind KIND>
-void plain(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
-    static constexpr RowsFunction by_count[] = {plain_of<KIND, 1>, plain_of<KIND, 2>, plain_of<KIND, 3>,
-                                                plain_of<KIND, 4>};
-    by_count[x.count - 1](m, x, first, last, out, out_stride);
-}
-
 }  // namespace
+}  // namespace lmx
 
-Kernel avx2_kernel(Kind kind) {
-    switch (kind) {
-        case FOUR_BIT: return {SPLIT_F32, four_bit};
-        case INT8: return {PLAIN_F32, plain<INT8>};
-        case KEPT_BF16: return {PLAIN_F32, plain<KEPT_BF16>};
-        case KEPT_F16: return {PLAIN_F32, plain<KEPT_F16>};
-        default: return {PLAIN_F32, plain<KEPT_F32>};
-    }
-}
+#include "vector_path.h"
+
+namespace lmx {
+
+Kernel avx2_kernel(Kind kind) { return kernel_of(kind); }
 
 }  // namespace lmx
 

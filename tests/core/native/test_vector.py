@@ -21,8 +21,9 @@ pytestmark = needs_kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rounding of the answer, and in bf16 that of the table of values.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}
-# Whole blocks; an odd number of them; rows that share blocks; odd rows and columns; a single element.
-SHAPES = [(130, 256), (37, 192), (5, 100), (7, 33), (1, 1), (3, 4096)]
+# Whole blocks; an odd number of them; rows that share blocks; odd rows and columns; a single element; groups of 16
+# units and a part of one.
+SHAPES = [(130, 256), (37, 192), (5, 100), (7, 33), (1, 1), (3, 4096), (9, 1280)]
 
 
 @pytest.fixture(params=PATHS)
@@ -54,9 +55,9 @@ def test_product_is_torchs(quantizer, shape):
 def test_vectors_do_not_know_of_each_other(quantizer):
     table = MatrixTable([stored_matrix(quantizer(random(70, 384)))])
     for dtype in DTYPES:
-        x = random(4, 384, seed=1).to(dtype)
+        x = random(9, 384, seed=1).to(dtype)
         alone = torch.cat([table.multiply(row[None]) for row in x])
-        for count in (2, 3, 4):
+        for count in (2, 3, 4, 5, 9):
             assert torch.equal(table.multiply(x[:count]), alone[:count])
 
 

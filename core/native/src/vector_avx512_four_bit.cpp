@@ -1,0 +1,217 @@
+// Matrices of four-bit blocks times a few vectors with AVX-512 and its BF16 instructions.
+#include "vector_avx512.h"
+
+#if defined(LMX_X86)
+
+namespace lmx {
+namespace {
+
+constexpr int64_t BYTES = UNIT / 2;  // a unit in four bits
+
+// Scales of a few rows that are read side by side, a pair of units at a time: the first unit's in the lower half of the
+// lanes, the next one's in the upper. A group of 16 units is entered before its pairs are asked for in their order.
+//
+// A block a unit: 16 scales are loaded at once, and one permutation gives a pair, in less time than two loads into the
+// halves of a register.
+template <int ROWS>
+class UnitScales {
+public:
+    explicit UnitScales(const Matrix& m) : absmax_(static_cast<const float*>(m.absmax)), units_(m.columns / UNIT) {}
+    LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) {
+        const __mmask16 there = static_cast<__mmask16>((1u << std::min<int64_t>(units_ - unit, 16)) - 1);
+        for (int r = 0; r < ROWS; ++r)
+            group_[r] = _mm512_maskz_loadu_ps(there, absmax_ + (row + r) * units_ + unit);
+        pair_ = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    }
+    LMX_INLINE LMX_AVX512 __m512 pair(int r) const { return _mm512_permutexvar_ps(pair_, group_[r]); }
+    LMX_INLINE LMX_AVX512 void next() { pair_ = _mm512_add_epi32(pair_, _mm512_set1_epi32(2)); }
+
+private:
+    const float* absmax_;
+    int64_t units_;
+    __m512 group_[ROWS];
+    __m512i pair_;
+};
+
+// Blocks of several units, or scales that are quantized themselves: these are decoded from their codes by a table of all
+// 256 for the group of 256 blocks that a row is in.
+template <int ROWS, bool NESTED>
+class BlockScales {
+public:
+    explicit BlockScales(const Matrix& m) : m_(m), units_(m.columns / UNIT), shift_(log2_of(m.block_size / UNIT)) {
+        std::fill_n(groups_, ROWS, -1);
+    }
+    LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) { at_ = row * units_ + unit; }
+    LMX_INLINE LMX_AVX512 __m512 pair(int r) {
+        const int64_t at = at_ + r * units_, block = at >> shift_;
+        if constexpr (NESTED)
+            if (block >> 8 != groups_[r]) decode(r, block >> 8);
+        const __m128 next = _mm_load_ss(scale(r, (at + 1) >> shift_));
+        return _mm512_mask_broadcastss_ps(_mm512_set1_ps(*scale(r, block)), 0xff00, next);
+    }
+    LMX_INLINE void next() { at_ += 2; }
+
+private:
+    LMX_INLINE const float* scale(int r, int64_t block) const {
+        if constexpr (NESTED) return current_[r] + static_cast<const uint8_t*>(m_.absmax)[block];
+        return static_cast<const float*>(m_.absmax) + block;
+    }
+    LMX_AVX512 __attribute__((noinline)) void decode(int row, int64_t group) {
+        groups_[row] = group;
+        for (int other = 0; other < ROWS; ++other)
+            if (other != row && groups_[other] == group) {
+                current_[row] = current_[other];
+                return;
+            }
+        float* table = tables_[0];
+        for (int other = 0; other < ROWS; ++other)
+            if (other != row && current_[other] == table) table = tables_[1];
+        const __m512 absmax = _mm512_set1_ps(m_.nested_absmax[group]), offset = _mm512_set1_ps(m_.nested_offset);
+        for (int i = 0; i < 256; i += 16)
+            _mm512_store_ps(table + i, _mm512_fmadd_ps(_mm512_loadu_ps(m_.nested_map + i), absmax, offset));
+        current_[row] = table;
+    }
+    static_assert(!NESTED || ROWS <= 2, "each row needs a table of its own");
+    const Matrix& m_;
+    const int64_t units_;
+    const int shift_;
+    int64_t at_ = 0;
+    alignas(64) float tables_[NESTED ? 2 : 1][NESTED ? 256 : 1];
+    const float* current_[ROWS] = {};
+    int64_t groups_[ROWS];
+};
+
+// Four bits times bf16, 128 elements at a time: 64 bytes are 32 words of four codes each. The 16 values stand twice in a
+// register of 32 lanes, and `vpermw` looks at the lowest five bits of a word: a shift brings each code there, and what
+// lies above needs no mask. The first half of the lanes belongs to one unit, the second to the next: sums in float, then
+// times their blocks' scales.
+//
+// Rows side by side share the loads of x, which are most of all loads and else the bottleneck.
+template <int ROWS, int VECTORS, class Scales>
+LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int64_t row, float* out, int64_t out_stride,
+                                         __m512i table, Scales& scales) {
+    const int64_t units = m.columns / UNIT, bytes_of_row = units * BYTES;
+    const uint8_t* bytes = m.data + row * bytes_of_row;
+    // What memory is asked for goes from front to back all the same, some rows ahead: two streams are slower.
+    const uint8_t* soon = bytes + ROWS * bytes_of_row * std::max<int64_t>(1, AHEAD / (ROWS * bytes_of_row));
+    const bf16* vectors = static_cast<const bf16*>(x.data);
+    __m512 sums[ROWS][VECTORS];
+    for (auto& of_row : sums)
+        for (auto& sum : of_row) sum = _mm512_setzero_ps();
+    for (int64_t unit = 0; unit < units; unit += 2, scales.next()) {
+        if (unit % 16 == 0) scales.enter(row, unit);
+        __m512bh values[ROWS][4];
+        for (int r = 0; r < ROWS; ++r) {
+            const uint8_t* at = bytes + r * bytes_of_row + unit * BYTES;
+            prefetch(soon + r * 2 * BYTES);
+            const __m512i words = _mm512_loadu_si512(at);
+            values[r][0] = (__m512bh)_mm512_permutexvar_epi16(words, table);
+            values[r][1] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
+            values[r][2] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
+            values[r][3] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
+        }
+        soon += ROWS * 2 * BYTES;
+        __m512 parts[ROWS][VECTORS];
+        for (int v = 0; v < VECTORS; ++v)
+            for (int i = 0; i < 4; ++i) {
+                const __m512bh vector = (__m512bh)_mm512_load_si512(vectors + v * x.stride + unit * UNIT + 32 * i);
+                for (int r = 0; r < ROWS; ++r) {
+                    const __m512 before = i ? parts[r][v] : _mm512_setzero_ps();
+                    parts[r][v] = _mm512_dpbf16_ps(before, values[r][i], vector);
+                }
+            }
+        for (int r = 0; r < ROWS; ++r) {
+            const __m512 pair = scales.pair(r);
+            for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_fmadd_ps(parts[r][v], pair, sums[r][v]);
+        }
+    }
+    const __m128 factor = _mm_set1_ps(code_scale(m));
+    for (int v = 0; v < VECTORS; ++v) {
+        alignas(16) float answers[4];
+        const __m512 last = sums[ROWS - 1][v];
+        const __m512 third = ROWS > 2 ? sums[ROWS > 2 ? 2 : 0][v] : last;
+        const __m128 four = sums_of_four(sums[0][v], sums[ROWS > 1][v], third, last);
+        _mm_store_ps(answers, _mm_mul_ps(four, factor));
+        std::memcpy(out + v * out_stride, answers, ROWS * sizeof(float));
+    }
+}
+
+template <int SIDE, int VECTORS, class Scales, class LastScales>
+LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
+                             int64_t out_stride) {
+    const __m512i table = table_of(rounded_code(m));
+    Scales scales(m);
+    LastScales last_scales(m);
+    int64_t row = first;
+    for (; row + SIDE <= last; row += SIDE, out += SIDE)
+        four_bit_rows<SIDE, VECTORS>(m, x, row, out, out_stride, table, scales);
+    for (; row < last; ++row, ++out) four_bit_rows<1, VECTORS>(m, x, row, out, out_stride, table, last_scales);
+}
+
+template <int VECTORS>
+void four_bit_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
+    constexpr int SIDE = VECTORS == 1 ? 4 : 2;
+    RowsFunction all = four_bit_all<SIDE, VECTORS, BlockScales<SIDE, false>, BlockScales<1, false>>;
+    if (m.block_size == UNIT) all = four_bit_all<SIDE, VECTORS, UnitScales<SIDE>, UnitScales<1>>;
+    if (m.nested_map) all = four_bit_all<2, VECTORS, BlockScales<2, true>, BlockScales<1, true>>;
+    all(m, x, first, last, out, out_stride);
+}
+
+// Scales of a matrix, plain or decoded on the way.
+template <bool NESTED>
+struct Scales {
+    const Matrix& m;
+    inline float operator[](int64_t block) const {
+        if constexpr (NESTED) return block_scale(m, block);
+        return static_cast<const float*>(m.absmax)[block];
+    }
+};
+
+// Four bits times float, in float all through.
+template <int VECTORS, bool NESTED>
+LMX_AVX512 void four_bit_row_f32(const Matrix& m, const Vectors& x, int64_t row, float* out, int64_t out_stride,
+                                 __m512 table) {
+    const int64_t units = m.columns / UNIT, first = row * units;
+    const int shift = log2_of(m.block_size / UNIT);
+    const float* vectors = static_cast<const float*>(x.data);
+    const Scales<NESTED> scales{m};
+    const uint8_t* bytes = m.data + first * BYTES;
+    __m512 sums[VECTORS];
+    for (auto& sum : sums) sum = _mm512_setzero_ps();
+    for (int64_t unit = 0; unit < units; ++unit, bytes += BYTES) {
+        prefetch(bytes + AHEAD);
+        __m512 parts[VECTORS][2];
+        for (int half = 0; half < 2; ++half) {
+            const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 16 * half));
+            const __m512i pairs = _mm512_cvtepu8_epi32(packed);
+            const __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), table);
+            const __m512 odd = _mm512_permutexvar_ps(pairs, table);
+            for (int v = 0; v < VECTORS; ++v) {
+                const float* vector = vectors + v * x.stride + unit * UNIT + 16 * half;
+                parts[v][half] = _mm512_mul_ps(even, _mm512_loadu_ps(vector));
+                parts[v][half] = _mm512_fmadd_ps(odd, _mm512_loadu_ps(vector + UNIT / 2), parts[v][half]);
+            }
+        }
+        const __m512 scale = _mm512_set1_ps(scales[(first + unit) >> shift]);
+        for (int v = 0; v < VECTORS; ++v)
+            sums[v] = _mm512_fmadd_ps(_mm512_add_ps(parts[v][0], parts[v][1]), scale, sums[v]);
+    }
+    for (int v = 0; v < VECTORS; ++v) out[v * out_stride] = _mm512_reduce_add_ps(sums[v]);
+}
+
+template <int VECTORS>
+LMX_AVX512 void four_bit_f32_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
+                                int64_t out_stride) {
+    const __m512 table = _mm512_loadu_ps(m.code);
+    const auto of_row = m.nested_map ? four_bit_row_f32<VECTORS, true> : four_bit_row_f32<VECTORS, false>;
+    for (int64_t row = first; row < last; ++row) of_row(m, x, row, out + row - first, out_stride, table);
+}
+
+}  // namespace
+
+LMX_BY_COUNT(avx512_four_bit_bf16, four_bit_of<1>, four_bit_of<2>, four_bit_of<3>, four_bit_of<4>)
+LMX_BY_COUNT(avx512_four_bit_f32, four_bit_f32_of<1>, four_bit_f32_of<2>, four_bit_f32_of<3>, four_bit_f32_of<4>)
+
+}  // namespace lmx
+
+#endif
