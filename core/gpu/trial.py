@@ -14,6 +14,6 @@ def _store_one(out):
 def launch(device: torch.device) -> Tensor:
     """Launch it. Raises what Triton raises where it cannot."""
     out = torch.empty(1, dtype=torch.int32, device=device)
-    with torch.device(device):
+    with torch.cuda.device(device):
         _store_one[(1,)](out)
     return out
