@@ -1,4 +1,4 @@
-"""Banks of quantized experts by the kernels for CUDA devices (`lmx.core.gpu`), on the bytes as they are stored."""
+"""Quantized matrices as the kernels for CUDA devices (`lmx.core.gpu`) are told of them, on the bytes as stored."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from lmx.quant.quanto import Quanto
 
 if TYPE_CHECKING:
     from lmx.core.gpu.experts import DeviceBank
+    from lmx.core.gpu.linear import DeviceMatrix
 
 
 def device_bank(
@@ -33,6 +34,24 @@ def device_bank(
     if len(parts[0] + parts[1] + parts[2]) < 3 * len(gate):
         return None
     return DeviceBank.make(list(zip(*parts, strict=True)), activation)
+
+
+def serves_few(q: Int8) -> bool:
+    """Whether the kernel multiplies a few vectors by this matrix."""
+    if not can_launch(q.weight):
+        return False
+    from lmx.core.gpu.table import is_readable
+
+    return is_readable(describe_matrix(q))
+
+
+def device_matrix(q: Int8) -> "DeviceMatrix | None":
+    """The matrix as the kernel for a few vectors is told of it; None where it does not serve."""
+    if not serves_few(q):
+        return None
+    from lmx.core.gpu.linear import DeviceMatrix
+
+    return DeviceMatrix(describe_matrix(q))
 
 
 def _describe(q: Stored) -> StoredMatrix | None:

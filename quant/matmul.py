@@ -14,6 +14,7 @@ from lmx.core.native.vector import MAX_VECTORS, MatrixTable, can_take
 from lmx.quant import four_bit, int8, quanto
 from lmx.quant.chunks import for_chunks
 from lmx.quant.four_bit import NESTED_BLOCK_SIZE, FourBit
+from lmx.quant.gpu import device_matrix
 from lmx.quant.int8 import Int8
 from lmx.quant.native import matrix_table
 from lmx.quant.quanto import Quanto
@@ -96,7 +97,10 @@ def tiled_product(q: QuantMatrix, x: Tensor) -> Tensor:
 
 
 def bitsandbytes_product(q: FourBit | Int8) -> Product:
-    """Multiply by bitsandbytes' kernels; int8 as LLM.int8(), which also rounds the activations to 8 bits."""
+    """Multiply by bitsandbytes' kernels; int8 as LLM.int8(), which also rounds the activations to 8 bits.
+
+    A few vectors times int8 are our own kernel's, where Triton is there.
+    """
     return _bitsandbytes_4bit(q) if isinstance(q, FourBit) else _bitsandbytes_int8(q)
 
 
@@ -192,7 +196,11 @@ def _bitsandbytes_int8(q: Int8) -> Product:
     state.CB, state.SCB = q.weight, q.absmax
     state.has_fp16_weights, state.is_training, state.threshold = False, False, _OUTLIER_THRESHOLD
 
+    few = device_matrix(q)
+
     def product(x: Tensor) -> Tensor:
+        if few is not None and not torch.compiler.is_compiling() and few.can_take(x):
+            return few.multiply(x)
         return matmul(x.half(), q.weight, state=state).to(x.dtype)
 
     return product

@@ -19,7 +19,7 @@ from lmx.core.layers.residual import added
 from lmx.core.native.matrix import answer_many, has_panels
 from lmx.core.native.mixer import Affine
 from lmx.core.native.vector import are_few, can_take, wants_gradient
-from lmx.quant.gpu import device_bank
+from lmx.quant.gpu import device_bank, serves_few
 from lmx.quant.int8 import Int8
 from lmx.quant.matmul import Matrix, Product, QuantMatrix, choose_product, dequantize
 from lmx.quant.native import expert_table, matrix_table
@@ -57,8 +57,8 @@ class QuantLinear(Projection):
 
     @property
     def capturable(self) -> bool:
-        """Not in int8: LLM.int8() looks on the host for columns that stand out."""
-        return not isinstance(self.weight, Int8)
+        """In int8 only with our own kernel: LLM.int8() looks on the host for columns that stand out."""
+        return not isinstance(self.weight, Int8) or serves_few(self.weight)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole weight, in `dtype` or in that of its source."""

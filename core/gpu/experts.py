@@ -4,7 +4,6 @@ Two kernels a step. Ids of experts stay on the device and nothing waits for it, 
 graph. Importing this imports Triton: ask `lmx.core.gpu.launch.can_launch` first.
 """
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,73 +14,12 @@ from torch import Tensor
 
 from lmx.core.gpu import experts_decode, experts_prefill
 from lmx.core.gpu.launch import interpreted
-from lmx.core.native.vector import ACTIVATION_CODES, Expert, Kind, StoredMatrix, wants_gradient
+from lmx.core.gpu.table import FEW_VECTORS, Format, VectorTile, code_values, is_readable, table_row, tensors_of
+from lmx.core.native.vector import ACTIVATION_CODES, Expert, wants_gradient
 
-_PER_WORD = {Kind.FOUR_BIT: 8, Kind.INT8: 4, Kind.BF16: 2, Kind.F16: 2, Kind.F32: 1}
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-# Up to so many tokens each choice of an expert is a product with a vector. With 8, experts are chosen twice on average
-# where many are (Mixtral, DBRX) and once where few are (OLMoE); what is read again comes from the cache. Beyond, a
-# weight should be decoded once for all its tokens.
-_FEW_TOKENS = 8
 # What the expert's inner vectors of a prompt may take, in elements: 128 MB of bf16. Longer prompts go through in parts.
 _INNER_ELEMENTS = 1 << 26
-
-
-@dataclass(frozen=True)
-class _Format:
-    """What all matrices of one part of a bank have in common."""
-
-    kind: Kind
-    block_size: int
-    nested: bool
-    code: tuple[float, ...]
-
-    @classmethod
-    def of(cls, matrix: StoredMatrix) -> "_Format":
-        code = () if matrix.code is None else tuple(matrix.code.tolist())
-        return cls(matrix.kind, matrix.block_size, matrix.nested_map is not None, code)
-
-    @property
-    def per_word(self) -> int:
-        return _PER_WORD[self.kind]
-
-    def constants(self) -> dict[str, int | bool]:
-        return {
-            "KIND": self.kind.value,
-            "PER": self.per_word,
-            "BLOCK": self.block_size,
-            "NESTED": self.nested,
-        }
-
-
-@dataclass(frozen=True)
-class VectorTile:
-    """What one program of a product with a vector takes: so many rows, and words of each row at a time."""
-
-    rows: int
-    words: int
-    warps: int
-
-    @classmethod
-    def choose(cls, programs: int, row_words: int, words_per_thread: int) -> "VectorTile":
-        """The tile for `programs` rows in all (those of each chosen expert counted) of `row_words` words.
-
-        What keeps memory busy is bytes in flight: 4.8 TB/s times some 700 ns is 3.4 MB, 25 KB on each of 132
-        multiprocessors. A thread asks for 8 rows times two words at once (one of the gate and one of up, or two of
-        down), 64 bytes, a warp for 2 KB; with the 128 registers that this takes, 16 warps fit a multiprocessor: 32 KB.
-        Fewer rows would load and convert the vector's elements more often than that. So: 8 rows, and as many warps side
-        by side on a row as give 16 a multiprocessor; where a row is too short for these, fewer rows.
-        """
-        rows, warps = 8, 1
-        longest = triton.next_power_of_2(row_words)
-        while programs // rows * warps < _WARPS_WANTED and warps < 8 and 32 * words_per_thread * warps < longest:
-            warps *= 2
-        while programs // rows * warps < _WARPS_WANTED and rows > 2:
-            rows //= 2
-        return cls(rows, min(longest, 32 * words_per_thread * warps), warps)
-
-
-_WARPS_WANTED = 2048
 
 
 @dataclass(frozen=True)
@@ -118,21 +56,21 @@ class DeviceBank:
         gate, _, down = experts[0]
         self.device, self.activation = gate.data.device, activation
         self.hidden, self.inner = gate.columns, gate.rows
-        self._formats = _Format.of(gate), _Format.of(down)
-        rows = [[_table_row(matrix) for matrix in expert] for expert in experts]
+        self._formats = Format.of(gate), Format.of(down)
+        rows = [[table_row(matrix) for matrix in expert] for expert in experts]
         self._table = torch.tensor(rows, dtype=torch.int64).to(self.device)  # [experts, 3, fields]
-        self._codes = tuple(_codes(form, self.device) for form in self._formats)
+        self._codes = tuple(code_values(form, self.device) for form in self._formats)
 
     @classmethod
     def make(cls, experts: Sequence[Expert], activation: str) -> "DeviceBank | None":
         """The bank, or None where the kernels cannot read it: formats that vary within gate and up or within down,
         rows that are not whole words, several devices. Then torch serves.
         """
-        pairs = {_Format.of(matrix) for gate, up, _ in experts for matrix in (gate, up)}
-        downs = {_Format.of(down) for _, _, down in experts}
+        pairs = {Format.of(matrix) for gate, up, _ in experts for matrix in (gate, up)}
+        downs = {Format.of(down) for _, _, down in experts}
         matrices = [matrix for expert in experts for matrix in expert]
-        devices = {tensor.device for matrix in matrices for tensor in _tensors(matrix)}
-        if len(pairs) > 1 or len(downs) > 1 or len(devices) > 1 or not all(map(_is_readable, matrices)):
+        devices = {tensor.device for matrix in matrices for tensor in tensors_of(matrix)}
+        if len(pairs) > 1 or len(downs) > 1 or len(devices) > 1 or not all(map(is_readable, matrices)):
             return None
         return cls(experts, activation)
 
@@ -154,7 +92,7 @@ class DeviceBank:
         """
         x, ids, weights = x.contiguous(), ids.long().contiguous(), weights.float().contiguous()
         with torch.cuda.device_of(x):
-            if len(x) <= _FEW_TOKENS:
+            if len(x) <= FEW_VECTORS:
                 return self._answer_few(x, ids, weights)
             step = max(256, _INNER_ELEMENTS // (self.inner * ids.shape[1]))
             if len(x) <= step:
@@ -216,26 +154,3 @@ def sort_choices(ids: Tensor, experts: int, tokens: int) -> tuple[Tensor, Tensor
     first_tiles = torch.zeros_like(starts)
     torch.cumsum((starts.diff() + tokens - 1) // tokens, 0, out=first_tiles[1:])
     return order, starts, first_tiles
-
-
-def _tensors(matrix: StoredMatrix) -> list[Tensor]:
-    stored = (matrix.data, matrix.absmax, matrix.nested_map, matrix.nested_absmax)
-    return [tensor for tensor in stored if tensor is not None]
-
-
-def _is_readable(matrix: StoredMatrix) -> bool:
-    """Whether rows are whole words, at addresses that words may have, and places fit 32 bits."""
-    per_word = _PER_WORD[matrix.kind]
-    whole = matrix.columns % per_word == 0 and matrix.rows * matrix.columns // per_word < 1 << 31
-    return whole and matrix.data.data_ptr() % 4 == 0 and all(tensor.is_contiguous() for tensor in _tensors(matrix))
-
-
-def _table_row(matrix: StoredMatrix) -> list[int]:
-    tensors = (matrix.data, matrix.absmax, matrix.nested_map, matrix.nested_absmax)
-    offset = ctypes.c_int32.from_buffer(ctypes.c_float(matrix.nested_offset)).value
-    return [*(0 if tensor is None else tensor.data_ptr() for tensor in tensors), offset]
-
-
-def _codes(form: _Format, device: torch.device) -> Tensor:
-    """What the 16 codes stand for, float32 [16]; for other formats nobody looks."""
-    return torch.tensor(form.code or (0.0,) * 16, device=device)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lmx.core.gpu.words import activate, add_products, find, load_elements, row_scales
+from lmx.core.gpu.words import activate, add_products, load_elements, open_expert, row_scales
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def gate_and_up(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     expert = tl.load(ids + slot)
     expert = tl.where((expert >= 0) & (expert < EXPERTS), expert, 0)  # `down_and_sum` makes NaN of what is no expert
-    gate, up = find(table, expert, 0), find(table, expert, 1)
+    gate, up = open_expert(table, expert, 0, NESTED), open_expert(table, expert, 1, NESTED)
     sixteen = tl.load(codes + tl.arange(0, 16))
     vector = x + (slot // TOP_K) * HIDDEN
     ROW_WORDS: tl.constexpr = HIDDEN // PER
@@ -62,7 +62,7 @@ def down_and_sum(
         slot = token * TOP_K + choice
         expert, weight = tl.load(ids + slot), tl.load(weights + slot)
         known = (expert >= 0) & (expert < EXPERTS)
-        down = find(table, tl.where(known, expert, 0), 2)
+        down = open_expert(table, tl.where(known, expert, 0), 2, NESTED)
         answer = tl.zeros([ROWS, WORDS], tl.float32)
         for first in range(0, ROW_WORDS, WORDS):
             words = first + tl.arange(0, WORDS)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lmx.core.gpu.words import activate, dense_tile, find, row_scales
+from lmx.core.gpu.words import activate, dense_tile, open_expert, row_scales
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def gate_and_up(
     here = places < last
     tokens = tl.load(order + places, mask=here, other=0) // TOP_K
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    gate, up = find(table, expert, 0), find(table, expert, 1)
+    gate, up = open_expert(table, expert, 0, NESTED), open_expert(table, expert, 1, NESTED)
     sixteen = tl.load(codes + tl.arange(0, 16))
     ROW_WORDS: tl.constexpr = HIDDEN // PER
     gates = tl.zeros([TOKENS, ROWS], tl.float32)
@@ -79,7 +79,7 @@ def down(
     places = first + tl.arange(0, TOKENS)
     here = places < last
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    matrix = find(table, expert, 2)
+    matrix = open_expert(table, expert, 2, NESTED)
     sixteen = tl.load(codes + tl.arange(0, 16))
     ROW_WORDS: tl.constexpr = INNER // PER
     answers = tl.zeros([TOKENS, ROWS], tl.float32)

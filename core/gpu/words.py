@@ -16,15 +16,21 @@ _NESTED_BLOCK = tl.constexpr(256)
 
 
 @triton.jit
-def find(table, expert, part):
-    """The row of a bank's table for the gate (0), up (1) or down (2) matrix of an expert."""
-    return table + (expert * 3 + part) * FIELDS
+def open_matrix(row, NESTED: tl.constexpr):
+    """What a row of a table points to: data, absmax, and what decodes absmax. Read once, before any loop."""
+    data, absmax = tl.load(row).to(tl.pointer_type(tl.int32)), tl.load(row + 1)
+    if NESTED:
+        decoded, outer = tl.load(row + 2).to(tl.pointer_type(tl.float32)), tl.load(row + 3)
+        offset = tl.load(row + 4).to(tl.int32).to(tl.float32, bitcast=True)
+        return data, absmax.to(tl.pointer_type(tl.uint8)), decoded, outer.to(tl.pointer_type(tl.float32)), offset
+    else:
+        return data, absmax.to(tl.pointer_type(tl.float32))
 
 
 @triton.jit
-def load_words(row, at, mask):
-    """The words of a matrix at these places; zero where masked."""
-    return tl.load(tl.load(row).to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
+def open_expert(table, expert, PART: tl.constexpr, NESTED: tl.constexpr):
+    """The gate (0), up (1) or down (2) matrix of an expert, by a bank's table."""
+    return open_matrix(table + (expert * 3 + PART) * FIELDS, NESTED)
 
 
 @triton.jit
@@ -66,24 +72,22 @@ def values(codes, words, KIND: tl.constexpr, PER: tl.constexpr):
 
 
 @triton.jit
-def word_scales(row, at, mask, BLOCK: tl.constexpr, NESTED: tl.constexpr):
+def word_scales(matrix, at, mask, BLOCK: tl.constexpr, NESTED: tl.constexpr):
     """The absmax of the blocks of `BLOCK` elements that words of four-bit codes lie in."""
     block = at // (BLOCK // 8)
+    scale = tl.load(matrix[1] + block, mask=mask, other=0)
     if NESTED:
-        code = tl.load(tl.load(row + 1).to(tl.pointer_type(tl.uint8)) + block, mask=mask, other=0).to(tl.int32)
-        decoded = tl.load(tl.load(row + 2).to(tl.pointer_type(tl.float32)) + code, mask=mask, other=0)
-        outer = tl.load(tl.load(row + 3).to(tl.pointer_type(tl.float32)) + block // _NESTED_BLOCK, mask=mask, other=0)
-        offset = tl.load(row + 4).to(tl.int32).to(tl.float32, bitcast=True)
-        return decoded * outer + offset
+        outer = tl.load(matrix[3] + block // _NESTED_BLOCK, mask=mask, other=0)
+        return tl.load(matrix[2] + scale.to(tl.int32), mask=mask, other=0) * outer + matrix[4]
     else:
-        return tl.load(tl.load(row + 1).to(tl.pointer_type(tl.float32)) + block, mask=mask, other=0)
+        return scale
 
 
 @triton.jit
-def row_scales(row, rows, mask, KIND: tl.constexpr):
+def row_scales(matrix, rows, mask, KIND: tl.constexpr):
     """What int8 rows are multiplied with; 1 for other formats."""
     if KIND == INT8:
-        return tl.load(tl.load(row + 1).to(tl.pointer_type(tl.float32)) + rows, mask=mask, other=0) * _INVERSE_127
+        return tl.load(matrix[1] + rows, mask=mask, other=0) * _INVERSE_127
     else:
         return tl.full(rows.shape, 1.0, tl.float32)
 
@@ -123,30 +127,31 @@ def _pieces(v):
 
 @triton.jit
 def add_products(
-    total, codes, row, at, mask, x,
+    total, codes, matrix, at, mask, x,
     KIND: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
     """`total` [rows, words] plus, word by word, the products of a matrix's words with the elements x [words, PER]."""
-    v, x = _pieces(values(codes, load_words(row, at, mask), KIND, PER)), _pieces(x[None, :, :])
+    words = tl.load(matrix[0] + at, mask=mask, other=0)
+    v, x = _pieces(values(codes, words, KIND, PER)), _pieces(x[None, :, :])
     part = v[0] * x[0]
     for k in tl.static_range(1, PER):
         part += v[k] * x[k]  # one instruction each, where a sum of products would take three for two
     if KIND == FOUR_BIT:
-        return total + word_scales(row, at, mask, BLOCK, NESTED) * part
+        return total + word_scales(matrix, at, mask, BLOCK, NESTED) * part
     else:
         return total + part
 
 
 @triton.jit
 def dense_tile(
-    codes, row, at, mask,
+    codes, matrix, at, mask,
     KIND: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The values [rows, words * PER] of words [rows, words], for a product on tensor cores; int8 without its scale."""
-    words = load_words(row, at, mask)
+    words = tl.load(matrix[0] + at, mask=mask, other=0)
     tile = values(codes, words, KIND, PER)
     if KIND == FOUR_BIT:
-        tile *= word_scales(row, at, mask, BLOCK, NESTED)[:, :, None]
+        tile *= word_scales(matrix, at, mask, BLOCK, NESTED)[:, :, None]
     return tl.reshape(tile.to(DTYPE), [words.shape[0], words.shape[1] * PER])
 
 

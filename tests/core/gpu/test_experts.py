@@ -15,7 +15,7 @@ from lmx.core.layers.activation import ACTIVATIONS
 from lmx.core.layers.moe import ExpertBank, run_experts
 from lmx.quant.four_bit import FourBit, quantize_4bit
 from lmx.quant.int8 import Int8, quantize_int8
-from lmx.quant.matmul import _quant_state
+from lmx.quant.matmul import _quant_state, bitsandbytes_product
 from lmx.quant.modules import QuantExpertBank
 from lmx.quant.native import describe_matrix
 
@@ -51,7 +51,7 @@ def experts(monkeypatch):
     """The module, with tiles as a large bank has them: the interpreter takes its time for each program."""
     from lmx.core.gpu import experts
 
-    monkeypatch.setattr(experts, "_WARPS_WANTED", 1)
+    monkeypatch.setattr("lmx.core.gpu.table._WARPS_WANTED", 1)
     return experts
 
 
@@ -124,7 +124,7 @@ def test_odd_rows_and_columns(experts, device, name, hidden, inner):
 
 def test_rows_longer_than_a_tile_and_tiles_of_few_rows(experts, device, monkeypatch):
     check(experts, draw(QUANTIZERS["nf4"], 8, 520), device, 1, top_k=1)
-    monkeypatch.setattr(experts, "_WARPS_WANTED", 1 << 20)
+    monkeypatch.setattr("lmx.core.gpu.table._WARPS_WANTED", 1 << 20)
     check(experts, draw(QUANTIZERS["nf4"], 8, 24), device, 1, top_k=1)
 
 
@@ -253,6 +253,17 @@ def test_the_plain_module_takes_the_kernels_and_follows_its_parameters(device, a
     with torch.no_grad():  # a dtype that the kernels do not know
         assert bank.double()(x.double(), ids, weights).dtype == torch.float64
     assert answered == [1, 1]
+
+
+@pytest.mark.usefixtures("experts")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_few_vectors_times_int8(device, dtype):
+    q = quantize_int8(random(37, 68))
+    product, x = bitsandbytes_product(q.to(device)), random(2, 3, 68, seed=1).to(dtype)
+    got, expected = product(x.to(device)), x.double() @ values(q).T
+    assert (got.shape, got.dtype) == ((2, 3, 37), dtype)
+    assert (got.cpu().double() - expected).norm() < TOLERANCE[dtype] * expected.norm()
+    assert bitsandbytes_product(q.to(device))(x[0, :0].to(device)).shape == (0, 37)
 
 
 def test_answers_are_the_same_each_time(experts, device):
