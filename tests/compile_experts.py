@@ -37,32 +37,14 @@ def matrix(form, rows, columns):
 def calls_of(form, shape, prompts):
     """Every call of a kernel that this bank makes for so many tokens each."""
     count, top_k, hidden, inner = shape
-<<<<<<< HEAD
     expert = (matrix(form, inner, hidden), matrix(form, inner, hidden), matrix(form, hidden, inner))
     bank = experts.DeviceBank.make([expert] * count, "silu")
-    with noted(form, experts_decode, experts_prefill) as calls:
+    with noted(form, experts_decode, experts_prefill, linear) as calls:
         for tokens in prompts:
             ids = torch.arange(tokens * top_k).view(tokens, top_k) % count
             bank.answer(torch.zeros(tokens, hidden, dtype=torch.bfloat16), ids, torch.zeros(tokens, top_k))
-=======
-    calls = []
-    for module in (experts_decode, experts_prefill, linear):
-        for name in ("gate_and_up", "down_and_sum", "down", "multiply_vectors"):
-            kernel = getattr(module, name, None)
-            if isinstance(kernel, triton.JITFunction):
-                setattr(module, name, Launch(f"{module.__name__}.{name}", kernel, calls))
-    expert = (matrix(form, inner, hidden), matrix(form, inner, hidden), matrix(form, hidden, inner))
-    bank = experts.DeviceBank.make([expert] * count, "silu")
-    for tokens in prompts:
-        ids = torch.arange(tokens * top_k).view(tokens, top_k) % count
-        bank.answer(torch.zeros(tokens, hidden, dtype=torch.bfloat16), ids, torch.zeros(tokens, top_k))
-    if form == "int8":
-        linear.DeviceMatrix(expert[0]).multiply(torch.zeros(1, hidden, dtype=torch.bfloat16))
-    for module in (experts_decode, experts_prefill, linear):
-        for name, held in list(vars(module).items()):
-            if isinstance(held, Launch):
-                setattr(module, name, held._kernel)
->>>>>>> gpubank
+        if form == "int8":
+            linear.DeviceMatrix(expert[0]).multiply(torch.zeros(1, hidden, dtype=torch.bfloat16))
     return calls
 
 
