@@ -37,7 +37,7 @@ class Model:
 # transformers takes seconds a token on OLMoE, so that a few tokens tell its speed.
 MODELS = {
     "olmoe": Model("allenai/OLMoE-1B-7B-0924", "nf4", ("pp512", "tg128", DEEP), ("pp512", "tg128", DEEP), ("tg16",)),
-    "falcon_mamba": Model("tiiuae/falcon-mamba-7b", "int8", ("pp512", "tg64", DEEP), ("pp512", "tg64"), ("tg16",)),
+    "falcon_mamba": Model("tiiuae/falcon-mamba-7b", "nf4", ("pp512", "tg64", DEEP), ("pp512", "tg64"), ("tg16",)),
     "recurrent_gemma": Model("google/recurrentgemma-2b", "nf4", ("pp512", "tg64", DEEP)),
     "olmoe-int8": Model("allenai/OLMoE-1B-7B-0924", "int8", ("pp512", "tg128"), scheme="8bit"),
     "falcon_mamba-int8": Model("tiiuae/falcon-mamba-7b", "int8", ("tg64",), scheme="8bit"),
