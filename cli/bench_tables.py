@@ -9,13 +9,13 @@ from io import StringIO
 from pathlib import Path
 from typing import Literal
 
-from lmx.benchmark import Result
 from lmx.cli.console import write, write_json
 from lmx.cli.facts import human_bytes, human_count
 from lmx.core.errors import InputError
 from lmx.core.files import quoted, read_bounded
 from lmx.core.jsonfile import parse_json, parse_value
 from lmx.core.text.safe import safe_line
+from lmx.measurement import Result
 
 _LIMIT_BYTES = 64 << 20
 _HINT = "give a file that lmx bench -o json or -o jsonl wrote"

@@ -17,12 +17,16 @@ READ_BYTES = 1 << 30
 MATRIX_WIDTH = 4096
 """Of the square matrix that is multiplied, as wide as those of a model of 7 billion parameters."""
 
+BESIDE_BYTES = 256 << 20
+"""As much, read between the runs of a test: what the memory gives changes by the second where others share it."""
+
 GPU_READ_BYTES = 4 << 30
 GPU_MATRIX_WIDTH = 8192
 """More of both for a GPU, where a launch would count otherwise; of a small one's free memory an eighth is read."""
 
 _VECTORS = 512
 _ROUNDS = 5
+_ROUNDS_BESIDE = 3
 _GPU_ROUNDS = 20
 
 
@@ -58,6 +62,14 @@ def measure_ceilings(
         raise ResourceError(
             "there is no memory to measure the machine's ceilings in", "close other programs"
         ) from error
+
+
+def bandwidth_beside(device: torch.device) -> float:
+    """Bytes of the CPU's memory read a second just now. Raises ResourceError where there is no memory to do it in."""
+    try:
+        return _bandwidth(device, BESIDE_BYTES, _ROUNDS_BESIDE)
+    except MemoryError as error:
+        raise ResourceError("there is no memory to measure the bandwidth in", "close other programs") from error
 
 
 def _bandwidth(device: torch.device, nbytes: int, rounds: int) -> float:

@@ -30,8 +30,11 @@ def advise_large(memory: mmap.mmap) -> None:
 
 
 def fresh_memory(nbytes: int) -> mmap.mmap:
-    """Pages of zeros that belong to nothing else."""
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Pages of zeros that belong to nothing else. Raises MemoryError where the system has not so much left."""
+    try:
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{nbytes:,} bytes of memory cannot be had") from error
     advise_large(pages)
     return pages
 

@@ -175,3 +175,20 @@ def test_what_lies_where_is_said(lmx: Any, checkpoint: Path, monkeypatch: pytest
     ran = lmx("bench", checkpoint, "-p", "3", "-n", "0", "-r", "1")
     assert ran.err.startswith(f"{checkpoint}: cpu: 2 of 2 layers, 2 banks of experts, embedding, head; ")
     assert lmx("bench", checkpoint, "-p", "3", "-n", "0", "-r", "1", "-q").err == ""
+
+
+def test_the_share_is_of_what_memory_gave_beside_the_runs(
+    lmx: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first run and after each; a prompt has no need of it, and keeps what was measured before loading."""
+    given = iter([1e9, 2e9, 6e9])
+    monkeypatch.setattr(ceilings, "bandwidth_beside", lambda device: next(given))
+    ran = lmx("bench", checkpoint, "-p", "6", "-n", "3", "-r", "2", "-o", "json")
+    assert ran.code == 0, ran.err
+    prompt, step = json.loads(ran.out)
+    assert step["memory_bandwidth"] == 3e9
+    assert step["bandwidth_utilization"] == pytest.approx(
+        step["bytes_per_token"] * step["tokens_per_second_mean"] / 3e9
+    )
+    assert prompt["memory_bandwidth"] not in (1e9, 2e9, 3e9, 6e9)
+    assert next(given, None) is None

@@ -103,3 +103,8 @@ def test_files_are_mapped_with_the_same_wish(tmp_path: Path, monkeypatch: pytest
     finally:
         os.close(fd)
     assert asked == [5000]
+
+
+def test_what_cannot_be_had_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match="cannot be had"):
+        lasting_zeros((1 << 60,), torch.uint8)
