@@ -52,7 +52,7 @@ def compare_weights(source: Source, target: Source) -> Iterator[Progress | Compa
 
     Raises InputError where their configs, or the weights that they have, are of different models.
     """
-    ours, theirs = _bind(source), _bind(target)
+    ours, theirs = bound_weights(source), bound_weights(target)
     ours, theirs = _with_head(ours, theirs), _with_head(theirs, ours)
     if ours.keys() != theirs.keys():
         name = min(ours.keys() ^ theirs.keys())
@@ -89,7 +89,8 @@ class _Tally:
         return Comparison(total, equal, rounded, tuple(self.different), self.largest, self.worst)
 
 
-def _bind(source: Source) -> Mapping[str, Piece]:
+def bound_weights(source: Source) -> Mapping[str, Piece]:
+    """Where each weight of a plain checkpoint's model lies in it. Raises InputError for what does not fit."""
     stored = {name: info.shape for name, info in source.infos.items()}
     return build_bound(source.config, stored, stored_head(source.config, stored))[1]
 

@@ -10,12 +10,13 @@ from lmx.api import choose_dtype, load_core, open_checkpoint, open_text
 from lmx.conversion import Conversion
 from lmx.convert.events import Progress
 from lmx.convert.gguf_source import GGUFCheckpoint
-from lmx.convert.verify import Comparison, compare_weights
+from lmx.convert.verify import Comparison, bound_weights, compare_weights
 from lmx.core.checkpoint import Checkpoint, Source
 from lmx.core.evaluate import Evaluation, evaluate
-from lmx.core.loader import load_model
-from lmx.core.mapped import stored_name
+from lmx.core.loader import DECODER_PREFIX, load_model
+from lmx.core.mapped import Advice, stored_name
 from lmx.core.memory import available_memory_bytes
+from lmx.core.model import LanguageModel
 from lmx.memory import made_bytes
 
 TEXTS = (
@@ -27,13 +28,15 @@ TEXTS = (
 MAX_KL = 0.05
 MAX_EXACT_KL = 1e-6  # of equal weights, in float32
 _RANDOM_IDS = 24
+# Both models in float32 take no more than this; larger ones run as they are stored, a layer of each in memory.
+_FLOAT32_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Logits:
     """How far the target's predictions are from the source's: KL divergence in nats a token, share of same choices.
 
-    dtype: what both were computed in, float32 where memory allows: in fewer bits the order of a sum shows, and that
+    dtype: what both were computed in, float32 for small models: in fewer bits the order of a sum shows, and that
     depends on how a file lays a matrix out.
     """
 
@@ -91,10 +94,9 @@ def verify(checkpoint: Checkpoint, source: Source, target: Checkpoint) -> Iterat
     if weights is None:
         raise TypeError("the last event of a comparison is its result")
     vocabulary, sequences = _encode(checkpoint, target)
-    dtype, skipped = torch.float32, None
-    if _too_large(checkpoint, target, dtype):
-        dtype = choose_dtype(None, target)
-        skipped = _too_large(checkpoint, target, dtype)
+    small = sum(_converted(side, torch.float32) for side in (checkpoint, target)) <= _FLOAT32_BYTES
+    dtype = torch.float32 if small else choose_dtype(None, target)
+    skipped = _too_large(checkpoint, target, dtype)
     logits = None if skipped else _compare_logits(source, target, sequences, dtype)
     failures = tuple(_failures(weights, vocabulary, logits, target))
     yield Verification(weights, vocabulary, logits, skipped, failures)
@@ -138,10 +140,26 @@ def _compare_logits(
     here = torch.device("cpu")
     base = load_model(source, dtype=dtype, device=here)
     model = load_core(target, None, "causal", None, dtype, here)
+    _let_go_of_layers(base, source)
+    _let_go_of_layers(model, target)
     *_, result = evaluate(model, sequences, base)
     if not isinstance(result, Evaluation) or result.kl_divergence is None or result.top1_agreement is None:
         raise TypeError("the last event of a comparison is its result")
     return Logits(result.tokens, str(dtype).removeprefix("torch."), result.kl_divergence, result.top1_agreement)
+
+
+def _let_go_of_layers(model: LanguageModel, source: Source) -> None:
+    """Drop the pages of a layer's weights when it has run: of a model that is read once, no more need be in memory."""
+    pieces = bound_weights(source)
+    for path, layer in model.decoder.layers.named_children():
+        prefix = f"{DECODER_PREFIX}layers.{path}."
+        names = {piece.hub for name, piece in pieces.items() if name.startswith(prefix)}
+
+        def let_go(*_: object, names: frozenset[str] = frozenset(names)) -> None:
+            for name in names:
+                source.advise(name, Advice.DONT_NEED)
+
+        layer.register_forward_hook(let_go)
 
 
 def _failures(weights: Comparison, vocabulary: bool | None, logits: Logits | None, target: Checkpoint) -> Iterator[str]:
