@@ -131,6 +131,35 @@ def test_verify_of_plain_checkpoints(tmp_path):
     assert report.weights.different == ("model.norm.weight",)
 
 
+def test_large_models_run_as_they_are_stored_and_let_go_of_each_layer(tmp_path, monkeypatch):
+    """After all weights were compared, both sides run each text, and drop a layer's weights when it has run."""
+    from lmx import verification
+    from lmx.core.checkpoint import Checkpoint
+    from lmx.core.mapped import Advice
+
+    let_go = []
+    advise = Checkpoint.advise
+
+    def watched(self, name, advice):
+        let_go.append((self.folder.name, name)) if advice is Advice.DONT_NEED else None
+        advise(self, name, advice)
+
+    monkeypatch.setattr(Checkpoint, "advise", watched)
+    monkeypatch.setattr(verification, "_FLOAT32_BYTES", 0)
+    source = write_family(tmp_path / "source", "olmoe", torch.bfloat16)
+    convert(source, tmp_path / "target", dtype="bf16")
+    let_go.clear()
+    report = verified(source, tmp_path / "target", "bf16")
+    assert not report.failures
+    assert report.logits is not None
+    assert report.logits.dtype == "bfloat16"
+    for side in ("source", "target"):
+        of_side = [name for folder, name in let_go if folder == side]
+        layers = {name for name in of_side if ".layers." in name}
+        assert layers
+        assert all(of_side.count(name) >= 2 for name in layers)  # once compared, and again when it has run
+
+
 def test_a_failed_check_exits_with_3(tmp_path, monkeypatch, capsys):
     from lmx import verification
     from lmx.cli.main import app
