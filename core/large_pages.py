@@ -9,6 +9,7 @@ are read in, where the file system can (ext4 since Linux 6.16, XFS).
 import mmap
 import weakref
 from contextlib import suppress
+from math import prod
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -68,9 +69,7 @@ def lasting_zeros(shape: tuple[int, ...], dtype: "torch.dtype") -> "Tensor":
     """A tensor of zeros on the CPU for what lasts as long as a model or a conversation."""
     import torch
 
-    elements = 1
-    for size in shape:
-        elements *= size
+    elements = prod(shape)
     if not elements:
         return torch.empty(shape, dtype=dtype)
     memory, first = _regions.take(elements * dtype.itemsize)

@@ -86,9 +86,8 @@ def gated_scan(
     """
     from lmx.core.gpu import scan
 
-    def kernel(
-        raw: Tensor, bias: Tensor, x: Tensor, gate: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
-    ) -> _Pair:
+    def kernel(*tensors: Tensor) -> _Pair:
+        raw, bias, x, gate, A, B, C, D, state = tensors
         state, new_state = _states(state, not watched)
         weights = A.contiguous(), _rows(B), _rows(C), D.contiguous()
         with torch.cuda.device_of(x):
