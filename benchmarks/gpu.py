@@ -4,7 +4,7 @@
 
 Each runs in a process of its own and in turn, round after round; figures are medians over the rounds, ratios medians
 of the rounds' ratios. The share is of the card's own limits, measured in the same run: memory bandwidth for what a
-token reads, the bf16 matrix peak for prompts. Needs the extras `dev` and `triton`, a CUDA build of torch, and 29 GB of
+token reads, the bf16 matrix peak for prompts. Needs the extras `dev` and `gpu`, a CUDA build of torch, and 29 GB of
 device memory (a model that does not fit would be split with the CPU, and no figure of the card's). --tiny runs all of
 it on the CPU with models of a few kilobytes, whose figures mean nothing.
 """

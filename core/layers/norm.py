@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lmx.core.gpu import recurrent as gpu
 from lmx.core.gpu import stream
+from lmx.core.layers.projection import is_watched
 from lmx.core.native.attention import Scale
 from lmx.core.native.norm import can_normalise, rms_norm, rms_norm_parts, serves
 
@@ -52,9 +53,9 @@ class RMSNorm(nn.Module):
 
     def of_rounded(self, x: Tensor) -> Tensor:
         """The same of x rounded to the weight's dtype: of a stream that is kept in float32."""
-        if stream.can_normalise(x, self.weight):
+        if stream.can_normalise(x, self.weight) and not is_watched(self):
             return stream.rms_norm(x, self.weight, self.eps)
-        return self.forward(x.to(self.weight.dtype))
+        return self(x.to(self.weight.dtype))
 
 
 class OffsetRMSNorm(nn.Module):

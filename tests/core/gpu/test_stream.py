@@ -40,6 +40,10 @@ def test_a_stream_in_float32_is_rounded_first(device):
     assert norm.of_rounded(x).dtype == torch.bfloat16
     expected = torch.nn.functional.rms_norm(x.double(), (96,), None, 1e-6)
     assert relative_error(norm.of_rounded(x), expected) < 2 * tolerance(torch.bfloat16, device)
+    seen = []
+    norm.register_forward_hook(lambda *call: seen.append(call))
+    norm.of_rounded(x)
+    assert len(seen) == 1, "who watches the module sees it called"
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (64, 8), (16, 4), (5, 3), (3, 3), (2, 1)])
