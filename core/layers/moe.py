@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmx.core.gpu import stream as gpu
 from lmx.core.gpu.launch import can_launch
 from lmx.core.layers.activation import ACTIVATIONS
 from lmx.core.native.matrix import answer_many, has_panels
@@ -26,6 +27,8 @@ def route(router_logits: Tensor, top_k: int, normalize: float | None) -> tuple[T
     """
     if can_route(router_logits, normalize):
         return route_natively(router_logits, top_k, normalize)
+    if gpu.can_route(router_logits, normalize):
+        return gpu.route(router_logits, top_k, normalize)
     probabilities = F.softmax(router_logits.float(), dim=-1)
     weights, ids = torch.topk(probabilities, top_k, dim=-1)
     if normalize is not None:
