@@ -1,7 +1,7 @@
 """Timing a model: reading a prompt, generating, or both, from a state of some depth."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -18,6 +18,9 @@ from lmx.core.state import LayerState
 
 # A card's step is first warmed up, then captured, then replayed.
 _WARM_UP_TOKENS = 3
+
+LOOK_SECONDS = 0.5
+"""How long tokens are generated before somebody may look what else the machine does."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,10 @@ class Bench:
     A run begins with the stepper of the one before, so that what is made once for many tokens is made in the warm-up.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, look: Callable[[], None] | None = None) -> None:
+        """look: called between tokens, every `LOOK_SECONDS` of a test, while the clock stands still; not for a card."""
         self._model = model
+        self._look = look
         self._ids = torch.Generator().manual_seed(0)
         self._begin()
 
@@ -104,20 +109,22 @@ class Bench:
         steps = self._random_ids(work.generate).split(1, dim=1) if work.generate else ()
         for device in {buffer.device for layer in state.layers for buffer in layer.buffers}:
             synchronize(device)  # what is still being copied is none of this
-        start = perf_counter()
+        clock = _Clock()
         if work.prompt:
             self._read(state, work.prompt)
-            first = perf_counter() - start
+            first = clock.seconds
         late = isinstance(self._stepper, GraphStepper)
         waiting: deque[_Choice] = deque()
         for ids in steps:
             waiting.append(_Choice(self._stepper.feed(ids)[0], late))
             if len(waiting) > late:
                 waiting.popleft().wait()
-                first = first or perf_counter() - start
+                first = first or clock.seconds
+            if self._look is not None and not late and clock.seconds_since_pause > LOOK_SECONDS:
+                clock.pause(self._look)
         while waiting:
             waiting.popleft().wait()
-        seconds = perf_counter() - start
+        seconds = clock.seconds
         self._go_back(work.depth)
         return Sample(seconds, first or seconds)
 
@@ -139,6 +146,30 @@ class Bench:
         """[1, tokens]."""
         vocabulary = self._model.config.vocab_size
         return torch.randint(vocabulary, (1, tokens), generator=self._ids).to(self._model.device)
+
+
+class _Clock:
+    """Counts seconds from its making on, but for its pauses."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._start = perf_counter()
+
+    @property
+    def seconds_since_pause(self) -> float:
+        """What it counted since the last pause, or in all where there was none."""
+        return perf_counter() - self._start
+
+    @property
+    def seconds(self) -> float:
+        """What it counted."""
+        return self._before + self.seconds_since_pause
+
+    def pause(self, work: Callable[[], None]) -> None:
+        """Do something that does not count."""
+        self._before = self.seconds
+        work()
+        self._start = perf_counter()
 
 
 class _Choice:

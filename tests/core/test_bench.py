@@ -1,4 +1,5 @@
 import statistics
+import time
 
 import pytest
 import torch
@@ -81,6 +82,21 @@ def test_on_a_card_a_step_is_captured_before_the_clock_runs(family: str, monkeyp
     assert len(graphs) == 1
     list(bench.run(Workload(0, 8, depth=9), 1))
     assert len(graphs) == 1, "the state still lies where it lay"
+
+
+def test_looks_between_tokens_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmx.core.bench.LOOK_SECONDS", 0.0)
+    looks = []
+
+    def look() -> None:
+        looks.append(1)
+        time.sleep(0.05)
+
+    bench = Bench(small("mixtral"), look)
+    samples = list(bench.run(Workload(3, 10), 2))
+    assert len(looks) >= 20
+    # Ten looks take half a second; ten tokens of so small a model a few milliseconds.
+    assert all(0 < sample.seconds < 0.4 for sample in samples)
 
 
 def test_long_prompts_are_read_in_the_chunks_of_generation() -> None:
