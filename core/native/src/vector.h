@@ -101,9 +101,10 @@ inline Ahead ahead_of(const Matrix& m, int64_t row) {
     return {m.data + row * bytes_of_row(m), reinterpret_cast<const uint8_t*>(scales)};
 }
 
-// How many rows a kernel is given at a time: those of the next time must find room in the second cache beside them.
+// How many rows a kernel is given at a time, and so how far ahead memory is asked for: twice and four times as many bytes
+// took longer, by a tenth where rows are wide.
 inline int64_t rows_at_a_time(const Matrix& m) {
-    constexpr int64_t BYTES = 1 << 16;
+    constexpr int64_t BYTES = 24576;
     return std::clamp<int64_t>(BYTES / std::max<int64_t>(bytes_of_row(m), 1) / 4 * 4, 4, UNIT);
 }
 
