@@ -12,6 +12,7 @@ from lmx.core.errors import UsageError
 from lmx.core.generate import prompt_chunk_for
 from lmx.core.kv_cache import AttentionCache, WindowKVCache
 from lmx.core.model import AnyState, LanguageModel
+from lmx.core.native.pick import likeliest
 from lmx.core.state import LayerState
 
 
@@ -87,8 +88,7 @@ class Bench:
             first = perf_counter() - start
         stepper = self._model.stepper(state)
         for ids in steps:
-            # In bf16 it takes twice as long on a CPU. It waits for the device, as whoever shows a token must.
-            int(stepper.feed(ids)[0].float().argmax())
+            likeliest(stepper.feed(ids)[0])  # waits for the device, as whoever shows a token must
             first = first or perf_counter() - start
         sample = Sample(perf_counter() - start, first)
         if state is self._before:
@@ -107,7 +107,7 @@ class Bench:
                 logits_to_keep=1,
                 output_router_logits=False,
             )
-            int(output.logits[0, -1].argmax())  # waits for the device
+            likeliest(output.logits[0, -1])  # waits for the device
 
     def _random_ids(self, tokens: int) -> Tensor:
         """[1, tokens]."""
