@@ -218,10 +218,10 @@ class Sampler:
         and truncation. Raises `InputError` if the logits hold NaN or infinity.
         """
         if can_pick(logits):
-            likeliest, log_normalizer = pick_with_sum(logits)
+            likeliest, logit, log_normalizer = pick_with_sum(logits)
             finite(log_normalizer)
             if not self.sampling.penalizes and self.sampling.temperature == 0:
-                return likeliest, logits[likeliest].item() - log_normalizer
+                return likeliest, logit - log_normalizer
             logits = logits.float()
         else:
             logits = logits.float()

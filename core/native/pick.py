@@ -43,16 +43,14 @@ def pick(logits: Tensor) -> int:
     return found
 
 
-def pick_with_sum(logits: Tensor) -> tuple[int, float]:
-    """The same, and `logits.logsumexp(0)`; the sum is cut at fixed places, whatever the number of threads."""
-    log_sum = ctypes.c_double()
-    found: int = _pick()(logits.data_ptr(), DTYPE_CODES[logits.dtype], logits.shape[0], ctypes.addressof(log_sum))
-    return found, log_sum.value
+def pick_with_sum(logits: Tensor) -> tuple[int, float, float]:
+    """The same, its logit, and `logits.logsumexp(0)`; what is summed together does not depend on threads."""
+    values = (ctypes.c_double * 2)()
+    found: int = _pick()(logits.data_ptr(), DTYPE_CODES[logits.dtype], logits.shape[0], ctypes.addressof(values))
+    return found, values[0], values[1]
 
 
 def likeliest(logits: Tensor) -> int:
     """The first of the largest logits [vocab], on any device; waits for it."""
     # In bf16 torch takes twice as long on a CPU.
     return pick(logits) if can_pick(logits) else int(logits.float().argmax())
-
-

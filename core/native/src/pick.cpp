@@ -43,9 +43,9 @@ LMX_EXPORT void lmx_embed(const void* weight, int dtype, int64_t width, const in
     }
 }
 
-// The place of the first largest of `count` logits (float or bf16), or of the first NaN; and, where log_sum stands, the
-// log of the sum of their exponentials: NaN or infinite where torch.logsumexp is.
-LMX_EXPORT int64_t lmx_pick(const void* logits, int dtype, int64_t count, double* log_sum) {
+// The place of the first largest of `count` logits (float or bf16), or of the first NaN; and, where values stand, that
+// logit and the log of the sum of all exponentials, which is NaN or infinite where torch.logsumexp is.
+LMX_EXPORT int64_t lmx_pick(const void* logits, int dtype, int64_t count, double* values) {
     const auto kind = static_cast<Dtype>(dtype);
     const int64_t chunks = (count + CHUNK - 1) / CHUNK;
     Scratch<float> largest(chunks), sums(chunks);
@@ -56,16 +56,15 @@ LMX_EXPORT int64_t lmx_pick(const void* logits, int dtype, int64_t count, double
     });
     const int64_t chunk = first_largest(largest.data(), chunks);
     const float top = largest.data()[chunk];
-    if (log_sum && std::isfinite(top)) {
+    if (values) values[0] = values[1] = top;
+    if (values && std::isfinite(top)) {
         parallel_for(chunks, 2, [&](int64_t first, int64_t last) {
             for (int64_t c = first; c < last; ++c)
                 sums.data()[c] = lanes().exponentials(at(logits, kind, c * CHUNK), kind, length(c), top);
         });
         double sum = 0;
         for (int64_t c = 0; c < chunks; ++c) sum += sums.data()[c];
-        *log_sum = top + std::log(sum);
-    } else if (log_sum) {
-        *log_sum = top;
+        values[1] = top + std::log(sum);
     }
     return chunk * CHUNK + lanes().place(at(logits, kind, chunk * CHUNK), kind, length(chunk), top);
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from native_paths import needs_kernels, path, random  # noqa: F401
 
+from lmx.core.native.library import library
 from lmx.core.native.pick import can_pick, embed_rows, likeliest, pick, pick_with_sum
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("path")]
@@ -20,8 +21,8 @@ def test_the_likeliest_and_the_sum_are_torchs(count, dtype):
         logits = (5 * random(count, seed=seed)).to(dtype)  # in bf16 with ties at the top
         expected = int(logits.float().argmax())
         assert pick(logits) == likeliest(logits) == expected
-        found, log_sum = pick_with_sum(logits)
-        assert found == expected
+        found, logit, log_sum = pick_with_sum(logits)
+        assert (found, logit) == (expected, logits[expected].item())
         assert log_sum == pytest.approx(logits.double().logsumexp(0).item(), rel=1e-6, abs=2e-6)
 
 
@@ -41,25 +42,23 @@ def test_ties_go_to_the_first(dtype):
 def test_nan_is_found_first_and_infinity_is_no_number(at, dtype):
     logits = random(20000).to(dtype)
     logits[at], logits[19999] = math.nan, math.nan
-    found, log_sum = pick_with_sum(logits)
+    found, _, log_sum = pick_with_sum(logits)
     assert found == int(logits.argmax()) == at
     assert math.isnan(log_sum)
     logits = random(20000).to(dtype)
     logits[at] = math.inf
-    assert pick_with_sum(logits) == (at, math.inf)
-    assert pick_with_sum(torch.full((9,), -math.inf, dtype=dtype)) == (0, -math.inf)
+    assert pick_with_sum(logits) == (at, math.inf, math.inf)
+    assert pick_with_sum(torch.full((9,), -math.inf, dtype=dtype)) == (0, -math.inf, -math.inf)
 
 
 def test_what_is_far_below_adds_nothing():
     logits = torch.tensor([-math.inf, 3.0, -1e30, -math.inf])
-    assert pick_with_sum(logits) == (1, 3.0)
+    assert pick_with_sum(logits) == (1, 3.0, 3.0)
 
 
 def test_threads_change_no_bit():
     logits, before = random(200000), torch.get_num_threads()
     found = set()
-    from lmx.core.native.library import library
-
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
