@@ -5,7 +5,7 @@
 Milliseconds a token, medians over steps, of models with random weights in NF4, an int8 head and so many layers:
 `modules` calls the model as a user would, `noted` calls the kernels of the first step again, as `lmx generate` does. Of
 the latter, `kernels` is the time in them, from the embedding to the logits, and `rest` is Python; `head` is the output
-matrix by itself, which takes part in the kernels; `saved` is what noting saves, in milliseconds and as a share of `modules`.
+matrix by itself, one of the kernels; `saved` is what noting saves, in milliseconds and as a share of `modules`.
 """
 
 import argparse

@@ -162,7 +162,7 @@ def _read_state(name: str, blob: Tensor) -> dict[str, object]:
     return cast(dict[str, object], state)
 
 
-# A mixture of experts has thousands of matrices of a few shapes: their states, and below their tables, are the same bytes.
+# A mixture of experts has thousands of matrices of a few shapes: states, and below tables, are the same bytes.
 @lru_cache(maxsize=256)
 def _parse_state(text: bytes) -> object:
     return json.loads(text)

@@ -36,7 +36,7 @@ def _block(number: int, width: int, theta: float) -> Rotary:
 
 
 def rotary_row(position: int, width: int, theta: float) -> Rotary:
-    """`rotary_tables` of one position on the CPU, [1, 1, 1, width / 2]: views of tables that are kept, 256 at a time."""
+    """`rotary_tables` of one position on the CPU, [1, 1, 1, width / 2]: views of tables kept for 256 at a time."""
     block, row = divmod(position, _BLOCK)
     cos, sin = _block(block, width, theta)
     return cos[:, :, row : row + 1], sin[:, :, row : row + 1]

@@ -19,7 +19,7 @@ def can_embed(weight: Tensor) -> bool:
 
 
 def embed_rows(weight: Tensor, ids: Tensor, scale: float | None) -> Tensor:
-    """`weight[ids] * scale` of contiguous int64 ids [rows, columns], which must lie in range -> [rows, columns, width]."""
+    """`weight[ids] * scale`: contiguous int64 ids [rows, columns], all in range -> [rows, columns, width]."""
     out = weight.new_empty(*ids.shape, weight.shape[1])
     places = weight.data_ptr(), DTYPE_CODES[weight.dtype], weight.shape[1], ids.data_ptr(), ids.numel()
     call(_embed(), *places, 1.0 if scale is None else scale, out.data_ptr())
