@@ -4,8 +4,8 @@
 
 Milliseconds a token, medians over steps, of models with random weights in NF4, an int8 head and so many layers:
 `modules` calls the model as a user would, `noted` calls the kernels of the first step again, as `lmx generate` does. Of
-the latter, `kernels` is the time in them, `head` the output matrix, and `rest` embedding, positions, the last norm and
-Python; `saved` is what noting saves, in milliseconds and as a share of `modules`.
+the latter, `kernels` is the time in them, from the embedding to the logits, and `rest` is Python; `head` is the output
+matrix by itself, one of the kernels; `saved` is what noting saves, in milliseconds and as a share of `modules`.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def profile(name: str, layers: int, steps: int) -> dict[str, float]:
     if len(kernels) != steps:
         raise SystemExit(f"{name}: a step was not noted; this needs the compiled kernels")
     found = {part: median(turn[part] for turn in turns) for part in works} | {"kernels": median(kernels)}
-    rest = median(turn["noted"] - taken - turn["head"] for turn, taken in zip(turns, kernels, strict=True))
+    rest = median(turn["noted"] - taken for turn, taken in zip(turns, kernels, strict=True))
     saved = median(turn["modules"] - turn["noted"] for turn in turns)
     return found | {"rest": rest, "saved": saved}
 

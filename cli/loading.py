@@ -13,6 +13,7 @@ from lmx.cli.facts import memory_line, share_line
 from lmx.cli.options import CommonOptions, RuntimeOptions
 from lmx.cli.pull_progress import pull_watcher
 from lmx.core.text.types import Message
+from lmx.core.uncollected import uncollected
 from lmx.device import Device, choose_budgets, limit_threads
 
 if TYPE_CHECKING:
@@ -63,12 +64,13 @@ def loaded(
         chat=talk is not None,
     )
     with opened:
-        _import_while_rendering(opened, talk)
-        limit_threads(runtime.threads)
-        if gpu_memory is not None:
-            choose_budgets(runtime.device, gpu_memory)  # refuses it before anything is read
-        say_memory(opened, common, runtime.device, runtime.dtype, runtime.quantize)
-        running = load_as(opened, runtime)
+        with uncollected():
+            _import_while_rendering(opened, talk)
+            limit_threads(runtime.threads)
+            if gpu_memory is not None:
+                choose_budgets(runtime.device, gpu_memory)  # refuses it before anything is read
+            say_memory(opened, common, runtime.device, runtime.dtype, runtime.quantize)
+            running = load_as(opened, runtime)
         say_shares(opened.name, running.shares, len(running.decoder.layers), quiet=common.quiet)
         yield Loaded(opened, running, _scheme(opened, running, runtime))
 

@@ -14,6 +14,7 @@ from lmx.core.generate import prompt_chunk_for
 from lmx.core.graph_stepper import GraphStepper
 from lmx.core.kv_cache import AttentionCache, WindowKVCache
 from lmx.core.model import AnyState, LanguageModel
+from lmx.core.native.pick import likeliest
 from lmx.core.state import LayerState
 
 # A card's step is first warmed up, then captured, then replayed.
@@ -140,7 +141,7 @@ class Bench:
                 logits_to_keep=1,
                 output_router_logits=False,
             )
-            int(output.logits[0, -1].argmax())  # waits for the device
+            likeliest(output.logits[0, -1])  # waits for the device
 
     def _random_ids(self, tokens: int) -> Tensor:
         """[1, tokens]."""
@@ -179,12 +180,11 @@ class _Choice:
     """
 
     def __init__(self, logits: Tensor, late: bool) -> None:
-        chosen = logits.float().argmax()  # in bf16 it takes twice as long on a CPU
         self._done: torch.cuda.Event | None = None
         if not late or not logits.is_cuda:
-            self._chosen = int(chosen)
+            likeliest(logits)
             return
-        self._on_host = chosen.to("cpu", non_blocking=True)
+        self._on_host = logits.argmax().to("cpu", non_blocking=True)
         self._done = torch.cuda.Event()
         self._done.record(torch.cuda.current_stream(logits.device))
 

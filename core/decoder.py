@@ -15,7 +15,7 @@ from lmx.core.kv_cache import AttentionCache, causal_visibility
 from lmx.core.layers.attention import Implementation, Visibility, attend, clip
 from lmx.core.layers.norm import RMSNorm
 from lmx.core.layers.padding import Compaction
-from lmx.core.layers.rope import Rotary, rotary_tables, rotate
+from lmx.core.layers.rope import Rotary, rotary_addresses, rotary_row, rotary_tables, rotate
 from lmx.core.native.attention import AttentionStep, can_attend, can_step
 from lmx.core.state import LayerState, Span, State
 
@@ -67,9 +67,20 @@ class Call:
         compaction = None if self.compaction is None else self.compaction.to(device)
         return replace(self, span=self.span.to(device), positions=self.positions.to(device), compaction=compaction)
 
-    def follow(self, call: "Call") -> bool:
-        """Take over in place what another call of the same kind says of its step; False where that cannot be done."""
-        return type(call) is type(self)
+    def follow(self, number: int) -> bool:
+        """Become in place the call of one token of this number in every row; False where that cannot be done.
+
+        Only of a call that was such a one itself, and not of a text's first token.
+        """
+        return True
+
+
+@dataclass(frozen=True)
+class Place:
+    """What says where a token lies: a layer's cache, and of the rotary tables width and theta."""
+
+    cache: AttentionCache
+    rotary: tuple[int, float]
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,7 @@ class AttentionCall(Call):
     rotary: Rotary = field(kw_only=True)
     visibility: Visibility = field(kw_only=True)
     step: AttentionStep | None = field(kw_only=True, default=None)
+    place: "Place | None" = field(kw_only=True, default=None)
 
     def to(self, device: torch.device) -> "Call":
         """With its tables and mask, and without the kernels, which are those of the device that it came from."""
@@ -88,11 +100,11 @@ class AttentionCall(Call):
         rotary, visibility = (cos.to(device), sin.to(device)), self.visibility.to(device)
         return super(AttentionCall, replace(self, rotary=rotary, visibility=visibility, step=step)).to(device)
 
-    def follow(self, call: Call) -> bool:
+    def follow(self, number: int) -> bool:
         """The angles, slots and counts of its step."""
-        if not isinstance(call, AttentionCall) or self.step is None or call.step is None:
+        if self.step is None or self.place is None:
             return False
-        self.step.follow(call.step)
+        self.step.follow(*rotary_addresses(number, *self.place.rotary), *self.place.cache.place(number))
         return True
 
     def attend(
@@ -182,9 +194,14 @@ def plan_attention(
         visibility = cache.visibility(span)
     else:
         visibility = causal_visibility(span, window, device, inputs.positions if inputs.mask is None else None)
-    rotary = rotary_tables(positions, rotary_width, theta)
-    step = None
+    step = place = None
     on_host = span.length == 1 and span.at is None
+    alike = on_host and device.type == "cpu" and span.ordinals is None and inputs.positions is None
+    if alike and cache is not None and not torch.compiler.is_compiling():
+        rotary = rotary_row(span.start, rotary_width, theta)
+        place = Place(cache, (rotary_width, theta))
+    else:
+        rotary = rotary_tables(positions, rotary_width, theta)
     if cache is not None and on_host and inputs.implementation == "sdpa" and can_step(rotary[0]):
         step = AttentionStep(*rotary, *cache.step(span))
     return AttentionCall(
@@ -195,6 +212,7 @@ def plan_attention(
         rotary=rotary,
         visibility=visibility,
         step=step,
+        place=place,
     )
 
 

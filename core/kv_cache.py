@@ -86,10 +86,18 @@ class AttentionCache(LayerState):
         """Keys and values of so many slots, or of as many as there are."""
         return self.keys[:, :, :slots], self.values[:, :, :slots]
 
+    @abstractmethod
+    def place(self, number: int) -> tuple[int, int]:
+        """The same for the token of this number in every row: its slot, and how many slots it sees."""
+
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """Keys and values."""
         return self.keys, self.values
+
+    def _placed(self, number: int) -> tuple[Tensor, Tensor]:
+        slot, count = self.place(number)
+        return torch.full((len(self.keys),), slot), torch.full((len(self.keys),), count)
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -150,9 +158,12 @@ class KVCache(AttentionCache):
     def step(self, span: Span) -> tuple[Tensor, Tensor]:
         """A token's slot is its number; it sees all before it."""
         if span.ordinals is None:
-            slots = torch.full((len(self.keys),), span.start)
-            return slots, slots + 1
+            return self._placed(span.start)
         return span.ordinals[:, 0], span.ordinals[:, 0].clamp(min=0) + 1
+
+    def place(self, number: int) -> tuple[int, int]:
+        """A token's slot is its number; it sees all before it."""
+        return number, number + 1
 
     def nbytes_at(self, length: int) -> int:
         """Keys and values of `length` tokens."""
@@ -255,12 +266,13 @@ class WindowKVCache(AttentionCache):
     def step(self, span: Span) -> tuple[Tensor, Tensor]:
         """The token writes over the oldest and sees the ring, as far as it is filled."""
         if span.ordinals is None:
-            batch = len(self.keys)
-            return torch.full((batch,), span.start % self.window), torch.full(
-                (batch,), min(span.start + 1, self.window)
-            )
+            return self._placed(span.start)
         numbers = span.ordinals[:, 0]
         return torch.where(numbers < 0, -1, numbers % self.window), (numbers.clamp(min=0) + 1).clamp(max=self.window)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """The token writes over the oldest and sees the ring, as far as it is filled."""
+        return number % self.window, min(number + 1, self.window)
 
     def _write(self, keys: Tensor, values: Tensor, span: Span) -> None:
         slot_at = None if span.at is None else span.at % self.window

@@ -16,12 +16,18 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,5})(?=\.|$)")
+_NUMBER = re.compile(r"(?:0|[1-9][0-9]{0,5})")
 
 
 def split_numbers(name: str) -> tuple[str, tuple[int, ...]]:
     """`layers.3.experts.7.w` -> (`layers.{}.experts.{}.w`, (3, 7))."""
-    return _NUMBER.sub("{}", name), tuple(int(number) for number in _NUMBER.findall(name))
+    # A checkpoint may have ten thousand names: splitting them is several times faster than a search for ".7.".
+    first, *rest = name.split(".")
+    numbers = [part for part in rest if _NUMBER.fullmatch(part)]
+    if not numbers:
+        return name, ()
+    template = ("{}" if _NUMBER.fullmatch(part) else part for part in rest)
+    return ".".join((first, *template)), tuple(map(int, numbers))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lmx.core.errors import InputError, UsageError
+from lmx.core.native.pick import can_pick, pick_with_sum
 
 
 @dataclass(frozen=True)
@@ -216,8 +217,15 @@ class Sampler:
         Returns its id and the natural log of its probability by the model's own logits, before penalties, temperature
         and truncation. Raises `InputError` if the logits hold NaN or infinity.
         """
-        logits = logits.float()
-        log_normalizer = finite(logits.logsumexp(0).item())
+        if can_pick(logits):
+            likeliest, logit, log_normalizer = pick_with_sum(logits)
+            finite(log_normalizer)
+            if not self.sampling.penalizes and self.sampling.temperature == 0:
+                return likeliest, logit - log_normalizer
+            logits = logits.float()
+        else:
+            logits = logits.float()
+            log_normalizer = finite(logits.logsumexp(0).item())
         scores = self._penalized(logits) if self.sampling.penalizes else logits
         token_id = self._draw(scores) if self.sampling.temperature > 0 else int(scores.argmax())
         if self._history is not None:

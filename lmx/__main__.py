@@ -6,10 +6,13 @@ from typing import NoReturn
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
-    from lmx.cli.main import app
-    from lmx.cli.run import run
+    from lmx.core.uncollected import uncollected
 
-    sys.exit(run(app, sys.argv[1:]))
+    with uncollected():
+        from lmx.cli.main import app
+        from lmx.cli.run import leave, run
+
+    leave(run(app, sys.argv[1:]))
 
 
 if __name__ == "__main__":

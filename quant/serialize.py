@@ -13,6 +13,7 @@ optimum-quanto's own serialization is in `quanto_files`; `layout` and `matrix_te
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from math import ceil, prod
 from typing import cast, get_args
 
@@ -154,11 +155,17 @@ def _pack_state(q: FourBit) -> Tensor:
 def _read_state(name: str, blob: Tensor) -> dict[str, object]:
     _check(blob.dtype == torch.uint8 and blob.numel() <= _LONGEST_STATE, name, "a quant_state of the wrong size")
     try:
-        state = json.loads(bytes(blob.flatten().tolist()))
+        state = _parse_state(blob.cpu().numpy().tobytes())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: its quant_state is no JSON", _HINT) from error
     _check(isinstance(state, dict), name, "a quant_state that is no JSON object")
     return cast(dict[str, object], state)
+
+
+# A mixture of experts has thousands of matrices of a few shapes: states, and below tables, are the same bytes.
+@lru_cache(maxsize=256)
+def _parse_state(text: bytes) -> object:
+    return json.loads(text)
 
 
 def _read_shape(name: str, shape: object) -> tuple[int, ...]:
@@ -189,9 +196,14 @@ def _read_packed(name: str, packed: Tensor, size: int) -> Tensor:
 
 def _check_map(name: str, quant_map: Tensor, quant_type: FourBitType) -> None:
     """The table is a constant of the format, and every kernel has it built in: another one is not what it says."""
-    table = four_bit_map(quant_type)
-    same = quant_map.shape == table.shape and torch.allclose(quant_map.float().cpu(), table, rtol=0, atol=1e-6)
+    same = quant_map.shape == (16,) and _is_map(quant_map.float().cpu().numpy().tobytes(), quant_type)
     _check(same, name, f"a quant_map that is not that of {quant_type}")
+
+
+@lru_cache(maxsize=256)
+def _is_map(values: bytes, quant_type: FourBitType) -> bool:
+    found = torch.frombuffer(bytearray(values), dtype=torch.float32)
+    return torch.allclose(found, four_bit_map(quant_type), rtol=0, atol=1e-6)
 
 
 def _sized(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, length: int) -> Tensor:

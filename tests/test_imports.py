@@ -78,7 +78,7 @@ print(seconds() - before, *sorted({{name.partition('.')[0] for name in sys.modul
 
 @pytest.mark.parametrize(
     "code",
-    ["import lmx", "import lmx.api", "import sys; sys.argv = ['lmx', '--help']; from lmx.__main__ import main; main()"],
+    ["import lmx", "import lmx.api", "from lmx.cli.main import app; from lmx.cli.run import run; run(app, ['--help'])"],
     ids=["import lmx", "import lmx.api", "lmx --help"],
 )
 def test_starting_is_cheap_and_brings_no_torch(code: str) -> None:

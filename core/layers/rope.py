@@ -26,6 +26,30 @@ def rotary_tables(positions: Tensor, width: int, theta: float) -> Rotary:
     return angles.cos(), angles.sin()
 
 
+_BLOCK = 256
+
+
+@lru_cache(maxsize=64)
+def _block(number: int, width: int, theta: float) -> Rotary:
+    positions = torch.arange(number * _BLOCK, (number + 1) * _BLOCK, device="cpu")[None]
+    return rotary_tables(positions, width, theta)
+
+
+def rotary_row(position: int, width: int, theta: float) -> Rotary:
+    """`rotary_tables` of one position on the CPU, [1, 1, 1, width / 2]: views of tables kept for 256 at a time."""
+    block, row = divmod(position, _BLOCK)
+    cos, sin = _block(block, width, theta)
+    return cos[:, :, row : row + 1], sin[:, :, row : row + 1]
+
+
+def rotary_addresses(position: int, width: int, theta: float) -> tuple[int, int]:
+    """Where the numbers of `rotary_row` lie, as long as the 64 blocks used last hold them."""
+    block, row = divmod(position, _BLOCK)
+    cos, sin = _block(block, width, theta)
+    offset = row * cos.shape[-1] * cos.element_size()
+    return cos.data_ptr() + offset, sin.data_ptr() + offset
+
+
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn the first `2 * table width` channels of every head, pair (i, i + half), and leave the others.
 

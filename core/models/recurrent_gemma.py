@@ -150,13 +150,6 @@ class GriffinCall(AttentionCall):
         moved = replace(self, begins=self.begins.to(device))
         return super(GriffinCall, moved).to(device)
 
-    def follow(self, call: Call) -> bool:
-        """Those of the attention layers, and where texts begin."""
-        if not isinstance(call, GriffinCall) or not super().follow(call):
-            return False
-        self.begins.copy_(call.begins)
-        return True
-
 
 class LocalAttention(nn.Module):
     """Attention with rotary positions on part of each head, over the last window of tokens."""

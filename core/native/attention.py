@@ -65,22 +65,34 @@ class AttentionStep:
 
         A row's new key goes into its slot (-1: into none), and its query sees the first `counts` slots, at least one.
         """
-        self._tensors = cos.contiguous(), sin.contiguous(), slots.contiguous(), counts.contiguous()
+        # Copies of the tables, which others read: `follow` writes to them.
+        tables = (table.clone(memory_format=torch.contiguous_format) for table in (cos, sin))
+        self._tensors = *tables, slots.contiguous(), counts.contiguous()
         cosines, sines, into, seen = (tensor.data_ptr() for tensor in self._tensors)
         half = cos.shape[-1]
         stride = half if cos.shape[0] > 1 else 0
         self._words = _Step(cosines, sines, half, stride, into, seen, slots.shape[0])
         self._step = ctypes.byref(self._words)
+        numbers = ctypes.c_int64 * slots.shape[0]
+        self._places = cosines, sines, numbers.from_address(into), numbers.from_address(seen)
+        self._table_bytes = 4 * half
 
     @property
     def address(self) -> int:
         """Where a kernel finds it, for as long as this object lives."""
         return ctypes.addressof(self._words)
 
-    def follow(self, step: "AttentionStep") -> None:
-        """Take over another step's angles, slots and counts, of as many rows, into the tensors of this one."""
-        for mine, other in zip(self._tensors, step._tensors, strict=True):
-            mine.copy_(other)
+    def follow(self, cos: int, sin: int, slot: int, count: int) -> None:
+        """Become the step of another token, of the same number in every row.
+
+        cos, sin: the addresses of its angles' tables. Everything is written to where it lay, without a call of torch:
+        each costs as much as a kernel when the weights of a whole step have passed through the caches.
+        """
+        cosines, sines, slots, counts = self._places
+        ctypes.memmove(cosines, cos, self._table_bytes)
+        ctypes.memmove(sines, sin, self._table_bytes)
+        for row in range(len(slots)):
+            slots[row], counts[row] = slot, count
 
     def attend(
         self,

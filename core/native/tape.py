@@ -43,6 +43,11 @@ class Tape:
         """Remember a call."""
         self._calls.append((kernel, arguments))
 
+    def append(self, tape: "Tape") -> None:
+        """Let the calls of another tape follow."""
+        self._calls += tape._calls
+        self._kept.append(tape)
+
     def keep(self, made: object) -> None:
         """Let something live as long as the tape."""
         self._kept.append(made)

@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -67,11 +67,16 @@ class StoredMatrix:
     def words(self) -> list[int]:
         """The row of a table that stands for it; its tensors must be contiguous and outlive the table."""
         offset = ctypes.c_int32.from_buffer(ctypes.c_float(self.nested_offset)).value
-        tables = None if self.code is None else _code_tables(tuple(self.code.tolist()))
+        tables = None if self.code is None else _tables_of(self.code)
         tensors = (self.absmax, tables, self.nested_map, self.nested_absmax)
         absmax, code, nested_map, nested_absmax = (0 if t is None else t.data_ptr() for t in tensors)
         shape = (self.data.data_ptr(), self.rows, self.columns, int(self.kind))
         return [*shape, absmax, code, self.block_size, nested_map, nested_absmax, offset & 0xFFFFFFFF]
+
+
+@lru_cache(maxsize=64)  # by identity, as tensors are hashed: thousands of matrices share one
+def _tables_of(code: Tensor) -> Tensor:
+    return _code_tables(tuple(code.tolist()))
 
 
 @cache

@@ -131,3 +131,20 @@ def test_a_closed_pipe_ends_a_run_quietly_and_a_pipe_gets_no_colour(checkpoint: 
     assert (code, ran.stderr) == ("141", "")
     assert answer
     assert "\x1b" not in ran.stdout
+
+
+LEAVE = """
+import atexit, sys, threading, time
+from lmx.cli.run import leave
+atexit.register(lambda: print("registered", end=" "))
+if {threads}:
+    threading.Thread(target=lambda: (time.sleep(0.2), print("worked", end=" "))).start()
+print("said", end=" ")
+leave(7)
+"""
+
+
+@pytest.mark.parametrize(("threads", "words"), [(False, "said registered "), (True, "said worked registered ")])
+def test_leaving_forgets_nothing(threads: bool, words: str) -> None:
+    ran = subprocess.run([sys.executable, "-c", LEAVE.format(threads=threads)], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (7, words, "")

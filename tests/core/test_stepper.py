@@ -5,6 +5,7 @@ import torch
 from families import FAMILIES, config_of
 from support import needs_kernels
 
+from lmx.core.layers.rope import rotary_addresses, rotary_row, rotary_tables
 from lmx.core.model import LanguageModel
 from lmx.core.native.library import forced_path
 from lmx.core.stepper import Stepper
@@ -100,7 +101,7 @@ def test_a_clone_taken_between_steps_stays_as_it_was(family: str) -> None:
     stepper.feed(ids(1, 1, 1))
     stepper.feed(ids(1, 1, 2))
     kept = state.clone()
-    first = stepper.feed(ids(1, 1, 3))
+    first = stepper.feed(ids(1, 1, 3)).clone()
     stepper.feed(ids(1, 1, 4))
     assert torch.equal(model.stepper(kept).feed(ids(1, 1, 3)), first)
 
@@ -144,3 +145,28 @@ def test_rows_of_different_lengths_are_called() -> None:
     stepper = model.stepper(states[0])
     for seed in range(3):
         assert torch.equal(stepper.feed(ids(2, 1, seed)), called(model, ids(2, 1, seed), states[1]))
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", TAPED)
+def test_tokens_out_of_the_vocabulary_are_refused_and_change_nothing(family: str) -> None:
+    model = small(family, "nf4")
+    one, other = fresh(model, ids(1, 5)), fresh(model, ids(1, 5))
+    stepper = model.stepper(one)
+    for seed in range(4):
+        assert torch.equal(stepper.feed(ids(1, 1, seed)), called(model, ids(1, 1, seed), other))
+        for bad in (-1, model.config.vocab_size):
+            with pytest.raises(IndexError):
+                stepper.feed(torch.tensor([[bad]]))
+    assert one.length == other.length
+    assert torch.equal(stepper.feed(ids(1, 1)), called(model, ids(1, 1), other))
+
+
+@pytest.mark.parametrize("width", [8, 10, 14, 128])
+def test_kept_rotary_tables_are_those_of_the_positions(width: int) -> None:
+    for position in (0, 1, 255, 256, 5000, 70000):
+        expected = rotary_tables(torch.tensor([[position]]), width, 1e4)
+        for kept, table in zip(rotary_row(position, width, 1e4), expected, strict=True):
+            torch.testing.assert_close(kept, table, rtol=0, atol=1e-6)
+        addresses = rotary_addresses(position, width, 1e4)
+        assert addresses == tuple(table.data_ptr() for table in rotary_row(position, width, 1e4))

@@ -127,6 +127,9 @@ struct Lanes {
     void (*four_bit)(const FourBit&, Dtype, int64_t first, int64_t last);
     void (*int8)(const Int8&, Dtype, int64_t first, int64_t last);
     double (*squares)(const float* values, const void* x, Dtype, int64_t count);
+    float (*largest)(const void* x, Dtype, int64_t count);
+    int64_t (*place)(const void* x, Dtype, int64_t count, float value);
+    float (*exponentials)(const void* x, Dtype, int64_t count, float largest);
 };
 
 // Of the path in use.

@@ -10,7 +10,8 @@
 namespace lmx {
 
 extern const Lanes avx512_lanes;
-const Lanes avx512_lanes{finish, gate, soft_cap, add, norm, conv, scan, recurrence, four_bit, int8, squares};
+const Lanes avx512_lanes{finish, gate, soft_cap, add, norm, conv, scan, recurrence, four_bit, int8, squares,
+                           largest, place, exponentials};
 
 }  // namespace lmx
 

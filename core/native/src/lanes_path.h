@@ -9,6 +9,7 @@
 #include "conv_path.h"
 #include "finish_path.h"
 #include "norm_path.h"
+#include "pick_path.h"
 #include "quantize_path.h"
 #include "recurrence_path.h"
 #include "scan_path.h"

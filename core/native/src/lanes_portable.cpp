@@ -8,6 +8,7 @@
 namespace lmx {
 
 extern const Lanes portable_lanes;
-const Lanes portable_lanes{finish, gate, soft_cap, add, norm, conv, scan, recurrence, four_bit, int8, squares};
+const Lanes portable_lanes{finish, gate, soft_cap, add, norm, conv, scan, recurrence, four_bit, int8, squares,
+                           largest, place, exponentials};
 
 }  // namespace lmx
