@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import write_family
-from measured import run_measured
+from measured import Commands
 from safetensors.torch import load_file, save_file
 
 from lmx.api import check_runnable, open_folder
@@ -249,7 +249,7 @@ def test_the_canary_would_sing(pickled: Path, tmp_path: Path) -> None:
     assert canary.exists()
 
 
-def test_mutants_through_the_command_line(good: Path, pickled: Path, tmp_path: Path) -> None:
+def test_mutants_through_the_command_line(commands: Commands, good: Path, pickled: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     folders = []
     headers = header_mutants((good / "model-1.safetensors").read_bytes(), COMMANDS // 2, 5)
@@ -263,7 +263,7 @@ def test_mutants_through_the_command_line(good: Path, pickled: Path, tmp_path: P
         folders.append(shutil.copytree(pickled, tmp_path / f"pickle{number}"))
         (folders[-1] / SINGLE_BIN).write_bytes(mutant)
     for number, folder in enumerate(folders):
-        ran = run_measured("convert", str(folder), str(tmp_path / "out"), "--dry-run")
+        ran = commands("convert", folder, tmp_path / "out", "--dry-run")
         assert ran.code == 3 or (number >= COMMANDS and ran.code == 0), (folder.name, ran.err)
         assert "Traceback" not in ran.err
         assert ran.seconds < SECONDS
