@@ -9,6 +9,8 @@ from rich.console import Console
 
 from lmx.cli.screen import MarkdownScreen
 
+# Counting lines makes drawing at each character three times as slow.
+no_cover = pytest.mark.no_cover
 COLUMNS, LINES = 60, 12
 CODE_LINES = 18  # more than the screen has
 ANSWER = """# Title here
@@ -81,7 +83,7 @@ def at_once() -> str:
         return show(len(ANSWER), patch)[0].everything().strip()
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 50])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=no_cover), 3, 7, 50])
 def test_each_word_is_in_the_scrollback_once(size: int, at_once: str, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, _ = show(size, monkeypatch)
     everything = terminal.everything()
