@@ -4,7 +4,7 @@
 
 Each runs in a process of its own and in turn, round after round; figures are medians over the rounds, ratios medians
 of the rounds' ratios. The share is of the card's own limits, measured in the same run: memory bandwidth for what a
-token reads, the bf16 matrix peak for prompts. Needs the extras `dev` and `triton`, a CUDA build of torch, and 29 GB of
+token reads, the bf16 matrix peak for prompts. Needs the extras `dev` and `gpu`, a CUDA build of torch, and 29 GB of
 device memory (a model that does not fit would be split with the CPU, and no figure of the card's). --tiny runs all of
 it on the CPU with models of a few kilobytes, whose figures mean nothing.
 """
@@ -22,6 +22,9 @@ import torch
 from peers import rounds
 
 from lmx.presets import preset
+
+FAILED = 1
+"""The exit code where lmx failed in a model; the others were measured."""
 
 NO_CARD = 2
 """The exit code where there is no CUDA device, as lmx itself has it for `--device cuda`."""
@@ -105,13 +108,17 @@ def main() -> int:
         rounds.say("gpu.py: hint: run it on a machine with an NVIDIA GPU, or with --tiny to see that it runs")
         return NO_CARD
     with tempfile.TemporaryDirectory() as folder:
-        device = "cpu" if options.tiny else "cuda"
+        device, failed = "cpu" if options.tiny else "cuda", False
         run = Run(device, options.threads, Path(folder), options.tiny, not options.alone)
         sys.stdout.write(f"{_machine(device)}\n\n")
         for name in options.cases:
-            sys.stdout.write("\n".join(_measure(name, CASES[name], run, options.rounds)) + "\n\n")
+            try:
+                sys.stdout.write("\n".join(_measure(name, CASES[name], run, options.rounds)) + "\n\n")
+            except SystemExit as error:  # of a program that failed: the other models are still worth measuring
+                rounds.say(f"gpu.py: error: {name}: {error}")
+                failed = True
             sys.stdout.flush()
-    return 0
+    return FAILED if failed else 0
 
 
 def _options() -> argparse.Namespace:
@@ -149,9 +156,14 @@ def _round(name: str, case: Case, run: Run, figures: rounds.Figures, alone: list
     options = ["--4bit", "--device", run.device, "--threads", str(run.threads)]
     for test in map(run.test, case.tests):
         figures.add_lmx(test, rounds.time_lmx(run.model(name, case), test, options))
-    if case.transformers and run.with_transformers:
+    if case.transformers and run.with_transformers and rounds.TRANSFORMERS not in figures.failed:
         tests = [run.test(test) for test in case.transformers]
-        speeds = rounds.time_transformers(run.config(case), tests, run.threads, run.device)
+        try:
+            speeds = rounds.time_transformers(run.config(case), tests, run.threads, run.device)
+        except SystemExit as error:
+            rounds.say(f"  left out: {error}")
+            figures.fail(rounds.TRANSFORMERS)
+            speeds = {}
         for test, speed in speeds.items():
             figures.add(rounds.TRANSFORMERS, test, speed)
     if case.prompt is not None:

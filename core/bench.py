@@ -1,6 +1,7 @@
 """Timing a model: reading a prompt, generating, or both, from a state of some depth."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -10,9 +11,16 @@ from torch import Tensor
 from lmx.core.ceilings import synchronize
 from lmx.core.errors import UsageError
 from lmx.core.generate import prompt_chunk_for
+from lmx.core.graph_stepper import GraphStepper
 from lmx.core.kv_cache import AttentionCache, WindowKVCache
 from lmx.core.model import AnyState, LanguageModel
 from lmx.core.state import LayerState
+
+# A card's step is first warmed up, then captured, then replayed.
+_WARM_UP_TOKENS = 3
+
+LOOK_SECONDS = 0.5
+"""How long tokens are generated before somebody may look what else the machine does."""
 
 
 @dataclass(frozen=True)
@@ -55,45 +63,70 @@ class Bench:
 
     Tokens are random, as llama-bench has them: a model that answers itself may run in circles, through the same experts
     again and again. The likeliest token is still looked for after each step, and no stop token ends a run.
+    A run begins with the stepper of the one before, so that what is made once for many tokens is made in the warm-up.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, look: Callable[[], None] | None = None) -> None:
+        """look: called between tokens, every `LOOK_SECONDS` of a test, while the clock stands still; not for a card."""
         self._model = model
+        self._look = look
         self._ids = torch.Generator().manual_seed(0)
-        self._before = model.make_state()
+        self._begin()
 
     def run(self, work: Workload, repetitions: int) -> Iterator[Sample]:
-        """Warm up with the whole prompt and one generated token, then time `repetitions` runs."""
+        """Warm up with the whole prompt and a few generated tokens, then time `repetitions` runs."""
         self._read_before(work.depth)
-        self._time(Workload(work.prompt, min(work.generate, 1), work.depth))
+        self._time(Workload(work.prompt, min(work.generate, _WARM_UP_TOKENS), work.depth))
         for _ in range(repetitions):
             yield self._time(work)
 
     def _read_before(self, depth: int) -> None:
         """Bring the state that workloads begin from to a depth; from the last one's if that is less."""
         if depth < self._before.length:
-            self._before = self._model.make_state()
+            self._begin()
         self._read(self._before, depth - self._before.length)
 
+    def _begin(self) -> None:
+        """With an empty state; one that cannot be cut is run in a copy."""
+        self._before = self._model.make_state()
+        self._state = self._before if self._before.rewinds else self._before.clone()
+        self._stepper = self._model.stepper(self._state)
+
+    def _go_back(self, depth: int) -> AnyState:
+        """The state as it was at the depth, in the tensors that it lies in: a captured step knows no others."""
+        if self._state is self._before:
+            self._state.truncate(depth)
+            return self._state
+        for layer, before in zip(self._state.layers, self._before.layers, strict=True):
+            for buffer, kept in zip(layer.buffers, before.buffers, strict=True):
+                buffer.copy_(kept)
+        self._state.length = self._before.length
+        return self._state
+
     def _time(self, work: Workload) -> Sample:
-        state = self._before if self._before.rewinds else self._before.clone()
+        state = self._go_back(work.depth)
         first = 0.0
         steps = self._random_ids(work.generate).split(1, dim=1) if work.generate else ()
         for device in {buffer.device for layer in state.layers for buffer in layer.buffers}:
             synchronize(device)  # what is still being copied is none of this
-        start = perf_counter()
+        clock = _Clock()
         if work.prompt:
             self._read(state, work.prompt)
-            first = perf_counter() - start
-        stepper = self._model.stepper(state)
+            first = clock.seconds
+        late = isinstance(self._stepper, GraphStepper)
+        waiting: deque[_Choice] = deque()
         for ids in steps:
-            # In bf16 it takes twice as long on a CPU. It waits for the device, as whoever shows a token must.
-            int(stepper.feed(ids)[0].float().argmax())
-            first = first or perf_counter() - start
-        sample = Sample(perf_counter() - start, first)
-        if state is self._before:
-            state.truncate(work.depth)
-        return sample
+            waiting.append(_Choice(self._stepper.feed(ids)[0], late))
+            if len(waiting) > late:
+                waiting.popleft().wait()
+                first = first or clock.seconds
+            if self._look is not None and not late and clock.seconds_since_pause > LOOK_SECONDS:
+                clock.pause(self._look)
+        while waiting:
+            waiting.popleft().wait()
+        seconds = clock.seconds
+        self._go_back(work.depth)
+        return Sample(seconds, first or seconds)
 
     # As `lmx.core.generate` runs a model: not in inference mode.
     @torch.no_grad()
@@ -113,6 +146,52 @@ class Bench:
         """[1, tokens]."""
         vocabulary = self._model.config.vocab_size
         return torch.randint(vocabulary, (1, tokens), generator=self._ids).to(self._model.device)
+
+
+class _Clock:
+    """Counts seconds from its making on, but for its pauses."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._start = perf_counter()
+
+    @property
+    def seconds_since_pause(self) -> float:
+        """What it counted since the last pause, or in all where there was none."""
+        return perf_counter() - self._start
+
+    @property
+    def seconds(self) -> float:
+        """What it counted."""
+        return self._before + self.seconds_since_pause
+
+    def pause(self, work: Callable[[], None]) -> None:
+        """Do something that does not count."""
+        self._before = self.seconds
+        work()
+        self._start = perf_counter()
+
+
+class _Choice:
+    """The likeliest token, for which the host waits at once or later.
+
+    Later where generation does: a card that captured the step computes the next token while the host shows the last.
+    """
+
+    def __init__(self, logits: Tensor, late: bool) -> None:
+        chosen = logits.float().argmax()  # in bf16 it takes twice as long on a CPU
+        self._done: torch.cuda.Event | None = None
+        if not late or not logits.is_cuda:
+            self._chosen = int(chosen)
+            return
+        self._on_host = chosen.to("cpu", non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record(torch.cuda.current_stream(logits.device))
+
+    def wait(self) -> None:
+        """Until it is known."""
+        if self._done is not None:
+            self._done.synchronize()
 
 
 def mean_and_deviation(numbers: Sequence[float]) -> tuple[float, float]:

@@ -17,8 +17,8 @@ READ_BYTES = 1 << 30
 MATRIX_WIDTH = 4096
 """Of the square matrix that is multiplied, as wide as those of a model of 7 billion parameters."""
 
-BESIDE_BYTES = 256 << 20
-"""As much, read between the runs of a test: what the memory gives changes by the second where others share it."""
+BESIDE_BYTES = 128 << 20
+"""As much, read between the tokens of a test: what the memory gives changes by the second where others share it."""
 
 GPU_READ_BYTES = 4 << 30
 GPU_MATRIX_WIDTH = 8192
@@ -26,7 +26,7 @@ GPU_MATRIX_WIDTH = 8192
 
 _VECTORS = 512
 _ROUNDS = 5
-_ROUNDS_BESIDE = 3
+_ROUNDS_BESIDE = 2
 _GPU_ROUNDS = 20
 
 

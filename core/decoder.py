@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmx.core.config import ModelConfig
+from lmx.core.gpu.stream import can_keep_heads, keep_heads
 from lmx.core.kv_cache import AttentionCache
 from lmx.core.layers.attention import Implementation, Visibility, attend, clip
 from lmx.core.layers.norm import RMSNorm
@@ -119,13 +120,18 @@ class AttentionCall(Call):
                 return answer
         if norms is not None:
             query, key = norms[0](query), norms[1](key)
-        query, key, value = (
-            clip(states, limit).unflatten(-1, (-1, head_dim)).transpose(1, 2)  # [batch, heads, length, head_dim]
-            for states in (query, key, value)
-        )
-        query, key = rotate(query, self.rotary), rotate(key, self.rotary)
-        if cache is not None:
-            key, value = cache.update(key, value, self.span)
+        at = self.span.at
+        if at is not None and cache is not None and can_keep_heads(query, key, value, cache.keys, cache.values):
+            query = keep_heads(query, key, value, self.rotary, at, cache.keys, cache.values, limit)
+            key, value = cache.first(self.span.start + 1)
+        else:
+            query, key, value = (
+                clip(states, limit).unflatten(-1, (-1, head_dim)).transpose(1, 2)  # [batch, heads, length, head_dim]
+                for states in (query, key, value)
+            )
+            query, key = rotate(query, self.rotary), rotate(key, self.rotary)
+            if cache is not None:
+                key, value = cache.update(key, value, self.span)
         answer, weights = attend(query, key, value, self.visibility, self.implementation, dropout)
         self.record.attention(weights)
         return answer

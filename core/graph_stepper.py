@@ -70,8 +70,9 @@ class CudaGraph:
         """Capture; what other threads do on the card meanwhile does not disturb it."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream(self._device)
             context = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
-            with context:
+            with torch.cuda.stream(current), context:  # back to it even where the capture fails: torch's own does not
                 work()
         self._graph = graph
 
@@ -164,7 +165,7 @@ class GraphStepper(Stepper):
     def _ready(self, sampler: Sampler | None) -> StaticStep:
         """The step for the state as it is now; its graph is dropped where anything has moved or grown."""
         step = self._step
-        if step is None or step.sampler is not sampler or not step.follows:
+        if step is None or step.sampler is not sampler or not (step.follows or step.resume()):
             self._step = step = StaticStep(self._model, self._state, sampler)
             self._graph = None
         elif step.make_room():

@@ -44,6 +44,10 @@ class AttentionCache(LayerState):
         Two int64 [batch]; a slot is -1 for padding. To be written by a kernel, after `make_room`.
         """
 
+    def first(self, slots: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of so many slots, or of as many as there are."""
+        return self.keys[:, :, :slots], self.values[:, :, :slots]
+
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """Keys and values."""

@@ -56,7 +56,8 @@ class StaticStep:
         device = model.device
         self.sampler = sampler
         self.tokens = torch.zeros(state.batch_size, 1, dtype=torch.int64, device=device)
-        self.logits = self.report = torch.empty(0, device=device)
+        self.logits = torch.empty(0, device=device)
+        self.report = torch.zeros(2, dtype=torch.float64, device=device)
         self._model, self._state = model, state
         self._at = torch.full((1,), state.length, device=device)
         self._length, self._slots = state.length, 0
@@ -68,6 +69,14 @@ class StaticStep:
     def follows(self) -> bool:
         """Whether the state is as the last step left it, and lies where it lay."""
         return self._length == self._state.length and self._places == _places(self._state)
+
+    def resume(self) -> bool:
+        """Go on where the state is now, further on or cut, if it lies where it lay; a sampler could not follow."""
+        if self.sampler is not None or self._places != _places(self._state):
+            return False
+        self._length = self._state.length
+        self._at.fill_(self._length)
+        return True
 
     def make_room(self) -> bool:
         """See that there is room for one more token. True where the step is another one from now on."""
@@ -87,7 +96,7 @@ class StaticStep:
         if self._chooser is not None:
             token_id, logprob = self._chooser.choose(logits)
             self.tokens.copy_(token_id[None])
-            self.report = torch.cat((token_id.double(), logprob.double()))
+            torch.cat((token_id.double(), logprob.double()), out=self.report)
 
     def run(self) -> None:
         """The step, on the device alone: the host has to `prepare` before and to `count` after."""

@@ -122,14 +122,14 @@ def _benchmark_one(
     if loaded.shares:
         yield Placed(name, loaded.shares, len(loaded.decoder.layers))
     subject = Subject(name, loaded, seconds, ceilings)
-    bench = Bench(loaded)
+    bench = Bench(loaded, subject.look)
     for work in workloads:
         yield Step(name, _label(work, 0, repetitions))
         samples = []
         subject.begin(work)
         for sample in bench.run(work, repetitions):
             samples.append(sample)
-            subject.look_beside(work)
+            subject.look()
             yield Step(name, _label(work, len(samples), repetitions))
         yield subject.result(work, samples)
 

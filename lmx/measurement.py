@@ -78,20 +78,22 @@ class Subject:
         self._is_of_one_kind = len(kinds) == 1
         self._device = next((device for device in devices if device.type != "cpu"), devices[0])
         self._bandwidths: list[float] = []
+        self._looks_at_memory = False
         self._peak_bytes = 0
 
     def begin(self, work: "Workload") -> None:
         """Before the first run of a workload."""
+        self._looks_at_memory = bool(work.generate) and self._device.type == "cpu"
         self._bandwidths.clear()
-        self.look_beside(work)
+        self.look()
 
-    def look_beside(self, work: "Workload") -> None:
-        """Between the runs: what the model took of memory and, if it generates on the CPU, what memory gives now."""
+    def look(self) -> None:
+        """Between tokens and runs: what the model took of memory and, if it generates on the CPU, what memory gives."""
         from lmx.core.ceilings import bandwidth_beside
         from lmx.core.memory import peak_memory_bytes, reset_peak_memory
 
         self._peak_bytes = max(self._peak_bytes, peak_memory_bytes())
-        if work.generate and self._device.type == "cpu":
+        if self._looks_at_memory:
             self._bandwidths.append(bandwidth_beside(self._device))
             reset_peak_memory()  # of the measurement just done
 

@@ -18,7 +18,7 @@ from lmx.core.layers.projection import Projection
 from lmx.core.layers.residual import added
 from lmx.core.native.matrix import answer_many, has_panels
 from lmx.core.native.mixer import Affine
-from lmx.core.native.vector import are_few, can_take, wants_gradient
+from lmx.core.native.vector import ExpertTable, are_few, can_take, wants_gradient
 from lmx.quant.gpu import device_bank, serves_few
 from lmx.quant.int8 import Int8
 from lmx.quant.matmul import Matrix, Product, QuantMatrix, choose_product, dequantize
@@ -122,6 +122,11 @@ class QuantExpertBank(Bank):
     def capturable(self) -> bool:
         """Where the card's kernels take it; else the host sorts the tokens by expert."""
         return self._on_device is not None
+
+    @property
+    def table(self) -> ExpertTable | None:
+        """As they are stored."""
+        return self._table
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' answers, in the dtype of x.

@@ -96,6 +96,29 @@ def test_the_gpu_comparison_tells_its_figures(
     assert len(asked) == 2 * 4
 
 
+def test_one_program_that_fails_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Transformers is left out of a table, and lmx's own failure costs one model."""
+
+    def answer(command: list[str], *more: str) -> dict[str, object]:
+        if "transformers_runner.py" in command[1] or "mistralai/Mixtral-8x7B-v0.1" in command:
+            raise SystemExit("no such kernel")
+        shares = {"flops_utilization": None, "bandwidth_utilization": 0.45}
+        sizes = {"bytes_per_token": 4.3e9, "peak_memory_bytes": 9, "peak_gpu_memory_bytes": 5e9}
+        return {"tokens_per_second_mean": 420.0, **shares, **sizes}
+
+    monkeypatch.setattr(rounds, "run", answer)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda number: "a card")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--cases", "mixtral", "olmoe", "--rounds", "2"])
+    assert gpu.main() == 1
+    said = capsys.readouterr()
+    assert "| tg128 | lmx | 420.00 | | 45% |" in said.out
+    assert "transformers + bitsandbytes NF4 failed here" in said.out
+    assert "gpu.py: error: mixtral: no such kernel" in said.err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a card")
 def test_the_gpu_comparison_says_that_there_is_no_card(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

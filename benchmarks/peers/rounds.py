@@ -22,6 +22,7 @@ class Figures:
     shares: dict[str, list[float]] = field(default_factory=dict)
     bytes_per_token: dict[str, float] = field(default_factory=dict)
     peak_memory: list[float] = field(default_factory=list)
+    failed: set[str] = field(default_factory=set)
 
     def add(self, program: str, test: str, speed: float) -> None:
         """One round's figure; what a slow program generates less of stands beside what lmx generates at that depth."""
@@ -34,6 +35,11 @@ class Figures:
         named = test if program == "lmx" else next(same, test)
         self.speeds.setdefault((program, named), []).append(speed)
         say(f"  {program} {test}: {speed:.2f} tokens/s")
+
+    def fail(self, program: str) -> None:
+        """Leave a program out, of which a round is missing."""
+        self.failed.add(program)
+        self.speeds = {key: speeds for key, speeds in self.speeds.items() if key[0] != program}
 
     def add_lmx(self, test: str, result: Mapping[str, Any]) -> None:
         """What `lmx bench -o jsonl` said of a test; where it ran on a card, the memory is the card's."""
@@ -61,6 +67,8 @@ class Figures:
                     yield f"| {test} | {program} | {median(speeds):.2f} | {ratio:.2f} | |"
         yield ""
         read = ", ".join(f"{test} {value / 1e6:.0f} MB" for test, value in self.bytes_per_token.items())
+        for program in sorted(self.failed):
+            yield f"{program} failed here, and is left out."
         yield f"Bytes a token: {read}. Peak memory of lmx: {max(self.peak_memory) / 1e9:.2f} GB."
 
 

@@ -1,4 +1,4 @@
-"""Mamba's norms of dt, B and C in one launch: a step has no time for a launch each."""
+"""Norms in one launch each, Mamba's of dt, B and C in one for all three: a step has no time for more."""
 
 import torch
 import triton
@@ -23,6 +23,29 @@ def _normalise_parts(x, y, stride, first, second, third, eps, BLOCK: tl.constexp
     scale = _scale(squares, in_first, first, eps) + _scale(squares, in_second, second, eps)
     scale += _scale(squares, in_third, third, eps)
     tl.store(y + token * width + column, value * scale, column < width)
+
+
+@triton.jit
+def _rms_norm(x, weight, y, width, eps, OFFSET: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    dtype = y.dtype.element_ty
+    value = tl.load(x + row * width + column, mask, 0.0).to(dtype).to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, 0) / width + eps)
+    scale = tl.load(weight + column, mask, 0.0).to(tl.float32)
+    value = value * (1 + scale) if OFFSET else value.to(dtype).to(tl.float32) * scale
+    tl.store(y + row * width + column, value.to(dtype), mask)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
+    """`lmx.core.gpu.stream.rms_norm`: x [..., width] in the weight's dtype or float32 -> the same in the weight's."""
+    width = x.shape[-1]
+    y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    block = triton.next_power_of_2(width)
+    warps = min(16, max(1, block // 256))
+    _rms_norm[(x.numel() // width,)](x, weight, y, width, eps, OFFSET=offset, BLOCK=block, num_warps=warps)
+    return y
 
 
 def normalise_parts(x: Tensor, sizes: tuple[int, int, int], eps: float) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 
 @triton.jit
@@ -12,8 +13,11 @@ def _store_one(out):
 
 
 def launch(device: torch.device) -> Tensor:
-    """Launch it. Raises what Triton raises where it cannot."""
+    """Launch it. Raises RuntimeError where Triton's compiler fails, and what its launcher raises where that does."""
     out = torch.empty(1, dtype=torch.int32, device=device)
-    with torch.cuda.device(device):
-        _store_one[(1,)](out)
+    try:
+        with torch.cuda.device(device):
+            _store_one[(1,)](out)
+    except TritonError as error:
+        raise RuntimeError(str(error)) from error
     return out

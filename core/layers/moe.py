@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmx.core.gpu import stream as gpu
 from lmx.core.gpu.launch import can_launch
 from lmx.core.layers.activation import ACTIVATIONS
 from lmx.core.native.matrix import answer_many, has_panels
@@ -26,6 +27,8 @@ def route(router_logits: Tensor, top_k: int, normalize: float | None) -> tuple[T
     """
     if can_route(router_logits, normalize):
         return route_natively(router_logits, top_k, normalize)
+    if gpu.can_route(router_logits, normalize):
+        return gpu.route(router_logits, top_k, normalize)
     probabilities = F.softmax(router_logits.float(), dim=-1)
     weights, ids = torch.topk(probabilities, top_k, dim=-1)
     if normalize is not None:
@@ -147,6 +150,11 @@ class Bank(nn.Module):
     def capturable(self) -> bool:
         """Whether a step can be captured in a CUDA graph: the ids of the chosen experts never leave the device."""
 
+    @property
+    @abstractmethod
+    def table(self) -> ExpertTable | None:
+        """The matrices as the CPU's kernels read them; None where they cannot."""
+
 
 class ExpertBank(Bank):
     """All experts of one layer: gated MLPs, `down(act(gate(x)) * up(x))`.
@@ -172,6 +180,11 @@ class ExpertBank(Bank):
         """Where the card's kernels take it; else the host sorts the tokens by expert."""
         gate, up, down = _matrices(self.gate), _matrices(self.up), _matrices(self.down)
         return can_launch(gate[0]) and self._device_bank(gate, up, down) is not None
+
+    @property
+    def table(self) -> ExpertTable | None:
+        """Of 16-bit matrices, as they lie."""
+        return self._native_table(_matrices(self.gate), _matrices(self.up), _matrices(self.down))
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' answers."""

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmx.core.gpu import recurrent as gpu
+from lmx.core.gpu import stream
+from lmx.core.layers.projection import is_watched
 from lmx.core.native.attention import Scale
 from lmx.core.native.norm import can_normalise, rms_norm, rms_norm_parts, serves
 
@@ -45,7 +47,15 @@ class RMSNorm(nn.Module):
         """Normalise over the last dimension."""
         if can_normalise(x, self.weight) and x.dtype == self.weight.dtype:
             return rms_norm(x, self.weight, self.eps)
+        if stream.can_normalise(x, self.weight) and x.dtype == self.weight.dtype:
+            return stream.rms_norm(x, self.weight, self.eps)
         return self.weight * rms_normalise(x, self.eps)
+
+    def of_rounded(self, x: Tensor) -> Tensor:
+        """The same of x rounded to the weight's dtype: of a stream that is kept in float32."""
+        if stream.can_normalise(x, self.weight) and not is_watched(self):
+            return stream.rms_norm(x, self.weight, self.eps)
+        return self(x.to(self.weight.dtype))
 
 
 class OffsetRMSNorm(nn.Module):
@@ -65,4 +75,6 @@ class OffsetRMSNorm(nn.Module):
         """Normalise over the last dimension."""
         if can_normalise(x, self.weight) and x.dtype == self.weight.dtype:
             return rms_norm(x, self.weight, self.eps, offset=True)
+        if stream.can_normalise(x, self.weight) and x.dtype == self.weight.dtype:
+            return stream.rms_norm(x, self.weight, self.eps, offset=True)
         return (rms_normalise(x.float(), self.eps) * (1.0 + self.weight.float())).to(x.dtype)

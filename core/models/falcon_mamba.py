@@ -213,7 +213,7 @@ class Block(nn.Module):
             stepped = self._step(x, state)
             if stepped is not None:
                 return stepped
-        answer = self.mixer(self.norm(x.to(self.norm.weight.dtype)), call.compaction, state)
+        answer = self.mixer(self.norm.of_rounded(x), call.compaction, state)
         return added(x, answer, torch.float32 if self.residual_in_fp32 else x.dtype)
 
     def _step(self, x: Tensor, state: MambaState) -> Tensor | None:

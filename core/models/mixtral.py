@@ -12,12 +12,16 @@ from lmx.core.decoder import AttentionCall, Decoder, Inputs, plan_attention
 from lmx.core.kv_cache import AttentionCache, KVCache, WindowKVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES
 from lmx.core.layers.embedding import empty_embedding
+from lmx.core.layers.fused import affines, step_attention, step_experts
 from lmx.core.layers.initialise import initialise_normal
 from lmx.core.layers.linear import Linear
 from lmx.core.layers.moe import ExpertBank, jitter, route
 from lmx.core.layers.norm import RMSNorm
+from lmx.core.layers.projection import affine
 from lmx.core.layers.residual import added
 from lmx.core.names import ExpertStack, NameTable, Rename
+from lmx.core.native.attention import Scale
+from lmx.core.native.block import AttentionWeights, ExpertWeights
 from lmx.core.registry import Family
 from lmx.core.state import Span, State
 
@@ -113,6 +117,14 @@ class Attention(nn.Module):
         self.v = Linear(config.hidden_size, narrow, bias=False)
         self.o = Linear(wide, config.hidden_size, bias=False)
 
+    def weights(self, norm: Scale) -> AttentionWeights | None:
+        """All of it for a kernel that takes it with its norm in one; None where kernels cannot read it."""
+        projections = affines(self.q, self.k, self.v, self.o)
+        if projections is None:
+            return None
+        q, k, v, o = projections
+        return AttentionWeights(norm, q, k, v, o)
+
     def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         dropout = self.dropout if self.training else 0.0
@@ -127,6 +139,13 @@ class SparseMLP(nn.Module):
         self.top_k, self.noise = config.experts_per_token, config.router_jitter_noise
         self.router = Linear(config.hidden_size, config.experts, bias=False)
         self.experts = ExpertBank(config.experts, config.hidden_size, config.intermediate_size, config.activation)
+
+    def weights(self, norm: Scale) -> ExpertWeights | None:
+        """All of it for a kernel that takes it with its norm in one; None where kernels cannot read it."""
+        router, table = affine(self.router), self.experts.table
+        if router is None or table is None:
+            return None
+        return ExpertWeights(norm, router, table, self.top_k, 1.0)
 
     def forward(self, x: Tensor, call: AttentionCall) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
@@ -149,8 +168,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, call: AttentionCall, cache: AttentionCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
-        x = added(x, self.attention(self.attention_norm(x), call, cache))
-        return added(x, self.mlp(self.mlp_norm(x), call))
+        attended = step_attention(self, x, call, cache, lambda: self.attention.weights(self.attention_norm.scale))
+        x = added(x, self.attention(self.attention_norm(x), call, cache)) if attended is None else attended
+        answered = step_experts(self, x, call, lambda: self.mlp.weights(self.mlp_norm.scale))
+        return added(x, self.mlp(self.mlp_norm(x), call)) if answered is None else answered
 
 
 class MixtralDecoder(Decoder[AttentionCache]):

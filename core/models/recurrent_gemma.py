@@ -16,6 +16,7 @@ from lmx.core.kv_cache import WindowKVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS
 from lmx.core.layers.conv import causal_conv
 from lmx.core.layers.embedding import empty_embedding
+from lmx.core.layers.fused import affines, step_attention
 from lmx.core.layers.initialise import initialise_normal
 from lmx.core.layers.linear import Linear
 from lmx.core.layers.norm import OffsetRMSNorm
@@ -25,6 +26,7 @@ from lmx.core.layers.residual import added
 from lmx.core.layers.rg_lru import RGLRU
 from lmx.core.names import NameTable, Rename
 from lmx.core.native.attention import Scale
+from lmx.core.native.block import AttentionWeights
 from lmx.core.native.griffin import (
     GriffinWeights,
     MlpWeights,
@@ -168,6 +170,14 @@ class LocalAttention(nn.Module):
         self.v = Linear(config.hidden_size, narrow, bias=config.attention_bias)
         self.o = Linear(wide, config.hidden_size)
 
+    def weights(self, norm: Scale) -> AttentionWeights | None:
+        """All of it for a kernel that takes it with its norm in one; None where kernels cannot read it."""
+        projections = affines(self.q, self.k, self.v, self.o)
+        if projections is None:
+            return None
+        q, k, v, o = projections
+        return AttentionWeights(norm, q, k, v, o, offset=True)
+
     def forward(self, x: Tensor, call: AttentionCall, cache: WindowKVCache | None) -> Tensor:
         """x: [batch, length, hidden] -> the same."""
         dropout = self.dropout if self.training else 0.0
@@ -260,8 +270,16 @@ class Block(nn.Module):
             stepped = self._step(x, call, state, self.temporal, mlp)
             if stepped is not None:
                 return stepped
-        x = added(x, self.temporal(self.temporal_norm(x), call, state))
+        attended = self._attend(x, call, state)
+        x = added(x, self.temporal(self.temporal_norm(x), call, state)) if attended is None else attended
         return added(x, self.mlp(self.mlp_norm(x))) if mlp is None else mlp_step(x, mlp)
+
+    def _attend(self, x: Tensor, call: GriffinCall, state: LayerMemory | None) -> Tensor | None:
+        """An attention layer's step with its norm in one call, or None where that kernel is not for these tensors."""
+        temporal = self.temporal
+        if not isinstance(temporal, LocalAttention) or not isinstance(state, WindowKVCache):
+            return None
+        return step_attention(self, x, call, state, lambda: temporal.weights(self.temporal_norm.scale))
 
     def _weights_of_step(self, x: Tensor, call: GriffinCall, state: LayerMemory | None) -> MlpWeights | None:
         """Those of the MLP, where this is a step of one token a row that the kernels for whole blocks may take."""

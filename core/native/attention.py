@@ -24,7 +24,9 @@ class _Step(ctypes.Structure):
     )
 
 
-class _Projected(ctypes.Structure):
+class ProjectedStruct(ctypes.Structure):
+    """`Projected` of that file."""
+
     _fields_ = (
         *((name, POINTER) for name in ("query", "key", "value")),
         *((name, LONG) for name in ("query_stride", "key_stride", "value_stride")),
@@ -35,14 +37,16 @@ class _Projected(ctypes.Structure):
     )
 
 
-class _Cache(ctypes.Structure):
+class CacheStruct(ctypes.Structure):
+    """`Cache` of that file."""
+
     _fields_ = (
         *((name, POINTER) for name in ("keys", "values")),
         *((name, LONG) for name in ("row_stride", "head_stride", "slot_stride")),
     )
 
 
-_attend_step = c_function("lmx_attend_step", _Step, _Projected, _Cache, POINTER)
+_attend_step = c_function("lmx_attend_step", _Step, ProjectedStruct, CacheStruct, POINTER)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,13 @@ class AttentionStep:
         cosines, sines, into, seen = (tensor.data_ptr() for tensor in self._tensors)
         half = cos.shape[-1]
         stride = half if cos.shape[0] > 1 else 0
-        self._step = ctypes.byref(_Step(cosines, sines, half, stride, into, seen, slots.shape[0]))
+        self._words = _Step(cosines, sines, half, stride, into, seen, slots.shape[0])
+        self._step = ctypes.byref(self._words)
+
+    @property
+    def address(self) -> int:
+        """Where a kernel finds it, for as long as this object lives."""
+        return ctypes.addressof(self._words)
 
     def follow(self, step: "AttentionStep") -> None:
         """Take over another step's angles, slots and counts, of as many rows, into the tensors of this one."""
@@ -89,22 +99,25 @@ class AttentionStep:
         by side [rows, 1, heads * head_dim].
         """
         kv_heads, width = keys.shape[1], keys.shape[3]
-        if norms is None:
-            scales: tuple[int | float, ...] = (0, 0, 0.0, 0.0)
-        else:
-            scales = (*(norm.weight.data_ptr() for norm in norms), *(norm.eps for norm in norms))
-        projected = _Projected(
+        projected = ProjectedStruct(
             *(states.data_ptr() for states in (query, key, value)),
             *(states.stride(0) for states in (query, key, value)),
-            *scales,
-            math.inf if limit is None else limit,
-            DTYPE_CODES[query.dtype],
-            *(query.shape[-1] // width, kv_heads, width),
+            *describe_heads(norms, limit, query.dtype, query.shape[-1] // width, kv_heads, width),
         )
-        kept = _Cache(keys.data_ptr(), values.data_ptr(), *keys.stride()[:3])
+        kept = CacheStruct(keys.data_ptr(), values.data_ptr(), *keys.stride()[:3])
         out = query.new_empty(query.shape)
         call(_attend_step(), self._step, projected, kept, out.data_ptr())
         return out
+
+
+def describe_heads(
+    norms: tuple[Scale, Scale] | None, limit: float | None, dtype: torch.dtype, heads: int, kv_heads: int, width: int
+) -> tuple[int | float, ...]:
+    """The fields of `ProjectedStruct` behind the places and strides."""
+    scales: tuple[int | float, ...] = (0, 0, 0.0, 0.0)
+    if norms is not None:
+        scales = (*(norm.weight.data_ptr() for norm in norms), *(norm.eps for norm in norms))
+    return *scales, math.inf if limit is None else limit, DTYPE_CODES[dtype], heads, kv_heads, width
 
 
 def can_step(cos: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmx.core.native.attention import Scale
 from lmx.core.native.library import FLOAT, INT, LONG, POINTER, c_function
-from lmx.core.native.mixer import Affine, are_served, lie_whole, place
+from lmx.core.native.mixer import Affine, AffineStruct, are_served, lie_whole
 from lmx.core.native.norm import serves
 from lmx.core.native.scan import MAX_KERNEL
 from lmx.core.native.tape import call
@@ -20,14 +20,10 @@ ACTIVATIONS_SERVED = frozenset(ACTIVATION_CODES) - {"gelu"}
 
 
 # The structures of src/griffin.cpp.
-class _Affine(ctypes.Structure):
-    _fields_ = (("matrix", POINTER), ("bias", POINTER))
-
-
 class _MlpStep(ctypes.Structure):
     _fields_ = (
         *((name, POINTER) for name in ("x", "out", "norm_weight")),
-        *((name, _Affine) for name in ("gate", "up", "down")),
+        *((name, AffineStruct) for name in ("gate", "up", "down")),
         *((name, LONG) for name in ("rows", "hidden", "inner")),
         *(("activation", INT), ("eps", FLOAT)),
     )
@@ -36,7 +32,7 @@ class _MlpStep(ctypes.Structure):
 class _GriffinStep(ctypes.Structure):
     _fields_ = (
         *((name, POINTER) for name in ("x", "out", "norm_weight")),
-        *((name, _Affine) for name in ("linear_y", "linear_x", "linear_out")),
+        *((name, AffineStruct) for name in ("linear_y", "linear_x", "linear_out")),
         *((name, POINTER) for name in ("conv_weight", "conv_bias", "input_weight", "input_bias")),
         *((name, POINTER) for name in ("recurrent_weight", "recurrent_bias", "rate", "reset", "conv_state", "state")),
         *((name, LONG) for name in ("width", "heads", "kernel", "reset_stride")),
@@ -123,7 +119,7 @@ def griffin_step(x: Tensor, weights: GriffinWeights, conv_state: Tensor, state: 
     small = weights.conv_weight, weights.conv_bias, *weights.input_gate, *weights.recurrent_gate, weights.rate
     step = _GriffinStep(
         *(x.data_ptr(), out.data_ptr(), weights.norm.weight.data_ptr()),
-        *(_affine(projection) for projection in (weights.linear_y, weights.linear_x, weights.linear_out)),
+        *(AffineStruct.of(projection) for projection in (weights.linear_y, weights.linear_x, weights.linear_out)),
         *(tensor.data_ptr() for tensor in (*small, reset, conv_state, state)),
         *(width, weights.input_gate[0].shape[0], kernel, int(reset.shape[0] > 1)),
         *(ACTIVATION_CODES[weights.activation], weights.norm.eps, _mlp(x, out, weights.mlp)),
@@ -147,14 +143,10 @@ def _biases(*projections: Affine) -> Sequence[Tensor]:
     return [projection.bias for projection in projections if projection.bias is not None]
 
 
-def _affine(projection: Affine) -> _Affine:
-    return _Affine(projection.table.words.data_ptr(), place(projection.bias))
-
-
 def _mlp(x: Tensor, out: Tensor, weights: MlpWeights) -> _MlpStep:
     return _MlpStep(
         *(x.data_ptr(), out.data_ptr(), weights.norm.weight.data_ptr()),
-        *(_affine(projection) for projection in (weights.gate, weights.up, weights.down)),
+        *(AffineStruct.of(projection) for projection in (weights.gate, weights.up, weights.down)),
         *(x.shape[0], x.shape[2], weights.gate.table.rows),
         *(ACTIVATION_CODES[weights.activation], weights.norm.eps),
     )

@@ -67,6 +67,17 @@ class MambaWeights:
         return [self.norm.weight, self.conv_weight, self.D, *(bias for bias in biases if bias is not None)]
 
 
+class AffineStruct(ctypes.Structure):
+    """`Affine` of src/affine.h."""
+
+    _fields_ = (("matrix", POINTER), ("bias", POINTER))
+
+    @classmethod
+    def of(cls, projection: Affine) -> "AffineStruct":
+        """The layer's; its table must outlive it."""
+        return cls(projection.table.words.data_ptr(), place(projection.bias))
+
+
 def can_step_mamba(x: Tensor, weights: MambaWeights, conv_state: Tensor, state: Tensor) -> bool:
     """Whether `mamba_step` takes these."""
     sizes = weights.conv_weight.shape[1] <= MAX_KERNEL and weights.A.shape[1] <= MAX_STATES

@@ -9,13 +9,13 @@ from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.tape import call
 
 # The p-norms that the kernel knows, by what it calls them.
-_NORMS = {None: 0, 1.0: 1, 2.0: 2}
+NORM_CODES = {None: 0, 1.0: 1, 2.0: 2}
 _route = c_function("lmx_route", POINTER, INT, LONG, LONG, LONG, INT, POINTER, POINTER)
 
 
 def can_route(router_logits: Tensor, normalize: float | None) -> bool:
     """Whether the kernel serves these logits [tokens, experts]: on the CPU, nothing recorded, a norm it knows."""
-    return normalize in _NORMS and serves(router_logits)
+    return normalize in NORM_CODES and serves(router_logits)
 
 
 def route_natively(router_logits: Tensor, top_k: int, normalize: float | None) -> tuple[Tensor, Tensor]:
@@ -24,6 +24,6 @@ def route_natively(router_logits: Tensor, top_k: int, normalize: float | None) -
     tokens, experts = logits.shape
     ids = torch.empty(tokens, top_k, dtype=torch.int64)
     weights = torch.empty(tokens, top_k)
-    given = logits.data_ptr(), DTYPE_CODES[logits.dtype], tokens, experts, top_k, _NORMS[normalize]
+    given = logits.data_ptr(), DTYPE_CODES[logits.dtype], tokens, experts, top_k, NORM_CODES[normalize]
     call(_route(), *given, ids.data_ptr(), weights.data_ptr())
     return ids, weights

@@ -1,14 +1,17 @@
 import statistics
+import time
 
 import pytest
 import torch
 from families import FAMILIES, config_of
+from frozen_graph import FrozenGraph
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmx.core.bench import Bench, Workload, attention_flops, mean_and_deviation, state_bytes_read
 from lmx.core.ceilings import measure_ceilings
 from lmx.core.errors import UsageError
 from lmx.core.generate import PROMPT_CHUNK
+from lmx.core.graph_stepper import GraphStepper
 from lmx.core.loader import build
 from lmx.core.model import LanguageModel
 
@@ -50,8 +53,9 @@ def test_every_run_begins_at_the_depth_which_is_read_once(family: str) -> None:
     model = small(family)
     watched = Watched(model)
     bench = Bench(model)
-    samples = list(bench.run(Workload(3, 2, depth=20), 2))
-    warm, run = [(20, 3), (23, 1)], [(20, 3), (23, 1), (24, 1)]
+    samples = list(bench.run(Workload(3, 4, depth=20), 2))
+    warm = [(20, 3), (23, 1), (24, 1), (25, 1)]
+    run = [*warm, (26, 1)]
     assert watched.calls == [(0, 20), *warm, *run, *run]
     assert all(0 < sample.first_token_seconds < sample.seconds for sample in samples)
     watched.calls.clear()
@@ -60,6 +64,39 @@ def test_every_run_begins_at_the_depth_which_is_read_once(family: str) -> None:
     watched.calls.clear()
     list(bench.run(Workload(0, 1, depth=4), 1))
     assert watched.calls == [(0, 4), (4, 1), (4, 1)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_card_a_step_is_captured_before_the_clock_runs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all runs: a run of 128 tokens would else spend a good part of its time on it."""
+    graphs: list[FrozenGraph] = []
+
+    def make_graph(device: torch.device) -> FrozenGraph:
+        graphs.append(FrozenGraph(device))
+        return graphs[-1]
+
+    model = small(family)
+    monkeypatch.setattr(LanguageModel, "stepper", lambda self, state: GraphStepper(self, state, make_graph))
+    bench = Bench(model)
+    list(bench.run(Workload(0, 8, depth=5), 3))
+    assert len(graphs) == 1
+    list(bench.run(Workload(0, 8, depth=9), 1))
+    assert len(graphs) == 1, "the state still lies where it lay"
+
+
+def test_looks_between_tokens_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmx.core.bench.LOOK_SECONDS", 0.0)
+    looks = []
+
+    def look() -> None:
+        looks.append(1)
+        time.sleep(0.05)
+
+    bench = Bench(small("mixtral"), look)
+    samples = list(bench.run(Workload(3, 10), 2))
+    assert len(looks) >= 20
+    # Ten looks take half a second; ten tokens of so small a model a few milliseconds.
+    assert all(0 < sample.seconds < 0.4 for sample in samples)
 
 
 def test_long_prompts_are_read_in_the_chunks_of_generation() -> None:

@@ -13,6 +13,7 @@ from lmx.core.bench import Bench, Workload
 from lmx.core.ceilings import measure_ceilings
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.loader import load_model
+from lmx.core.model import LanguageModel
 from lmx.core.placement import Budget
 from lmx.quant.apply import load_quantized, quantize_matrix
 from lmx.quant.dummy import DummyModel
@@ -22,6 +23,12 @@ from lmx.quant.spec import QuantSpec
 
 pytestmark = pytest.mark.cuda
 LARGE = {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
+
+
+def load(source: Checkpoint, scheme: str | None) -> LanguageModel:
+    if scheme is None:
+        return load_model(source, device=CARD)
+    return load_quantized(source, spec=QuantSpec(scheme), device=CARD)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp4", "int8"])
@@ -44,17 +51,15 @@ def test_a_matrix_is_quantized_to_the_same_bytes(scheme: str, dtype: torch.dtype
 @pytest.mark.parametrize("scheme", [None, "nf4", "int8"])
 def test_the_host_holds_no_second_copy(scheme: str | None, tmp_path: Path) -> None:
     """Of 400 MB, no more than a few matrices at once, and the pages of the file are let go."""
-    source = Checkpoint.open(write_family(tmp_path, "mixtral", torch.bfloat16, **LARGE))
+    source = Checkpoint.open(write_family(tmp_path / "m", "mixtral", torch.bfloat16, **LARGE))
     assert source.total_bytes > 400e6
-    torch.zeros(1, device=CARD)  # CUDA itself
+    # CUDA itself, its libraries and Triton with its compiler take more of the host than is allowed below.
+    first = Checkpoint.open(write_family(tmp_path / "first", "mixtral", torch.bfloat16))
+    load(first, scheme)(torch.zeros(1, 3, dtype=torch.int64, device=CARD))
     if not reset_peak_memory():
         pytest.skip("this system cannot reset a process's peak memory")
     before = peak_memory_bytes()
-    model = (
-        load_model(source, device=CARD)
-        if scheme is None
-        else load_quantized(source, spec=QuantSpec(scheme), device=CARD)  # type: ignore[arg-type]
-    )
+    model = load(source, scheme)
     assert peak_memory_bytes() - before < 150e6
     assert {weight.device for weight in model.parameters()} == {CARD}
 

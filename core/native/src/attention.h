@@ -45,8 +45,8 @@ struct Cache {
 // One row's heads, in float but rounded to dtype wherever torch rounds: queries and keys normalised, clipped and turned,
 // values clipped. queries [heads, padded width] in the path's own order; query [heads * width] is scratch; key and value
 // [kv_heads * width].
-using ShapeFunction = void (*)(const Projected&, const Step&, int64_t row, float* queries, float* query, float* key,
-                               float* value);
+using QueryFunction = void (*)(const Projected&, const Step&, int64_t row, float* queries, float* query);
+using KeyFunction = void (*)(const Projected&, const Step&, int64_t row, float* key, float* value);
 
 // out[g] = {max, sum, sum of weighted values [padded width]} of `count` keys for each of `group` queries.
 using ChunkFunction = void (*)(const float* queries, int64_t group, const void* keys, const void* values, int64_t count,
@@ -56,7 +56,8 @@ using ChunkFunction = void (*)(const float* queries, int64_t group, const void* 
 using CombineFunction = void (*)(const float* partials, int64_t chunks, int64_t width, float* sums, float* answer);
 
 struct AttentionPath {
-    ShapeFunction shape;
+    QueryFunction shape_queries;
+    KeyFunction shape_keys;
     ChunkFunction chunk;
     CombineFunction combine;
 };

@@ -278,22 +278,30 @@ LMX_TARGET void lay_out(const float* x, int64_t heads, int64_t width, float* out
 }
 
 template <typename Stored>
-LMX_TARGET void shape(const Projected& p, const Step& step, int64_t row, float* queries, float* query, float* key,
-                      float* value) {
-    const auto at = [row](const void* states, int64_t stride) { return static_cast<const Stored*>(states) + row * stride; };
-    const int64_t wide = p.heads * p.width, narrow = p.kv_heads * p.width;
-    shape_states<Stored>(at(p.query, p.query_stride), wide, p.query_norm, p.query_eps, p.limit, query);
-    shape_states<Stored>(at(p.key, p.key_stride), narrow, p.key_norm, p.key_eps, p.limit, key);
-    shape_states<Stored>(at(p.value, p.value_stride), narrow, nullptr, 0, p.limit, value);
-    const float *cos = step.cos + row * step.table_stride, *sin = step.sin + row * step.table_stride;
-    turn<Stored>(query, p.heads, p.width, cos, sin, step.half);
+LMX_TARGET const void* row_of(const void* states, int64_t stride, int64_t row) {
+    return static_cast<const Stored*>(states) + row * stride;
+}
+
+template <typename Stored>
+LMX_TARGET void shape_queries(const Projected& p, const Step& step, int64_t row, float* queries, float* query) {
+    const void* states = row_of<Stored>(p.query, p.query_stride, row);
+    shape_states<Stored>(states, p.heads * p.width, p.query_norm, p.query_eps, p.limit, query);
+    const int64_t angles = row * step.table_stride;
+    turn<Stored>(query, p.heads, p.width, step.cos + angles, step.sin + angles, step.half);
     lay_out<Stored>(query, p.heads, p.width, queries);
-    turn<Stored>(key, p.kv_heads, p.width, cos, sin, step.half);
+}
+
+template <typename Stored>
+LMX_TARGET void shape_keys(const Projected& p, const Step& step, int64_t row, float* key, float* value) {
+    const int64_t narrow = p.kv_heads * p.width, angles = row * step.table_stride;
+    shape_states<Stored>(row_of<Stored>(p.key, p.key_stride, row), narrow, p.key_norm, p.key_eps, p.limit, key);
+    shape_states<Stored>(row_of<Stored>(p.value, p.value_stride, row), narrow, nullptr, 0, p.limit, value);
+    turn<Stored>(key, p.kv_heads, p.width, step.cos + angles, step.sin + angles, step.half);
 }
 
 AttentionPath path_of(Dtype dtype) {
-    if (dtype == BF16) return {shape<bf16>, chunk<bf16>, combine<bf16>};
-    return {shape<float>, chunk<float>, combine<float>};
+    if (dtype == BF16) return {shape_queries<bf16>, shape_keys<bf16>, chunk<bf16>, combine<bf16>};
+    return {shape_queries<float>, shape_keys<float>, chunk<float>, combine<float>};
 }
 
 }  // namespace

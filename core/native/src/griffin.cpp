@@ -1,18 +1,9 @@
 // One step of Griffin's blocks (arXiv 2402.19427, figure 2): the recurrent one with its MLP in one call, and the MLP of the
 // attention layers by itself. Every number is rounded where the separate kernels round it.
-#include "lanes.h"
-#include "phases.h"
-#include "product.h"
-#include "scratch.h"
+#include "affine.h"
 
 namespace lmx {
 namespace {
-
-// A matrix and its bias, or null.
-struct Affine {
-    const Matrix* matrix;
-    const bf16* bias;
-};
 
 // The structures of core/native/griffin.py; all 16-bit floats are bfloat16.
 // x + down(activation(gate(norm(x))) * up(norm(x))) of x and out [rows, hidden].
@@ -46,28 +37,6 @@ struct GriffinStep {
 
 constexpr int64_t WORTH_A_THREAD = 1 << 16;
 
-// The rows of x normalised and laid out for products by matrices that share them, once for every thread.
-class Normed {
-public:
-    Normed(const bf16* x, const bf16* weight, float eps, int64_t rows, int64_t hidden) : rows_(rows), y_(rows * hidden) {
-        lanes().norm(Norm{x, weight, y_.data(), hidden, hidden, hidden, BF16, eps, true}, BF16, 0, rows);
-    }
-    void lay(const Product& product, uint8_t* laid) { product.lay_all(y_.data(), rows_, laid); }
-
-private:
-    int64_t rows_;
-    Scratch<bf16> y_;
-};
-
-// out [rows, stride] = the rows first .. last of a product and its bias, and of the stream [rows, stride], if any.
-void put(const Product& product, const bf16* bias, const uint8_t* laid, int64_t rows, Share::Range range,
-         const bf16* stream, bf16* out, int64_t stride) {
-    product.multiply(laid, rows, range.first, range.last, [&](int64_t v, int64_t row, const float* sums, int64_t count) {
-        const int64_t at = v * stride + row;
-        lanes().finish(Finish{sums, bias ? bias + row : nullptr, stream ? stream + at : nullptr, out + at, count, BF16, BF16});
-    });
-}
-
 class Mlp {
 public:
     explicit Mlp(const MlpStep& s)
@@ -79,14 +48,15 @@ public:
     // Gate and up, a stretch of their rows at a time.
     void enter(Share share, const bf16* x) {
         Scratch<uint8_t> for_gate(s_.rows * gate_.bytes()), for_up(s_.rows * up_.bytes());
-        Normed normed(x, s_.norm_weight, s_.eps, s_.rows, s_.hidden);
+        Normed normed(x, s_.norm_weight, s_.eps, true, s_.rows, s_.hidden);
         normed.lay(gate_, for_gate.data());
         normed.lay(up_, for_up.data());
         const auto [first, last] = share.of(s_.inner, STRETCH);
         for (int64_t row = first; row < last; row += STRETCH) {
             const Share::Range range{row, std::min(row + STRETCH, last)};
-            put(gate_, s_.gate.bias, for_gate.data(), s_.rows, range, nullptr, gated_.data(), s_.inner);
-            put(up_, s_.up.bias, for_up.data(), s_.rows, range, nullptr, up_answers_.data(), s_.inner);
+            const Ahead then = range.last < last ? gate_.from(range.last) : down_.from(share.of(s_.hidden, UNIT).first);
+            put(gate_, s_.gate.bias, for_gate.data(), s_.rows, range, nullptr, gated_.data(), s_.inner, up_.from(row));
+            put(up_, s_.up.bias, for_up.data(), s_.rows, range, nullptr, up_answers_.data(), s_.inner, then);
             for (int64_t v = 0; v < s_.rows; ++v) {
                 bf16* gate = gated_.data() + v * s_.inner + row;
                 const bf16* up = up_answers_.data() + v * s_.inner + row;
@@ -95,6 +65,9 @@ public:
             down_.lay(gated_.data(), s_.rows, row, range.last, laid_.data());
         }
     }
+
+    // What a thread reads first.
+    Ahead begin(Share share) const { return gate_.from(share.of(s_.inner, STRETCH).first); }
 
     void leave(Share share, const bf16* x, bf16* out) {
         put(down_, s_.down.bias, laid_.data(), s_.rows, share.of(s_.hidden, UNIT), x, out, s_.hidden);
@@ -128,12 +101,13 @@ private:
     // Both branches up to the convolution, each channel on one thread.
     void enter(Share share) {
         Scratch<uint8_t> for_y(rows_ * y_.bytes()), for_x(rows_ * x_.bytes());
-        Normed normed(s_.x, s_.norm_weight, s_.eps, rows_, hidden_);
+        Normed normed(s_.x, s_.norm_weight, s_.eps, true, rows_, hidden_);
         normed.lay(y_, for_y.data());
         normed.lay(x_, for_x.data());
         const Share::Range range = share.of(s_.width, STRETCH);
-        put(y_, s_.linear_y.bias, for_y.data(), rows_, range, nullptr, gate_.data(), s_.width);
-        put(x_, s_.linear_x.bias, for_x.data(), rows_, range, nullptr, branch_.data(), s_.width);
+        const Ahead out = out_.from(share.of(hidden_, UNIT).first);
+        put(y_, s_.linear_y.bias, for_y.data(), rows_, range, nullptr, gate_.data(), s_.width, x_.from(range.first));
+        put(x_, s_.linear_x.bias, for_x.data(), rows_, range, nullptr, branch_.data(), s_.width, out);
         const Conv conv{branch_.data(), s_.conv_weight, s_.conv_bias, s_.conv_state, s_.conv_state, u_.data(), rows_,
                         1, s_.width, s_.kernel, s_.width, 0};
         const int64_t all = (s_.width + CHANNEL_GRAIN - 1) / CHANNEL_GRAIN;
@@ -158,7 +132,8 @@ private:
     void leave(Share share) {
         Scratch<uint8_t> laid(rows_ * out_.bytes());
         out_.lay_all(answers_.data(), rows_, laid.data());
-        put(out_, s_.linear_out.bias, laid.data(), rows_, share.of(hidden_, UNIT), s_.x, between_.data(), hidden_);
+        put(out_, s_.linear_out.bias, laid.data(), rows_, share.of(hidden_, UNIT), s_.x, between_.data(), hidden_,
+            mlp_.begin(share));
     }
 
     const GriffinStep& s_;

@@ -58,8 +58,9 @@ private:
             const bf16* bias = s_.in_bias ? s_.in_bias + row : nullptr;
             lanes().finish(Finish{sums, bias, nullptr, both_.data() + v * 2 * s_.inner + row, count, BF16, BF16});
         };
-        in_.multiply(laid.data(), s_.rows, first, last, take);
-        in_.multiply(laid.data(), s_.rows, s_.inner + first, s_.inner + last, take);
+        const Ahead next = x_.from(share.of(parameters_, 16).first);
+        in_.multiply(laid.data(), s_.rows, first, last, take, in_.from(s_.inner + first));
+        in_.multiply(laid.data(), s_.rows, s_.inner + first, s_.inner + last, take, next);
         const Conv conv{both_.data(), s_.conv_weight, s_.conv_bias, s_.conv_state, s_.conv_state, u_.data(), s_.rows,
                         1, s_.inner, s_.kernel, 2 * s_.inner, 1};
         tiles(share, [&](int64_t from, int64_t to) { lanes().conv(conv, BF16, from, to); });
@@ -68,10 +69,11 @@ private:
 
     void parameters(Share share) {
         const auto [first, last] = share.of(parameters_, 16);
-        x_.multiply(laid_u_.data(), s_.rows, first, last, [&](int64_t v, int64_t row, const float* sums, int64_t count) {
+        const auto take = [&](int64_t v, int64_t row, const float* sums, int64_t count) {
             bf16* out = dbc_.data() + v * parameters_ + row;
             lanes().finish(Finish{sums, nullptr, nullptr, out, count, BF16, BF16});
-        });
+        };
+        x_.multiply(laid_u_.data(), s_.rows, first, last, take, dt_.from(channels(share).first));
     }
 
     void scan(Share share) {
@@ -83,9 +85,10 @@ private:
         Scratch<uint8_t> laid(s_.rows * dt_.bytes());
         dt_.lay_all(dt.data(), s_.rows, laid.data());
         const auto [first, last] = channels(share);
-        dt_.multiply(laid.data(), s_.rows, first, last, [&](int64_t v, int64_t row, const float* sums, int64_t count) {
+        const auto take = [&](int64_t v, int64_t row, const float* sums, int64_t count) {
             lanes().finish(Finish{sums, nullptr, nullptr, raw_.data() + v * s_.inner + row, count, BF16, BF16});
-        });
+        };
+        dt_.multiply(laid.data(), s_.rows, first, last, take, out_.from(share.of(s_.hidden, UNIT).first));
         const bf16 *B = normed.data() + s_.rank, *C = B + s_.states;
         const Scan scan{raw_.data(), s_.dt_bias, u_.data(), both_.data() + s_.inner, B, C, s_.D, s_.A, s_.state,
                         s_.state, y_.data(), nullptr, s_.rows, 1, s_.inner, s_.states, s_.inner, s_.inner,

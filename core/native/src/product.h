@@ -27,13 +27,19 @@ public:
     }
     void lay_all(const bf16* x, int64_t count, uint8_t* laid) const { lay(x, count, 0, m_.columns, laid); }
 
+    // The rows from `row` on, for the product before this one.
+    Ahead from(int64_t row) const { return row < m_.rows ? ahead_of(m_, row) : Ahead{}; }
+
     // Multiplies the rows first .. last: calls take(vector, row, sums, count) for some rows of each vector at a time.
+    // then: what this thread reads next.
     template <typename Take>
-    void multiply(const uint8_t* laid, int64_t count, int64_t first, int64_t last, const Take& take) const {
-        const Vectors vectors{laid, count, m_.columns, padded(m_.columns)};
+    void multiply(const uint8_t* laid, int64_t count, int64_t first, int64_t last, const Take& take, Ahead then = {}) const {
+        Vectors vectors{laid, count, m_.columns, padded(m_.columns)};
         float sums[MAX_VECTORS * UNIT];
-        for (int64_t row = first; row < last; row += UNIT) {
-            const int64_t stop = std::min(row + UNIT, last);
+        const int64_t step = rows_at_a_time(m_);
+        for (int64_t row = first; row < last; row += step) {
+            const int64_t stop = std::min(row + step, last);
+            vectors.ahead = stop < last ? ahead_of(m_, stop) : then;
             kernel_.rows(m_, vectors, row, stop, sums, UNIT);
             for (int64_t v = 0; v < count; ++v) take(v, row, sums + v * UNIT, stop - row);
         }

@@ -1,9 +1,9 @@
-// The router of a mixture of experts: softmax, the largest probabilities, their norm, in one call.
+#include "router.h"
+
 #include <algorithm>
 #include <cmath>
 #include <utility>
 
-#include "lmx_native.h"
 #include "scratch.h"
 
 namespace lmx {
@@ -42,32 +42,36 @@ float norm_of(const Choice* choices, int64_t top_k, int norm) {
 }
 
 }  // namespace
+
+void route(const void* logits, Dtype dtype, int64_t experts, int64_t top_k, int norm, int64_t* ids, float* weights) {
+    Scratch<Choice> memory(experts);
+    Choice* choices = memory.data();
+    for (int64_t e = 0; e < experts; ++e) {
+        const float logit = dtype == F32 ? static_cast<const float*>(logits)[e]
+                                         : bf16_to_float(static_cast<const bf16*>(logits)[e]);
+        choices[e] = {logit, e};
+    }
+    softmax(choices, experts);
+    take_largest(choices, experts, top_k);
+    const float scale = norm ? norm_of(choices, top_k, norm) : 1.0f;
+    for (int64_t k = 0; k < top_k; ++k) {
+        ids[k] = choices[k].second;
+        weights[k] = choices[k].first / scale;
+    }
+}
+
 }  // namespace lmx
 
 using namespace lmx;
 
-// logits [tokens, experts] of dtype (float or bf16) -> ids, weights [tokens, top_k], the likeliest expert first.
-// norm: weights are divided by their 1-norm or 2-norm; 0 leaves them.
+// Of each token: logits [tokens, experts] -> ids, weights [tokens, top_k].
 LMX_EXPORT void lmx_route(const void* logits, int dtype, int64_t tokens, int64_t experts, int64_t top_k, int norm,
                           int64_t* ids, float* weights) {
     constexpr int64_t GRAIN = 64;  // tokens that are worth a thread
+    const auto type = static_cast<Dtype>(dtype);
     parallel_for(tokens, GRAIN, [&](int64_t first, int64_t last) {
-        Scratch<Choice> memory(experts);
-        Choice* choices = memory.data();
-        for (int64_t token = first; token < last; ++token) {
-            for (int64_t e = 0; e < experts; ++e) {
-                const int64_t at = token * experts + e;
-                const float logit = dtype == F32 ? static_cast<const float*>(logits)[at]
-                                                 : bf16_to_float(static_cast<const bf16*>(logits)[at]);
-                choices[e] = {logit, e};
-            }
-            softmax(choices, experts);
-            take_largest(choices, experts, top_k);
-            const float scale = norm ? norm_of(choices, top_k, norm) : 1.0f;
-            for (int64_t k = 0; k < top_k; ++k) {
-                ids[token * top_k + k] = choices[k].second;
-                weights[token * top_k + k] = choices[k].first / scale;
-            }
-        }
+        for (int64_t token = first; token < last; ++token)
+            route(static_cast<const uint8_t*>(logits) + token * experts * (type == F32 ? 4 : 2), type, experts, top_k,
+                  norm, ids + token * top_k, weights + token * top_k);
     });
 }

@@ -1,6 +1,8 @@
 // Matrices times a few vectors, each as if alone: what the paths for the different CPUs share.
 #pragma once
 
+#include <algorithm>
+
 #include "lmx_native.h"
 
 namespace lmx {
@@ -39,10 +41,17 @@ constexpr int64_t UNIT = 64;
 enum Layout : int { PLAIN_F32 = 0, SPLIT_F32 = 1, PLAIN_BF16 = 2, SPLIT_BF16 = 3, QUARTERED_BF16 = 4 };
 constexpr int LAYOUTS = 5;
 
+// What is read after the rows of a call: asked for from memory while these are multiplied, line by line, so that no
+// matrix begins with a wait. null: nothing.
+struct Ahead {
+    const uint8_t *data = nullptr, *scales = nullptr;
+};
+
 // Up to MAX_VECTORS vectors in one layout, each `stride` elements from the last, padded with zeros.
 struct Vectors {
     const void* data;
     int64_t count, columns, stride;
+    Ahead ahead{};
 };
 
 // Products of the rows first .. last with every vector: out[v * out_stride + row - first].
@@ -75,6 +84,28 @@ inline float block_scale(const Matrix& m, int64_t block) {
 
 // As quant/int8.py has it.
 constexpr float INVERSE_127 = 1.0f / 127.0f;
+
+inline int64_t bytes_of_row(const Matrix& m) {
+    switch (m.kind) {
+        case FOUR_BIT: return m.columns / 2;
+        case INT8: return m.columns;
+        case KEPT_F32: return 4 * m.columns;
+        default: return 2 * m.columns;
+    }
+}
+
+// The rows from `row` on.
+inline Ahead ahead_of(const Matrix& m, int64_t row) {
+    const bool by_block = m.kind == FOUR_BIT && !m.nested_map;
+    const auto* scales = by_block ? static_cast<const float*>(m.absmax) + row * m.columns / m.block_size : nullptr;
+    return {m.data + row * bytes_of_row(m), reinterpret_cast<const uint8_t*>(scales)};
+}
+
+// How many rows a kernel is given at a time: those of the next time must find room in the second cache beside them.
+inline int64_t rows_at_a_time(const Matrix& m) {
+    constexpr int64_t BYTES = 1 << 16;
+    return std::clamp<int64_t>(BYTES / std::max<int64_t>(bytes_of_row(m), 1) / 4 * 4, 4, UNIT);
+}
 
 inline int log2_of(int64_t power) { return __builtin_ctzll(static_cast<unsigned long long>(power)); }
 

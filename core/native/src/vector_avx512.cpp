@@ -91,11 +91,10 @@ LMX_AVX512 void bf16_row(const Matrix& m, const Vectors& x, int64_t row, float* 
 // float takes no longer, but reads four times the bytes of x, and they do not stay in the nearest cache. Rows side by side
 // share the loads of x, and their sums wait for each other less.
 template <int ROWS, int VECTORS>
-LMX_AVX512 LMX_INLINE void int8_rows(const Matrix& m, const Vectors& x, int64_t row, float* out, int64_t out_stride,
-                                     __m512i low, __m512i high) {
+LMX_AVX512 LMX_INLINE void int8_rows(const Matrix& m, const Vectors& x, int64_t row, const uint8_t* soon, float* out,
+                                     int64_t out_stride, __m512i low, __m512i high) {
     const bf16* vectors = static_cast<const bf16*>(x.data);
     const uint8_t* weights = m.data + row * m.columns;
-    const uint8_t* soon = weights + rows_ahead(ROWS, m.columns) * m.columns;
     __m512 sums[ROWS][VECTORS][2];
     for (auto& of_row : sums)
         for (auto& sum : of_row) sum[0] = sum[1] = _mm512_setzero_ps();
@@ -147,10 +146,11 @@ LMX_AVX512 void int8_of(const Matrix& m, const Vectors& x, int64_t first, int64_
     }
     const __m512i lows = table_of(low), highs = table_of(high);
     constexpr int SIDE = VECTORS == 1 ? 4 : 2;
+    const uint8_t* soon = soon_after(m, x, first).data;
     int64_t row = first;
-    for (; row + SIDE <= last; row += SIDE)
-        int8_rows<SIDE, VECTORS>(m, x, row, out + row - first, out_stride, lows, highs);
-    for (; row < last; ++row) int8_rows<1, VECTORS>(m, x, row, out + row - first, out_stride, lows, highs);
+    for (; row + SIDE <= last; row += SIDE, soon += SIDE * m.columns)
+        int8_rows<SIDE, VECTORS>(m, x, row, soon, out + row - first, out_stride, lows, highs);
+    for (; row < last; ++row) int8_rows<1, VECTORS>(m, x, row, soon, out + row - first, out_stride, lows, highs);
     for (row = first; row < last; ++row)
         for (int v = 0; v < VECTORS; ++v) {
             float& answer = out[v * out_stride + row - first];

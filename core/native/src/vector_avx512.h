@@ -10,16 +10,16 @@
 
 namespace lmx {
 
-// How far ahead of themselves rows that lie side by side are asked for, into the second cache: the first has no room for
-// a group of wide rows, the next group and x, so that those asked for into it took longer.
-constexpr int64_t AHEAD = 24576;
-// The same in whole groups of rows.
-LMX_INLINE int64_t rows_ahead(int64_t side, int64_t bytes_of_row) {
-    return side * std::max<int64_t>(1, AHEAD / (side * bytes_of_row));
-}
-
+// Into the second cache: the first has no room for a group of wide rows, the next group and x, so that those asked for
+// into it took longer.
 // Always inline: a call of a function that does nothing but this is taken for one that does nothing.
 LMX_INLINE LMX_AVX512 void prefetch(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1); }
+
+// What is asked for beside the rows from `first` on: themselves again where nothing follows, which costs nothing.
+inline Ahead soon_after(const Matrix& m, const Vectors& x, int64_t first) {
+    const Ahead own = ahead_of(m, first);
+    return {x.ahead.data ? x.ahead.data : own.data, x.ahead.scales ? x.ahead.scales : own.scales};
+}
 
 // 16 values, twice.
 LMX_INLINE LMX_AVX512 __m512i table_of(const bf16* values) {

@@ -7,6 +7,8 @@ namespace lmx {
 namespace {
 
 constexpr int64_t BYTES = UNIT / 2;  // a unit in four bits
+// How far ahead of themselves rows in float are asked for.
+constexpr int64_t AHEAD = 24576;
 
 // Scales of a few rows that are read side by side, a pair of units at a time: the first unit's in the lower half of the
 // lanes, the next one's in the upper. A group of 16 units is entered before its pairs are asked for in their order.
@@ -16,12 +18,13 @@ constexpr int64_t BYTES = UNIT / 2;  // a unit in four bits
 template <int ROWS>
 class UnitScales {
 public:
-    explicit UnitScales(const Matrix& m) : absmax_(static_cast<const float*>(m.absmax)), units_(m.columns / UNIT) {}
+    UnitScales(const Matrix& m, const Vectors& x, int64_t first)
+        : absmax_(static_cast<const float*>(m.absmax)), soon_(soon_after(m, x, first).scales), units_(m.columns / UNIT) {}
     LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) {
         const __mmask16 there = static_cast<__mmask16>((1u << std::min<int64_t>(units_ - unit, 16)) - 1);
-        const float* soon = absmax_ + (row + rows_ahead(ROWS, units_ * BYTES)) * units_ + unit * ROWS;
         for (int r = 0; r < ROWS; ++r) {
-            prefetch(reinterpret_cast<const uint8_t*>(soon + 16 * r));
+            prefetch(soon_);
+            soon_ += 16 * sizeof(float);
             group_[r] = _mm512_maskz_loadu_ps(there, absmax_ + (row + r) * units_ + unit);
         }
         pair_ = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -31,6 +34,7 @@ public:
 
 private:
     const float* absmax_;
+    const uint8_t* soon_;
     int64_t units_;
     __m512 group_[ROWS];
     __m512i pair_;
@@ -41,7 +45,7 @@ private:
 template <int ROWS, bool NESTED>
 class BlockScales {
 public:
-    explicit BlockScales(const Matrix& m) : m_(m), units_(m.columns / UNIT), shift_(log2_of(m.block_size / UNIT)) {
+    BlockScales(const Matrix& m, const Vectors&, int64_t) : m_(m), units_(m.columns / UNIT), shift_(log2_of(m.block_size / UNIT)) {
         std::fill_n(groups_, ROWS, -1);
     }
     LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) { at_ = row * units_ + unit; }
@@ -91,12 +95,10 @@ private:
 //
 // Rows side by side share the loads of x, which are most of all loads and else the bottleneck.
 template <int ROWS, int VECTORS, class Scales>
-LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int64_t row, float* out, int64_t out_stride,
-                                         __m512i table, Scales& scales) {
-    const int64_t units = m.columns / UNIT, bytes_of_row = units * BYTES;
-    const uint8_t* bytes = m.data + row * bytes_of_row;
-    // What memory is asked for goes from front to back all the same, some rows ahead: two streams are slower.
-    const uint8_t* soon = bytes + rows_ahead(ROWS, bytes_of_row) * bytes_of_row;
+LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int64_t row, const uint8_t* soon, float* out,
+                                         int64_t out_stride, __m512i table, Scales& scales) {
+    const int64_t units = m.columns / UNIT, width = units * BYTES;
+    const uint8_t* bytes = m.data + row * width;
     const bf16* vectors = static_cast<const bf16*>(x.data);
     __m512 sums[ROWS][VECTORS];
     for (auto& of_row : sums)
@@ -105,7 +107,7 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
         if (unit % 16 == 0) scales.enter(row, unit);
         __m512bh values[ROWS][4];
         for (int r = 0; r < ROWS; ++r) {
-            const uint8_t* at = bytes + r * bytes_of_row + unit * BYTES;
+            const uint8_t* at = bytes + r * width + unit * BYTES;
             prefetch(soon + r * 2 * BYTES);
             const __m512i words = _mm512_loadu_si512(at);
             values[r][0] = (__m512bh)_mm512_permutexvar_epi16(words, table);
@@ -143,12 +145,14 @@ template <int SIDE, int VECTORS, class Scales, class LastScales>
 LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
                              int64_t out_stride) {
     const __m512i table = table_of(rounded_code(m));
-    Scales scales(m);
-    LastScales last_scales(m);
+    Scales scales(m, x, first);
+    LastScales last_scales(m, x, first);
+    // What memory is asked for goes from front to back, though rows lie side by side: two streams are slower.
+    const uint8_t* soon = soon_after(m, x, first).data;
     int64_t row = first;
-    for (; row + SIDE <= last; row += SIDE, out += SIDE)
-        four_bit_rows<SIDE, VECTORS>(m, x, row, out, out_stride, table, scales);
-    for (; row < last; ++row, ++out) four_bit_rows<1, VECTORS>(m, x, row, out, out_stride, table, last_scales);
+    for (; row + SIDE <= last; row += SIDE, out += SIDE, soon += SIDE * bytes_of_row(m))
+        four_bit_rows<SIDE, VECTORS>(m, x, row, soon, out, out_stride, table, scales);
+    for (; row < last; ++row, ++out) four_bit_rows<1, VECTORS>(m, x, row, soon, out, out_stride, table, last_scales);
 }
 
 template <int VECTORS>

@@ -1,0 +1,97 @@
+// x + o(attend(q(y), k(y), v(y))), y = norm(x), of one new token a row in one call, the cache written on the way. Every
+// number is rounded where the separate kernels round it.
+#include "affine.h"
+#include "attention_work.h"
+
+namespace lmx {
+namespace {
+
+// As in core/native/block.py. x, out [rows, hidden]; `projected` says all of the projections but where they lie.
+struct AttentionBlock {
+    const bf16* x;
+    bf16* out;
+    const bf16* norm_weight;
+    Affine query, key, value, output;
+    const Step* step;
+    Projected projected;
+    Cache cache;
+    int64_t hidden;
+    float eps;
+    int32_t offset;  // the norm's weight is stored minus one
+};
+
+class AttentionBlockStep {
+public:
+    explicit AttentionBlockStep(const AttentionBlock& s)
+        : s_(s), rows_(s.step->rows), wide_(s.query.matrix->rows), narrow_(s.key.matrix->rows),
+          total_(wide_ + 2 * narrow_), parts_{Product(*s.query.matrix), Product(*s.key.matrix), Product(*s.value.matrix)},
+          output_(*s.output.matrix), states_(rows_ * total_), answers_(rows_ * wide_),
+          projected_(placed(s.projected)), work_(*s.step, projected_, s.cache) {}
+
+    void run() {
+        constexpr int64_t WORTH_A_THREAD = 1 << 16;
+        parallel_phases(
+            total_ * s_.hidden / WORTH_A_THREAD, [this](Share share) { project(share); },
+            [this](Share share) { shape(share); }, [this](Share share) { attend(share); },
+            [this](Share share) { finish(share); }, [this](Share share) { leave(share); });
+    }
+
+private:
+    // A part's answers stand side by side with the others' of their row.
+    Projected placed(Projected p) {
+        p.query = states_.data(), p.key = states_.data() + wide_, p.value = states_.data() + wide_ + narrow_;
+        p.query_stride = p.key_stride = p.value_stride = total_;
+        return p;
+    }
+
+    void project(Share share) {
+        Normed normed(s_.x, s_.norm_weight, s_.eps, s_.offset, rows_, s_.hidden);
+        const bf16* biases[] = {s_.query.bias, s_.key.bias, s_.value.bias};
+        const auto [first, last] = share.of(total_, UNIT);
+        int64_t before = 0;
+        for (int i = 0; i < 3; before += parts_[i++].rows()) {
+            const Share::Range range{std::max(first - before, int64_t{0}), std::min(last - before, parts_[i].rows())};
+            if (range.first >= range.last) continue;
+            Scratch<uint8_t> laid(rows_ * parts_[i].bytes());
+            normed.lay(parts_[i], laid.data());
+            const bool ends = last <= before + parts_[i].rows();
+            const Ahead then = ends ? output_.from(share.of(s_.hidden, UNIT).first) : parts_[i + 1].from(0);
+            put(parts_[i], biases[i], laid.data(), rows_, range, nullptr, states_.data() + before, total_, then);
+        }
+    }
+
+    void shape(Share share) {
+        const auto [first, last] = share.of(work_.beginnings(), 1);
+        for (int64_t number = first; number < last; ++number) work_.begin(number);
+        const Share::Range pieces = share.of(work_.pieces(), 1);
+        if (pieces.first < pieces.last) work_.ask_for(pieces.first);
+    }
+
+    void attend(Share share) {
+        const auto [first, last] = share.of(work_.pieces(), 1);
+        for (int64_t piece = first; piece < last; ++piece) work_.attend(piece);
+    }
+
+    void finish(Share share) {
+        const auto [first, last] = share.of(work_.heads(), 1);
+        for (int64_t head = first; head < last; ++head) work_.finish(head, answers_.data());
+    }
+
+    void leave(Share share) {
+        Scratch<uint8_t> laid(rows_ * output_.bytes());
+        output_.lay_all(answers_.data(), rows_, laid.data());
+        put(output_, s_.output.bias, laid.data(), rows_, share.of(s_.hidden, UNIT), s_.x, s_.out, s_.hidden);
+    }
+
+    const AttentionBlock& s_;
+    const int64_t rows_, wide_, narrow_, total_;
+    const Product parts_[3], output_;
+    Scratch<bf16> states_, answers_;
+    const Projected projected_;
+    AttentionWork work_;
+};
+
+}  // namespace
+}  // namespace lmx
+
+LMX_EXPORT void lmx_attention_block(const lmx::AttentionBlock* block) { lmx::AttentionBlockStep(*block).run(); }

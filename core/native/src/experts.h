@@ -1,0 +1,75 @@
+// A bank of gated MLPs for a few tokens: sum_k weights[t, k] * down_e(activation(gate_e(x_t)) * up_e(x_t)), e = ids[t, k].
+#pragma once
+
+#include <algorithm>
+
+#include "phases.h"
+#include "prepared.h"
+
+namespace lmx {
+
+// The gate, up and down matrices of an expert.
+using Expert = Matrix[3];
+
+// What was chosen for each token: ids, weights [tokens, top_k].
+struct Choices {
+    const int64_t* ids;
+    const float* weights;
+    int64_t tokens, top_k;
+};
+
+class ExpertAnswers {
+public:
+    // dtype: of the activations.
+    ExpertAnswers(const Expert* bank, Dtype dtype, int64_t tokens, int64_t top_k, Activation activation)
+        : bank_(bank), dtype_(dtype), slots_(tokens * top_k), hidden_(bank[0][0].columns), inner_(bank[0][0].rows),
+          activation_(activation), between_(slots_ * padded(inner_)) {}
+
+    // How many threads there is work for.
+    int64_t worth() const { return slots_ * padded(inner_) / STRETCH; }
+
+    // The layouts that `enter` asks for.
+    void prepare_for(const Choices& chosen, Prepared& x) const {
+        for (int64_t slot = 0; slot < slots_; ++slot)
+            for (int i = 0; i < 2; ++i) x.want(kernel(matrix(chosen, slot, i)).layout);
+    }
+
+    // First phase: gate and up, a stretch of their rows at a time. x [tokens, hidden].
+    void enter(Share share, const Choices& chosen, Prepared& x);
+
+    // Second phase: calls take(token, row, sums, count) for some rows of the answers at a time.
+    template <typename Take>
+    void leave(Share share, const Choices& chosen, const Take& take) {
+        const auto [first, last] = share.of(hidden_, UNIT);
+        for (int64_t token = 0; token < chosen.tokens; ++token)
+            for (int64_t row = first; row < last; row += UNIT) {
+                const int64_t stop = std::min(row + UNIT, last), end = (token + 1) * chosen.top_k;
+                float sums[UNIT] = {}, part[UNIT];
+                for (int64_t slot = token * chosen.top_k; slot < end; ++slot) {
+                    const Matrix& down = matrix(chosen, slot, 2);
+                    const Ahead ahead = slot + 1 < end ? ahead_of(matrix(chosen, slot + 1, 2), row)
+                                        : stop < last  ? ahead_of(matrix(chosen, end - chosen.top_k, 2), stop)
+                                        : end < slots_ ? ahead_of(matrix(chosen, end, 2), first)
+                                                       : Ahead{};
+                    const Vectors vector{between_.data() + slot * padded(inner_), 1, inner_, padded(inner_), ahead};
+                    kernel(down).rows(down, vector, row, stop, part, UNIT);
+                    for (int64_t i = 0; i < stop - row; ++i) sums[i] += chosen.weights[slot] * part[i];
+                }
+                take(token, row, sums, stop - row);
+            }
+    }
+
+private:
+    Kernel kernel(const Matrix& m) const { return choose_kernel(m, dtype_); }
+    const Matrix& matrix(const Choices& chosen, int64_t slot, int number) const {
+        return bank_[chosen.ids[slot]][number];
+    }
+
+    const Expert* bank_;
+    const Dtype dtype_;
+    const int64_t slots_, hidden_, inner_;
+    const Activation activation_;
+    Scratch<float> between_;  // [slots, inner] in the layout of its expert's `down`
+};
+
+}  // namespace lmx
