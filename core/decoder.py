@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from lmx.core.config import ModelConfig
 from lmx.core.gpu.stream import can_keep_heads, keep_heads
-from lmx.core.kv_cache import AttentionCache, causal_visibility
+from lmx.core.kv_cache import AttentionCache
 from lmx.core.layers.attention import Implementation, Visibility, attend, clip
 from lmx.core.layers.norm import RMSNorm
 from lmx.core.layers.padding import Compaction
 from lmx.core.layers.rope import Rotary, rotary_addresses, rotary_row, rotary_tables, rotate
 from lmx.core.native.attention import AttentionStep, can_attend, can_step
 from lmx.core.state import LayerState, Span, State
+from lmx.core.visibility import causal_visibility
 
 if TYPE_CHECKING:
     from lmx.core.placement import Placement

@@ -10,21 +10,21 @@ state stays as said above. An exception that strikes inside the model (KeyboardI
 """
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lmx.core.answer import Answer, Event, Finished, PromptProcessed, Token
+from lmx.core.answer import Event, Finished, PromptProcessed
 from lmx.core.errors import InputError, UsageError
-from lmx.core.sampling import Chosen, Sampler, Sampling, sample_rows
+from lmx.core.generation import Options, Row, Run
+from lmx.core.sampling import Sampling, sample_rows
 
 if TYPE_CHECKING:
-    from lmx.core.model import AnyState, LanguageModel, Output
+    from lmx.core.model import AnyState, LanguageModel
     from lmx.core.text.types import TextCodec
 
 PROMPT_CHUNK = 512
@@ -98,9 +98,9 @@ def generate(
             f"the state holds {state.length} tokens and the prompt only {len(prompt_ids)}",
             "continue with at least one new token, or cut the state first",
         )
-    options = _Options(sampling, max_new_tokens, tuple(stop_strings), stop_ids)
-    row = _Row(model, text_engine, prompt_ids, stream_context, options)
-    run = _Run(model, state, cancel)
+    options = Options(sampling, max_new_tokens, tuple(stop_strings), stop_ids)
+    row = Row(model, text_engine, prompt_ids, stream_context, options)
+    run = Run(model, state, cancel)
     prompt_chunk = prompt_chunk or prompt_chunk_for(model.device)
     if row.active:
         new_ids = torch.tensor([prompt_ids[state.length :]])
@@ -153,20 +153,20 @@ def generate_batch(
         raise UsageError(f"the batch size is {batch_size}", "give --batch-size 1 or more")
     for prompt_ids in prompts:
         check_prompt(model, prompt_ids)
-    options = _Options(sampling, max_new_tokens, tuple(stop_strings), stop_ids)
+    options = Options(sampling, max_new_tokens, tuple(stop_strings), stop_ids)
     prompt_chunk = prompt_chunk or prompt_chunk_for(model.device, batch_size)
     for first in range(0, len(prompts), batch_size):
         if cancel is not None and cancel.is_set():
             return
         batch = prompts[first : first + batch_size]
-        rows = [_Row(model, text_engine, ids, ids if continue_text else (), options) for ids in batch]
-        run = _Run(model, model.make_state(len(batch)), cancel)
+        rows = [Row(model, text_engine, ids, ids if continue_text else (), options) for ids in batch]
+        run = Run(model, model.make_state(len(batch)), cancel)
         finished = _finish_batch(run, rows, prompt_chunk)
         for index, (prompt_ids, result) in enumerate(zip(batch, finished, strict=True), start=first):
             yield BatchResult(index, tuple(prompt_ids), result)
 
 
-def _finish_batch(run: "_Run", rows: "list[_Row]", prompt_chunk: int) -> list[Finished]:
+def _finish_batch(run: Run, rows: list[Row], prompt_chunk: int) -> list[Finished]:
     """Run a batch until all of its rows have ended."""
     if any(row.active for row in rows):
         input_ids, mask = _left_padded([row.prompt_ids for row in rows])
@@ -189,7 +189,7 @@ def _finish_batch(run: "_Run", rows: "list[_Row]", prompt_chunk: int) -> list[Fi
     return [row.finished(run.prompt_seconds) for row in rows]
 
 
-def _next_column(rows: "list[_Row]") -> tuple[Tensor, Tensor]:
+def _next_column(rows: list[Row]) -> tuple[Tensor, Tensor]:
     """Each row's last token and the mask, both [rows, 1]; a row that has ended is padding from then on."""
     column = [row.answer.token_ids[-1] if row.active else 0 for row in rows]
     return torch.tensor(column)[:, None], torch.tensor([row.active for row in rows])[:, None]
@@ -201,141 +201,3 @@ def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     input_ids = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prompts])
     lengths = torch.tensor([len(ids) for ids in prompts])
     return input_ids, torch.arange(longest)[None] >= longest - lengths[:, None]
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What all rows of a batch have in common."""
-
-    sampling: Sampling
-    max_new_tokens: int | None
-    stop_strings: tuple[str, ...]
-    stop_ids: frozenset[int]
-
-    def limit(self, model: "LanguageModel", prompt_length: int) -> int | None:
-        """The most tokens to generate after a prompt: what was asked for, as far as the context reaches."""
-        if self.max_new_tokens is not None and self.max_new_tokens < 0:
-            raise UsageError(f"max_new_tokens is {self.max_new_tokens}", "give 0 or more")
-        room = None if model.context_length is None else model.context_length - prompt_length
-        return min((bound for bound in (self.max_new_tokens, room) if bound is not None), default=None)
-
-
-class _Row:
-    """One sequence: its prompt, its sampler and its answer."""
-
-    def __init__(
-        self,
-        model: "LanguageModel",
-        text_engine: "TextCodec",
-        prompt_ids: Sequence[int],
-        stream_context: Sequence[int],
-        options: _Options,
-    ) -> None:
-        self.prompt_ids = prompt_ids
-        self.sampler = Sampler(options.sampling, prompt_ids)
-        self.limit = options.limit(model, len(prompt_ids))
-        self.answer = Answer(text_engine.stream(stream_context), options.stop_strings, options.stop_ids, self.limit)
-        self.computed_tokens = 0
-        self.generation_seconds = 0.0
-
-    @property
-    def active(self) -> bool:
-        """Whether the answer goes on."""
-        return self.answer.reason is None
-
-    def finished(self, prompt_seconds: float) -> Finished:
-        """The closing event of an answer that has ended."""
-        return Finished(
-            reason=self.answer.reason or "cancelled",
-            token_ids=tuple(self.answer.token_ids),
-            logprobs=tuple(self.answer.logprobs),
-            text=self.answer.text,
-            tail=self.answer.tail,
-            prompt_tokens=len(self.prompt_ids),
-            computed_prompt_tokens=self.computed_tokens,
-            prompt_seconds=prompt_seconds,
-            generation_seconds=self.generation_seconds,
-        )
-
-
-class _Run:
-    """Feeds a model and keeps the time."""
-
-    def __init__(self, model: "LanguageModel", state: "AnyState", cancel: threading.Event | None) -> None:
-        self.prompt_is_read = False
-        self.columns = 0
-        self.prompt_seconds = 0.0
-        self.generation_seconds = 0.0
-        self.logits = torch.empty(0)  # [rows, vocab], of the last column fed
-        self._model = model
-        self._state = state
-        self._cancel = cancel
-        self._stepper = model.stepper(state)
-
-    @property
-    def must_stop(self) -> bool:
-        """Whether a cancel was asked for, or came before the prompt was read."""
-        return not self.prompt_is_read or (self._cancel is not None and self._cancel.is_set())
-
-    def read_prompt(self, input_ids: Tensor, mask: Tensor | None, chunk: int) -> None:
-        """Feed [rows, length] chunk by chunk, up to a cancel; `columns` counts what was fed."""
-        start = perf_counter()
-        for first in range(0, input_ids.shape[1], chunk):
-            if self._cancel is not None and self._cancel.is_set():
-                break
-            part = slice(first, first + chunk)
-            self.feed(input_ids[:, part], None if mask is None else mask[:, part])
-            self.columns = min(first + chunk, input_ids.shape[1])
-        self.prompt_is_read = self.columns == input_ids.shape[1]
-        if self.logits.device.type != "cpu":  # all that was computed went into them, on whatever devices
-            torch.accelerator.synchronize(self.logits.device)
-        self.prompt_seconds = perf_counter() - start
-
-    def read_prompt_in_two(self, input_ids: Tensor, before_last: Callable[[], None], chunk: int) -> None:
-        """Feed [1, length] as `read_prompt` does, the last token by itself."""
-        self.read_prompt(input_ids[:, :-1], None, chunk)
-        if not self.prompt_is_read:
-            return
-        before_last()
-        columns, seconds = self.columns, self.prompt_seconds
-        self.columns = 0
-        self.read_prompt(input_ids[:, -1:], None, chunk)
-        self.columns += columns
-        self.prompt_seconds += seconds
-
-    # no_grad rather than inference_mode: a state that grew in inference mode could not be continued outside of it.
-    @torch.no_grad()
-    def feed(self, input_ids: Tensor, mask: Tensor | None) -> None:
-        """Run the model over [rows, length] more tokens."""
-        if mask is None and input_ids.shape[1] == 1:
-            self.logits = self._stepper.feed(input_ids.to(self._model.device))
-            return
-        output: Output = self._model(
-            input_ids=input_ids.to(self._model.device),
-            attention_mask=None if mask is None else mask.to(self._model.device),
-            state=self._state,
-            logits_to_keep=1,
-            output_router_logits=False,  # what a config asks for training has no use here
-        )
-        self.logits = output.logits[:, -1]
-
-    def choices(self, row: _Row) -> Generator[Chosen, None, None]:
-        """The tokens of a row's answer, for as long as they are asked for; to be closed before the state is used."""
-        yield from self._stepper.choices(self.logits[0], row.sampler, row.limit)
-
-    def next_token(self, row: _Row, choices: Iterator[Chosen]) -> Token:
-        """Let the row take one more token."""
-        start = perf_counter()
-        chosen = next(choices)
-        token = row.answer.take(chosen.token_id, chosen.logprob)
-        # A device may have computed while the consumer of the last event was at work.
-        self.generation_seconds += max(perf_counter() - start, chosen.seconds)
-        row.generation_seconds = self.generation_seconds
-        return token
-
-    @contextmanager
-    def generating(self) -> Iterator[None]:
-        """Count the time spent inside as generation."""
-        start = perf_counter()
-        yield
-        self.generation_seconds += perf_counter() - start

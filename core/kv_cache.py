@@ -11,47 +11,9 @@ from lmx.core.errors import InputError
 from lmx.core.large_pages import lasting_zeros
 from lmx.core.layers.attention import Visibility
 from lmx.core.state import LayerState, Span, StateError, take
+from lmx.core.visibility import causal_visibility, filled_slots, visible_keys
 
 _GROW = 256
-
-
-def causal_visibility(
-    span: Span, window: int | None, device: torch.device, positions: Tensor | None = None
-) -> Visibility:
-    """Queries see the earlier keys of the same call, and no cache: the stateless pass of training and scoring.
-
-    window: how many keys back a query sees, itself included; None for all. positions: [batch or 1, length] as a caller
-    gave them without a mask: where they fall back, another text begins, and texts packed in a row are blind to each
-    other, as transformers has it in training.
-    """
-    texts = None if positions is None else _packed_texts(positions)
-    if span.ordinals is None and texts is None and (window is None or span.length <= window):
-        return Visibility(None, causal=span.length > 1)
-    if span.ordinals is None:
-        row = torch.arange(span.length, device=device)[None]
-        seen = _seen(row, row, window)
-        return Visibility(seen if texts is None else seen & (texts[:, None, :, None] == texts[:, None, None, :]))
-    seen = _seen(span.ordinals, span.ordinals, window)
-    # A padding query sees itself, so that its softmax has something to share; nobody sees its answer.
-    return Visibility(seen | torch.eye(span.length, dtype=torch.bool, device=device))
-
-
-def _packed_texts(positions: Tensor) -> Tensor | None:
-    """The number of the text that each token belongs to [batch or 1, length], or None where a row is one text."""
-    texts = (positions.diff(dim=1, prepend=positions[:, :1] - 1) < 1).cumsum(1)
-    return texts if bool(texts.any()) else None
-
-
-def _seen(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Which keys come no later than each query, and no more than the window before it: [batch, 1, queries, keys]."""
-    query, key = queries[:, None, :, None], keys[:, None, None, :]
-    seen = (key <= query) & (key >= 0)
-    return seen if window is None else seen & (key > query - window)
-
-
-def _filled(at: Tensor, slots: int) -> Visibility:
-    """A token of number `at` [1] sees the first of `slots` slots, itself last, or all once a ring is full."""
-    return Visibility((torch.arange(slots, device=at.device) <= at)[None, None, None])
 
 
 def _pair(tensors: Mapping[str, Tensor], kind: str) -> tuple[Tensor, Tensor]:
@@ -126,7 +88,7 @@ class KVCache(AttentionCache):
     def visibility(self, span: Span) -> Visibility:
         """Keys lie in slots 0 .. start + length."""
         if span.at is not None:
-            return _filled(span.at, span.start + 1)
+            return filled_slots(span.at, span.start + 1)
         span = span.to(self.keys.device)
         if span.ordinals is None and span.start == 0:
             return causal_visibility(span, None, self.keys.device)
@@ -134,7 +96,7 @@ class KVCache(AttentionCache):
             return Visibility(None)
         slots = torch.arange(span.start + span.length, device=self.keys.device)[None]
         queries = slots[:, span.start :] if span.ordinals is None else span.ordinals.clamp(min=0)
-        return Visibility(_seen(queries, slots, None), causal=span.ordinals is None)
+        return Visibility(visible_keys(queries, slots, None), causal=span.ordinals is None)
 
     def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Write behind what is there; return views of all slots in use."""
@@ -230,7 +192,7 @@ class WindowKVCache(AttentionCache):
     def visibility(self, span: Span) -> Visibility:
         """One token is written first and sees the ring; several see the ring as it was, and each other."""
         if span.at is not None:
-            return _filled(span.at, min(span.start + 1, self.window))
+            return filled_slots(span.at, min(span.start + 1, self.window))
         span = span.to(self.keys.device)
         if span.ordinals is None and span.start == 0:
             return causal_visibility(span, self.window, self.keys.device)
@@ -238,7 +200,7 @@ class WindowKVCache(AttentionCache):
         if span.length == 1:
             if span.ordinals is None:
                 return Visibility(None)
-            return Visibility(_seen(span.ordinals.clamp(min=0), slots[None], None))
+            return Visibility(visible_keys(span.ordinals.clamp(min=0), slots[None], None))
         if span.ordinals is None or span.held is None:
             queries = torch.arange(span.start, span.start + span.length, device=self.keys.device)[None]
             held = torch.full((1, 1), span.start, device=self.keys.device)
@@ -247,7 +209,7 @@ class WindowKVCache(AttentionCache):
             held = span.held[:, None]  # [batch, 1]
         # The ordinal that each slot holds: the largest below `held` that is congruent to the slot.
         kept = held - 1 - (held - 1 - slots[None]) % self.window
-        seen = _seen(queries, torch.cat((kept, queries), dim=1), self.window)
+        seen = visible_keys(queries, torch.cat((kept, queries), dim=1), self.window)
         if span.ordinals is not None:
             seen[..., self.window :] |= torch.eye(span.length, dtype=torch.bool, device=seen.device)
         return Visibility(seen)

@@ -14,12 +14,13 @@ from lmx.convert.hub_headers import HeaderCheckpoint
 from lmx.convert.originals import find_original
 from lmx.convert.pickle_source import PickleCheckpoint, holds_pickles_only
 from lmx.convert.pull_events import Watcher, unwatched
-from lmx.core.checkpoint import Checkpoint, Source
+from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, NotFoundError, UsageError
 from lmx.core.files import quoted
 from lmx.core.registry import model_type_of
 from lmx.core.text.engine import TextEngine
 from lmx.device import Device, choose_budgets, choose_device
+from lmx.dtypes import RUNNABLE, choose_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -32,16 +33,6 @@ if TYPE_CHECKING:
     from lmx.language_model import LanguageModel
     from lmx.quant.apply import HeadScheme
     from lmx.quant.spec import QuantSpec, Scheme
-
-_DTYPES = {
-    "bf16": "bfloat16",
-    "bfloat16": "bfloat16",
-    "fp16": "float16",
-    "float16": "float16",
-    "fp32": "float32",
-    "float32": "float32",
-}
-_STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def load(
@@ -261,54 +252,11 @@ def check_runnable(checkpoint: Checkpoint) -> None:
     if checkpoint.is_quantized:
         return  # what is in it, the loader checks
     for info in checkpoint.infos.values():
-        if info.dtype not in _STORED:
+        if info.dtype not in RUNNABLE:
             raise InputError(
                 f"{quoted(checkpoint.label)}: tensor {quoted(info.name)} is stored as {info.dtype}",
-                f"lmx runs weights in {', '.join(_STORED)}",
+                f"lmx runs weights in {', '.join(RUNNABLE)}",
             )
-
-
-def choose_dtype(dtype: "torch.dtype | str | None", checkpoint: Checkpoint) -> "torch.dtype":
-    """The dtype of all weights once loaded. Raises UsageError for an unknown name.
-
-    None is the one that they are stored in; of several, that of most bytes: a product of two dtypes is not defined.
-    """
-    import torch
-
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype is not None:
-        return dtype_by_name(dtype)
-    if checkpoint.is_quantized:
-        from lmx.quant.stored import common_dtype, find_matrices, plain_infos
-
-        return common_dtype(plain_infos(checkpoint, find_matrices(checkpoint)))
-    return dtype_by_name(_STORED[main_dtype(checkpoint)])
-
-
-def dtype_by_name(name: str) -> "torch.dtype":
-    """The dtype for "bf16", "bfloat16" and so on. Raises UsageError for an unknown name."""
-    import torch
-
-    if name not in _DTYPES:
-        raise UsageError(f"dtype {quoted(name)} is unknown", "give bf16, fp16 or fp32")
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[_DTYPES[name]]
-
-
-def main_dtype(checkpoint: Source) -> str:
-    """The dtype of most bytes of a plain checkpoint, in safetensors' spelling; of a quantized GGUF, BF16."""
-    if isinstance(checkpoint, GGUFCheckpoint):
-        return checkpoint.main_dtype
-    stored = stored_bytes(checkpoint)
-    return max(stored, key=lambda name: stored[name])
-
-
-def stored_bytes(checkpoint: Source) -> dict[str, int]:
-    """How many bytes of a checkpoint are of which dtype, in safetensors' spelling."""
-    counted: dict[str, int] = {}
-    for info in checkpoint.infos.values():
-        counted[info.dtype] = counted.get(info.dtype, 0) + info.nbytes
-    return counted
 
 
 def import_runtime() -> None:

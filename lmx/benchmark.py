@@ -8,11 +8,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from lmx.api import choose_dtype, choose_spec, demo_path, load_core, model_name, open_checkpoint, open_folder
+from lmx.api import choose_spec, demo_path, load_core, model_name, open_checkpoint, open_folder
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.files import read_bounded
 from lmx.core.jsonfile import parse_json
 from lmx.device import Device, choose_budgets, choose_device, reset_gpu_memory
+from lmx.dtypes import choose_dtype
 from lmx.measurement import Result, Subject
 from lmx.memory import Needed, check_memory
 from lmx.presets import Config, build_dummy, preset

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lmx.api import check_runnable, dtype_by_name, main_dtype, open_checkpoint, open_headers
+from lmx.api import check_runnable, open_checkpoint, open_headers
 from lmx.convert.events import Finished, Progress
 from lmx.convert.gguf_source import GGUFCheckpoint
 from lmx.convert.original_source import OriginalCheckpoint
@@ -13,6 +13,7 @@ from lmx.convert.pull_events import Watcher, unwatched
 from lmx.core.checkpoint import Checkpoint, Source
 from lmx.core.errors import UsageError
 from lmx.core.files import quoted
+from lmx.dtypes import dtype_by_name, main_dtype
 from lmx.quantization import companion_files, model_stem
 
 if TYPE_CHECKING:

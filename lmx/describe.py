@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmx.api import check_runnable, choose_dtype, open_checkpoint, open_headers, stored_bytes
+from lmx.api import check_runnable, open_checkpoint, open_headers
 from lmx.convert.gguf_source import GGUFCheckpoint
 from lmx.convert.hub_headers import HeaderCheckpoint
 from lmx.convert.original_source import OriginalCheckpoint
@@ -14,6 +14,7 @@ from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import LmxError
 from lmx.core.files import read_bounded
 from lmx.core.text.files import read_tokenizer_files
+from lmx.dtypes import choose_dtype, stored_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -62,10 +62,11 @@ def check_quantized(
     Both run on the CPU in the base's dtype; the base's tokenizer serves both, so that the folder needs none yet.
     Raises InputError where the divergence is past `max_kl`; None allows any.
     """
-    from lmx.api import choose_dtype, load_core
+    from lmx.api import load_core
     from lmx.core.evaluate import Evaluation, evaluate
     from lmx.core.text.engine import TextEngine
     from lmx.device import choose_device
+    from lmx.dtypes import choose_dtype
 
     where, dtype = choose_device("cpu"), choose_dtype(None, base)
     reference = load_core(base, None, "causal", None, dtype, where)

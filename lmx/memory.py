@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lmx.api import choose_dtype, choose_spec
+from lmx.api import choose_spec
 from lmx.convert.gguf_source import GGUFCheckpoint
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import ResourceError
@@ -11,6 +11,7 @@ from lmx.core.files import quoted
 from lmx.core.mapped import stored_name
 from lmx.core.memory import available_memory_bytes
 from lmx.device import Device, choose_device
+from lmx.dtypes import choose_dtype
 
 if TYPE_CHECKING:
     import torch

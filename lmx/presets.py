@@ -224,9 +224,10 @@ def build_dummy(
     Raises NotFoundError for an unknown id, UsageError for an unknown scheme, InputError for a config that is not
     supported, and, before any memory is taken, ResourceError for a model that would not fit.
     """
-    from lmx.api import choose_spec, dtype_by_name
+    from lmx.api import choose_spec
     from lmx.core.memory import available_memory_bytes
     from lmx.device import choose_budgets, choose_device
+    from lmx.dtypes import dtype_by_name
     from lmx.quant.dummy import DummyModel
 
     known = preset(config) if isinstance(config, str) else config

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lmx.api import choose_dtype, load_core, open_checkpoint, open_text
+from lmx.api import load_core, open_checkpoint, open_text
 from lmx.conversion import Conversion
 from lmx.convert.events import Progress
 from lmx.convert.gguf_source import GGUFCheckpoint
@@ -17,6 +17,7 @@ from lmx.core.loader import DECODER_PREFIX, load_model
 from lmx.core.mapped import Advice, stored_name
 from lmx.core.memory import available_memory_bytes
 from lmx.core.model import LanguageModel
+from lmx.dtypes import choose_dtype
 from lmx.memory import made_bytes
 
 TEXTS = (

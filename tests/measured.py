@@ -1,11 +1,15 @@
 """Processes whose time and memory are measured, children of their own included."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+
+from support import ROOT
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
@@ -43,6 +47,32 @@ def measure(*command: str, cwd: Path | None = None) -> Ran:
     return Ran(code, ran.stdout, ran.stderr, seconds, peak * RSS_UNIT)
 
 
-def run_measured(*args: str, cwd: Path | None = None) -> Ran:
-    """Run `lmx ARGS`."""
-    return measure(sys.executable, "-m", "lmx", *args, cwd=cwd)
+class Commands:
+    """Runs `lmx ARGS`, with nothing on stdin, in forks of one process: nothing is imported anew for each."""
+
+    def __init__(self) -> None:
+        path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+        self._server = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "command_forks.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self._server:
+            self._server.kill()
+
+    def __call__(self, *args: object) -> Ran:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder) / "out", Path(folder) / "err"
+            self._server.stdin.write(json.dumps([[str(arg) for arg in args], str(out), str(err)]) + "\n")
+            self._server.stdin.flush()
+            code, seconds, peak = json.loads(self._server.stdout.readline())
+            return Ran(code, out.read_text(), err.read_text(), seconds, peak * RSS_UNIT)

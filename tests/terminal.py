@@ -29,13 +29,16 @@ class Terminal:
             dimensions=(LINES, COLUMNS),
         )
         self.raw: list[str] = []
+        self._screen = pyte.HistoryScreen(COLUMNS, LINES, history=10_000, ratio=1.0)
+        self._stream = pyte.Stream(self._screen)
+        self._drawn = 0  # how many of `raw` the screen has
 
     def until(self, pattern: str) -> str:
         """Read until `pattern` comes; return what it matched."""
         while self.child.expect([WHERE, pattern]) == 0:
             self.raw.append(self.child.before or "")
-            screen = self._drawn(pyte.Screen(COLUMNS, LINES))
-            self.child.send(f"\x1b[{screen.cursor.y + 1};{screen.cursor.x + 1}R")
+            cursor = self._draw().cursor
+            self.child.send(f"\x1b[{cursor.y + 1};{cursor.x + 1}R")
         self.raw.append((self.child.before or "") + self.child.match.group(0))
         return str(self.child.match.group(0))
 
@@ -52,19 +55,20 @@ class Terminal:
     @property
     def screen(self) -> str:
         """What is seen now."""
-        screen = self._drawn(pyte.Screen(COLUMNS, LINES))
-        return "\n".join(line.rstrip() for line in screen.display)
+        return "\n".join(line.rstrip() for line in self._draw().display)
 
     @property
     def scrollback(self) -> str:
         """All that was ever shown, the lines that went out at the top first."""
-        screen = self._drawn(pyte.HistoryScreen(COLUMNS, LINES, history=10_000, ratio=1.0))
+        screen = self._draw()
         above = ["".join(line[column].data for column in range(COLUMNS)) for line in screen.history.top]
         return "\n".join(line.rstrip() for line in [*above, *screen.display])
 
-    def _drawn(self, screen: pyte.Screen) -> pyte.Screen:
-        pyte.Stream(screen).feed("".join(self.raw))
-        return screen
+    def _draw(self) -> pyte.HistoryScreen:
+        """The screen with all that came."""
+        self._stream.feed("".join(self.raw[self._drawn :]))
+        self._drawn = len(self.raw)
+        return self._screen
 
 
 @contextmanager

@@ -17,7 +17,7 @@ LMX = [line for line in commands() if line.startswith("lmx ")]
 
 def test_there_are_the_two_commands() -> None:
     assert command("install").startswith("pip install . && lmx chat")
-    assert command("test") == "pip install -e '.[dev]' && pytest"
+    assert command("test") == "pip install -e '.[dev]' && pytest -n 2 --dist worksteal"
 
 
 def test_there_are_commands_to_run() -> None:

@@ -226,46 +226,46 @@ def test_a_file_is_no_model(lmx: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [["eval", "--ids"], ["chat", "--messages"], ["bench", "--compare"]])
-def test_a_list_that_is_no_json_is_told_by_its_own_place(command, tmp_path):
+def test_a_list_that_is_no_json_is_told_by_its_own_place(lmx, command, tmp_path):
     path = tmp_path / "list.json"
     path.write_text('[\n  {"a": 1},\n  oops\n]')
-    done = run_lmx(*command, str(path))
-    assert done.returncode == 3
-    assert "(line 3, column 3)" in done.stderr
+    done = lmx(*command, path)
+    assert done.code == 3
+    assert "(line 3, column 3)" in done.err
 
 
-def test_a_revision_of_the_demo_is_refused():
-    done = run_lmx("show", "--revision", "main")
-    assert (done.returncode, "--revision main is for models of the hub" in done.stderr) == (2, True)
+def test_a_revision_of_the_demo_is_refused(lmx):
+    done = lmx("show", "--revision", "main")
+    assert (done.code, "--revision main is for models of the hub" in done.err) == (2, True)
 
 
-def test_a_size_of_nothing_is_refused(tmp_path):
-    done = run_lmx("convert", str(tmp_path), str(tmp_path / "out"), "--max-shard-size", "0")
-    assert (done.returncode, "--max-shard-size is 0" in done.stderr) == (2, True)
+def test_a_size_of_nothing_is_refused(lmx, tmp_path):
+    done = lmx("convert", tmp_path, tmp_path / "out", "--max-shard-size", "0")
+    assert (done.code, "--max-shard-size is 0" in done.err) == (2, True)
 
 
-def test_a_check_without_its_text_fails_before_any_work(tmp_path):
+def test_a_check_without_its_text_fails_before_any_work(lmx, tmp_path):
     source = write_family(tmp_path / "model", "olmoe")
-    done = run_lmx("quantize", str(source), str(tmp_path / "out"), "--check", str(tmp_path / "none.txt"))
-    assert (done.returncode, "none.txt' does not exist" in done.stderr) == (4, True)
+    done = lmx("quantize", source, tmp_path / "out", "--check", tmp_path / "none.txt")
+    assert (done.code, "none.txt' does not exist" in done.err) == (4, True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_sessions_alone_shows_its_help():
-    done = run_lmx("sessions")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "export" in done.stdout
+def test_sessions_alone_shows_its_help(lmx):
+    done = lmx("sessions")
+    assert (done.code, done.err) == (0, "")
+    assert "export" in done.out
 
 
-def test_every_command_fits_its_line_and_has_an_example():
-    listed = run_lmx("--help").stdout
+def test_every_command_fits_its_line_and_has_an_example(lmx):
+    listed = lmx("--help").out
     assert "..." not in listed.partition("Commands:")[2]
     names = [line.split()[0] for line in listed.partition("Commands:")[2].splitlines() if line.startswith("  ")]
     for name in names[:-1]:  # the last line is the example
-        assert "Example: lmx" in run_lmx(name, "--help").stdout
+        assert "Example: lmx" in lmx(name, "--help").out
 
 
-def test_a_wrong_choice_is_told_in_plain_words():
-    done = run_lmx("generate", "--device", "gpu", "--prompt-ids", "1")
-    assert done.returncode == 2
-    assert "Invalid value for '--device': 'gpu' is not one of 'auto'" in done.stderr
+def test_a_wrong_choice_is_told_in_plain_words(lmx):
+    done = lmx("generate", "--device", "gpu", "--prompt-ids", "1")
+    assert done.code == 2
+    assert "Invalid value for '--device': 'gpu' is not one of 'auto'" in done.err

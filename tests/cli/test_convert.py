@@ -2,26 +2,34 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from families import write_family
 from safetensors.torch import load_file, save_file
-from support import SHARED, needs_shared, run_lmx
+from support import SHARED, needs_shared
 
-import lmx
+import lmx as library
 from lmx.api import open_checkpoint, open_folder
 from lmx.cli.facts import human_bytes
 from lmx.conversion import Conversion
+from lmx.core import ceilings
 from lmx.core.errors import ConflictError, UsageError
 from lmx.memory import made_bytes
 from lmx.verification import Verification, verify
 
 
-def run(*args):
-    done = run_lmx(*map(str, args))
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture
+def run(lmx):
+    """Run a command that succeeds; returns the JSON it prints."""
+
+    def succeed(*args):
+        done = lmx(*args)
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    return succeed
 
 
 def convert(source, target, **options):
@@ -59,20 +67,18 @@ def test_trained_checkpoints_there_and_back(family, tmp_path):
 
 @needs_shared
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
-def test_a_quantized_gguf_verifies_and_runs(kind, tmp_path):
+def test_a_quantized_gguf_verifies_and_runs(run, lmx, kind, tmp_path):
     source = SHARED / "checkpoints" / "olmoe"
     report = run("convert", source, tmp_path / "m.gguf", "--dtype", kind, "--verify", "--json")["verification"]
     assert report["passed"]
     assert report["rounded"] > 100
     assert report["logits"]["top1_agreement"] > (0.95 if kind == "q8_0" else 0.5)
     expected = json.loads((source / "expected.json").read_text())["conversations"][0]
-    done = run_lmx(
-        "generate", str(tmp_path / "m.gguf"), "--prompt-ids", ids(expected["prompt_ids"]), "-n", "6", "--json"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "of memory as bfloat16" in done.stderr
+    done = lmx("generate", tmp_path / "m.gguf", "--prompt-ids", ids(expected["prompt_ids"]), "-n", "6", "--json")
+    assert done.code == 0, done.err
+    assert "of memory as bfloat16" in done.err
     if kind == "q8_0":
-        assert json.loads(done.stdout)["token_ids"] == expected["greedy_ids"][:6]
+        assert json.loads(done.out)["token_ids"] == expected["greedy_ids"][:6]
 
 
 def ids(values):
@@ -80,7 +86,7 @@ def ids(values):
 
 
 @needs_shared
-def test_a_gguf_chats_shows_and_quantizes(tmp_path):
+def test_a_gguf_chats_shows_and_quantizes(run, tmp_path):
     source = SHARED / "checkpoints" / "dbrx"
     convert(source, tmp_path / "m.gguf", dtype="q8_0")
     facts = run("show", tmp_path / "m.gguf", "--json")
@@ -183,15 +189,17 @@ def test_options_that_do_not_go_together(tmp_path):
 
 
 @pytest.mark.parametrize(("option", "kind"), [((), "bfloat16"), (("--4bit",), "nf4")])
-def test_a_gguf_benches_and_says_its_memory_before(option, kind, tmp_path):
+def test_a_gguf_benches_and_says_its_memory_before(lmx, option, kind, tmp_path, monkeypatch):
+    quick = partial(ceilings.measure_ceilings, read_bytes=8 << 20, width=256, rounds=2)
+    monkeypatch.setattr(ceilings, "measure_ceilings", quick)
     source = write_family(tmp_path / "source", "mixtral")
     convert(source, tmp_path / "m.gguf", dtype="q8_0")
     command = ("bench", str(tmp_path / "m.gguf"), *option, "-p", "8", "-n", "4", "-r", "1", "-o", "json")
-    done = run_lmx(*command)
-    assert done.returncode == 0, done.stderr
-    assert [result["test"] for result in json.loads(done.stdout)] == ["pp8", "tg4"]
-    assert f"its weights take {human_bytes(needed(tmp_path / 'm.gguf', kind))} of memory as {kind}" in done.stderr
-    assert "its weights take" not in run_lmx(*command, "--quiet").stderr
+    done = lmx(*command)
+    assert done.code == 0, done.err
+    assert [result["test"] for result in json.loads(done.out)] == ["pp8", "tg4"]
+    assert f"its weights take {human_bytes(needed(tmp_path / 'm.gguf', kind))} of memory as {kind}" in done.err
+    assert "its weights take" not in lmx(*command, "--quiet").err
 
 
 def needed(path, kind):
@@ -200,12 +208,12 @@ def needed(path, kind):
 
 def test_the_library_converts(tmp_path):
     source = write_family(tmp_path / "source", "olmoe")
-    done = lmx.convert(source, tmp_path / "m.gguf")
+    done = library.convert(source, tmp_path / "m.gguf")
     assert done.output_bytes == (tmp_path / "m.gguf").stat().st_size
-    assert lmx.convert(tmp_path / "m.gguf", tmp_path / "back").output == tmp_path / "back"
+    assert library.convert(tmp_path / "m.gguf", tmp_path / "back").output == tmp_path / "back"
     assert verified(tmp_path / "m.gguf", tmp_path / "back").weights.is_exact
     with pytest.raises(ConflictError):
-        lmx.convert(source, tmp_path / "m.gguf")
+        library.convert(source, tmp_path / "m.gguf")
 
 
 def test_memory_is_that_of_what_is_made(tmp_path):
@@ -220,18 +228,18 @@ def test_memory_is_that_of_what_is_made(tmp_path):
     assert made_bytes(open_folder(source)) == 0
 
 
-def test_a_source_is_never_replaced_by_its_own_conversion(tmp_path):
+def test_a_source_is_never_replaced_by_its_own_conversion(lmx, tmp_path):
     folder, gguf = write_family(tmp_path / "in" / "model", "olmoe"), tmp_path / "m.gguf"
     convert(folder, gguf)
     before = {path: path.read_bytes() for path in (gguf, *folder.iterdir())}
     for source, target in ((folder, folder), (folder, folder.parent), (gguf, gguf)):
-        done = run_lmx("convert", str(source), str(target), "--force")
-        assert (done.returncode, "holds the source itself" in done.stderr) == (2, True)
+        done = lmx("convert", source, target, "--force")
+        assert (done.code, "holds the source itself" in done.err) == (2, True)
     assert {path: path.read_bytes() for path in (gguf, *folder.iterdir())} == before
 
 
-def test_a_folder_may_not_have_the_name_of_a_file(tmp_path):
+def test_a_folder_may_not_have_the_name_of_a_file(lmx, tmp_path):
     source = write_family(tmp_path / "model", "olmoe")
-    done = run_lmx("convert", str(source), str(tmp_path / "m.gguf"), "--to", "hf")
-    assert (done.returncode, "is the name of a GGUF" in done.stderr) == (2, True)
+    done = lmx("convert", source, tmp_path / "m.gguf", "--to", "hf")
+    assert (done.code, "is the name of a GGUF" in done.err) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -4,15 +4,17 @@ import base64
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support import ROOT, SHARED, needs_shared, run_lmx
+from support import ROOT, SHARED, needs_shared
 from terminal import EDITING, Terminal, closing
 
 pytestmark = needs_shared
 
 STATUS = r"\[[^\]\n]*context [\d,]+[^\]\n]*\]"
 Start = Callable[..., Terminal]
+Lmx = Callable[..., Any]
 
 
 @pytest.fixture
@@ -26,6 +28,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     with closing(running):
         yield launch
+
+
+@pytest.fixture
+def lmx_at_home(lmx: Lmx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lmx:
+    """Commands in this process that see the chats' sessions."""
+    monkeypatch.setenv("LMX_HOME", str(tmp_path / "home"))
+    return lmx
 
 
 class Talk:
@@ -53,7 +62,7 @@ WITH_BOTTOM_LINE = r" MB[^\n]*\x1b\[\?25h"
 
 
 @pytest.mark.parametrize("family", ["mixtral", "falcon_mamba"])
-def test_every_command(family: str, start: Start, tmp_path: Path) -> None:
+def test_every_command(family: str, start: Start, lmx_at_home: Lmx) -> None:
     terminal = start(family, tells_cursor=True)
     talk = Talk(terminal, WITH_BOTTOM_LINE)
     line = talk.type
@@ -119,7 +128,8 @@ def test_every_command(family: str, start: Start, tmp_path: Path) -> None:
     assert re.fullmatch(pattern, bottom)
 
     line("/copy\r")
-    answer = base64.b64encode(_last_answer(tmp_path)).decode()
+    shown = lmx_at_home("sessions", "show", "one").out
+    answer = base64.b64encode(shown.rpartition("## Assistant\n\n")[2].strip().encode()).decode()
     assert f"\x1b]52;c;{answer}\x07" in "".join(terminal.raw)
 
     assert "Alt-Enter sends" in line("/multiline\r")
@@ -136,11 +146,6 @@ def test_every_command(family: str, start: Start, tmp_path: Path) -> None:
     terminal.send("/exit\r")
     assert terminal.leave() == 0
     assert not re.search(pattern, terminal.scrollback, re.MULTILINE), "the bottom line was there with the prompt only"
-
-
-def _last_answer(tmp_path: Path) -> bytes:
-    shown = run_lmx("sessions", "show", "one", env={"LMX_HOME": str(tmp_path / "home")}).stdout
-    return shown.rpartition("## Assistant\n\n")[2].strip().encode()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "falcon_mamba"])
@@ -186,7 +191,7 @@ def test_plain_has_every_command_and_no_escape(family: str, start: Start) -> Non
     assert "\x1b" not in "".join(terminal.raw)
 
 
-def test_a_killed_chat_goes_on_where_it_was(start: Start, tmp_path: Path) -> None:
+def test_a_killed_chat_goes_on_where_it_was(start: Start) -> None:
     terminal = start("falcon_mamba", "--session", "s")
     talk = Talk(terminal)
     talk.type("My name is Ada.\r")
@@ -205,10 +210,9 @@ def test_a_killed_chat_goes_on_where_it_was(start: Start, tmp_path: Path) -> Non
     assert again.leave() == 0
 
 
-def test_another_model_is_asked_about(start: Start, tmp_path: Path) -> None:
-    model = str(SHARED / "checkpoints" / "falcon_mamba")
-    home = {"LMX_HOME": str(tmp_path / "home")}
-    assert run_lmx("chat", model, "--session", "s", "-p", "My name is Ada.", env=home).returncode == 0
+def test_another_model_is_asked_about(start: Start, lmx_at_home: Lmx) -> None:
+    model = SHARED / "checkpoints" / "falcon_mamba"
+    assert lmx_at_home("chat", model, "--session", "s", "-p", "My name is Ada.").code == 0
     refused = start("mixtral", "--session", "s")
     refused.until(r"read the messages again\? \[y/N\] ")
     refused.send("n\r")

@@ -12,7 +12,7 @@ from families import config_of, write_family, write_tensors
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lmx.api import main_dtype, open_folder
+from lmx.api import open_folder
 from lmx.convert.gguf_header import TensorEntry, write_header
 from lmx.convert.gguf_layout import LAYOUTS
 from lmx.convert.gguf_source import GGUFCheckpoint, find_gguf
@@ -23,6 +23,7 @@ from lmx.convert.plain import write_plain
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import ConflictError, InputError, UsageError
 from lmx.core.loader import load_model
+from lmx.dtypes import main_dtype
 
 FAMILIES = ["mixtral", "olmoe", "dbrx", "falcon_mamba"]
 KINDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from lmx.core.errors import InputError
-from lmx.core.kv_cache import AttentionCache, KVCache, WindowKVCache, causal_visibility
+from lmx.core.kv_cache import AttentionCache, KVCache, WindowKVCache
 from lmx.core.layers.attention import Visibility, attend
 from lmx.core.state import Span, State, StateError
+from lmx.core.visibility import causal_visibility
 
 BATCH, KV_HEADS, HEADS, WIDTH = 3, 2, 4, 4
 CPU = torch.device("cpu")

@@ -82,7 +82,9 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("other", [(FAMILIES[0], 1), (FAMILIES[1], 0), (RECURRENT[0], 0)], ids=str)
+@pytest.mark.parametrize(
+    "other", [(FAMILIES[0], 1), (FAMILIES[1], 0), (RECURRENT[0], 0)], ids=["sizes", "experts", "recurrent"]
+)
 def test_a_state_of_another_model(other: tuple[FamilyRow, int], honest: Path) -> None:
     with pytest.raises(StateError, match="does not fit"):
         pair(*other).ours.load_state(honest)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from families import write_family
-from measured import run_measured
 from toys import toy_tokenizer
 
 from lmx.convert.gguf_header import MAX_ITEMS, read_header, write_header
@@ -151,11 +150,11 @@ def test_mutated_bytes_load_or_are_refused(good, tmp_path):
     assert peak_memory_bytes() - before < BYTES
 
 
-def test_mutants_through_the_command_line(good, tmp_path):
+def test_mutants_through_the_command_line(commands, good, tmp_path):
     for number, (what, mutant) in enumerate(header_mutants(good, COMMAND_MUTANTS, 3)):
         path = tmp_path / f"{number}.gguf"
         path.write_bytes(mutant)
-        ran = run_measured(*(("show", str(path)) if number % 2 else ("generate", str(path), "Hello", "-n", "1")))
+        ran = commands(*(("show", path) if number % 2 else ("generate", path, "Hello", "-n", "1")))
         assert ran.code == 3, (what, ran.err)
         assert ran.err.startswith("lmx: error: ")
         assert "Traceback" not in ran.err

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lmx.core.model import AnyState
 
+# Counting lines makes the compiler, all of it Python, three times as slow; other tests run the lines that it reads.
+pytestmark = pytest.mark.no_cover
 STEPS = 14
 PROMPT = padded([random_ids(7), random_ids(4)], "left")
 

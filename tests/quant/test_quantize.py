@@ -217,7 +217,8 @@ def test_a_dry_run_predicts_the_peak_of_memory(tmp_path):
         [sys.executable, "-c", MEASURE, folder, tmp_path / "out"], capture_output=True, text=True, check=True
     )
     predicted, measured = map(int, done.stdout.split())
-    assert abs(predicted / measured - 1) < 0.2, (predicted, measured)
+    # At most: on a busy machine the workers' peaks do not always meet.
+    assert 0.9 < predicted / measured < 1.3, (predicted, measured)
 
 
 @needs_shared

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmx.core.errors import UsageError
-from lmx.core.kv_cache import KVCache, WindowKVCache, causal_visibility
+from lmx.core.kv_cache import KVCache, WindowKVCache
 from lmx.core.layers import attention
 from lmx.core.layers.attention import Implementation, Visibility, attend
 from lmx.core.state import Span
+from lmx.core.visibility import causal_visibility
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 
