@@ -36,9 +36,8 @@ public:
     void multiply(const uint8_t* laid, int64_t count, int64_t first, int64_t last, const Take& take, Ahead then = {}) const {
         Vectors vectors{laid, count, m_.columns, padded(m_.columns)};
         float sums[MAX_VECTORS * UNIT];
-        const int64_t step = rows_at_a_time(m_);
-        for (int64_t row = first; row < last; row += step) {
-            const int64_t stop = std::min(row + step, last);
+        for (int64_t row = first; row < last; row += UNIT) {
+            const int64_t stop = std::min(row + UNIT, last);
             vectors.ahead = stop < last ? ahead_of(m_, stop) : then;
             kernel_.rows(m_, vectors, row, stop, sums, UNIT);
             for (int64_t v = 0; v < count; ++v) take(v, row, sums + v * UNIT, stop - row);

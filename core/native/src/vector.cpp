@@ -16,14 +16,13 @@ constexpr int64_t WORTH_A_THREAD = 1 << 16;
 
 int64_t grain(int64_t columns) { return std::max<int64_t>(16, WORTH_A_THREAD / columns / 2 / UNIT * UNIT); }
 
-// Rows first .. last of a matrix into `out` [vectors, out_stride] of dtype: few at a time, so that they lie in the cache
+// Rows first .. last of a matrix into `out` [vectors, out_stride] of dtype: a unit at a time, so that it lies in the cache
 // for the second group of vectors.
 void multiply_rows(const Matrix& m, const Kernel& kernel, Prepared& x, int64_t first, int64_t last, Dtype dtype,
                    uint8_t* out, int64_t out_stride) {
     float sums[MAX_VECTORS * UNIT];
-    const int64_t step = rows_at_a_time(m);
-    for (int64_t row = first; row < last; row += step) {
-        const int64_t stop = std::min(row + step, last);
+    for (int64_t row = first; row < last; row += UNIT) {
+        const int64_t stop = std::min(row + UNIT, last);
         const Ahead ahead = stop < last ? ahead_of(m, stop) : Ahead{};
         for (int64_t v = 0; v < x.count(); v += MAX_VECTORS) {
             const Vectors some = x.some(kernel.layout, v, ahead);

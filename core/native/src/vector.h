@@ -1,8 +1,6 @@
 // Matrices times a few vectors, each as if alone: what the paths for the different CPUs share.
 #pragma once
 
-#include <algorithm>
-
 #include "lmx_native.h"
 
 namespace lmx {
@@ -94,18 +92,16 @@ inline int64_t bytes_of_row(const Matrix& m) {
     }
 }
 
-// The rows from `row` on.
-inline Ahead ahead_of(const Matrix& m, int64_t row) {
-    const bool by_block = m.kind == FOUR_BIT && !m.nested_map;
-    const auto* scales = by_block ? static_cast<const float*>(m.absmax) + row * m.columns / m.block_size : nullptr;
-    return {m.data + row * bytes_of_row(m), reinterpret_cast<const uint8_t*>(scales)};
+// Of a row's scales, where there are several.
+inline int64_t bytes_of_scales(const Matrix& m) {
+    return m.kind == FOUR_BIT && !m.nested_map ? m.columns / m.block_size * static_cast<int64_t>(sizeof(float)) : 0;
 }
 
-// How many rows a kernel is given at a time, and so how far ahead memory is asked for: twice and four times as many bytes
-// took longer, by a tenth where rows are wide.
-inline int64_t rows_at_a_time(const Matrix& m) {
-    constexpr int64_t BYTES = 24576;
-    return std::clamp<int64_t>(BYTES / std::max<int64_t>(bytes_of_row(m), 1) / 4 * 4, 4, UNIT);
+// The rows from `row` on.
+inline Ahead ahead_of(const Matrix& m, int64_t row) {
+    const int64_t scales = bytes_of_scales(m);
+    const auto* absmax = static_cast<const uint8_t*>(m.absmax);
+    return {m.data + row * bytes_of_row(m), scales ? absmax + row * scales : nullptr};
 }
 
 inline int log2_of(int64_t power) { return __builtin_ctzll(static_cast<unsigned long long>(power)); }

@@ -15,10 +15,22 @@ namespace lmx {
 // Always inline: a call of a function that does nothing but this is taken for one that does nothing.
 LMX_INLINE LMX_AVX512 void prefetch(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1); }
 
-// What is asked for beside the rows from `first` on: themselves again where nothing follows, which costs nothing.
-inline Ahead soon_after(const Matrix& m, const Vectors& x, int64_t first) {
-    const Ahead own = ahead_of(m, first);
-    return {x.ahead.data ? x.ahead.data : own.data, x.ahead.scales ? x.ahead.scales : own.scales};
+// How far ahead of themselves rows that lie side by side are asked for, in whole groups of rows. Twice as much took
+// longer, by a tenth where rows are wide.
+LMX_INLINE int64_t rows_ahead(int64_t side, int64_t bytes) {
+    constexpr int64_t AHEAD = 24576;
+    return side * std::max<int64_t>(1, AHEAD / (side * bytes));
+}
+
+// What is asked for beside the rows from `row` on: those so many later, or what follows the last of this call; themselves
+// again where nothing does, which costs nothing.
+LMX_INLINE Ahead soon_after(const Matrix& m, const Vectors& x, int64_t row, int64_t last, int64_t ahead) {
+    const int64_t behind = row + ahead - last;
+    if (behind < 0) return ahead_of(m, row + ahead);
+    Ahead soon = ahead_of(m, row);
+    if (x.ahead.data) soon.data = x.ahead.data + behind * bytes_of_row(m);
+    if (x.ahead.scales) soon.scales = x.ahead.scales + behind * bytes_of_scales(m);
+    return soon;
 }
 
 // 16 values, twice.

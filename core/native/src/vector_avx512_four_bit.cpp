@@ -18,8 +18,9 @@ constexpr int64_t AHEAD = 24576;
 template <int ROWS>
 class UnitScales {
 public:
-    UnitScales(const Matrix& m, const Vectors& x, int64_t first)
-        : absmax_(static_cast<const float*>(m.absmax)), soon_(soon_after(m, x, first).scales), units_(m.columns / UNIT) {}
+    explicit UnitScales(const Matrix& m) : absmax_(static_cast<const float*>(m.absmax)), units_(m.columns / UNIT) {}
+    // What the rows that are now read ask for.
+    LMX_INLINE void ask_for(const uint8_t* soon) { soon_ = soon; }
     LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) {
         const __mmask16 there = static_cast<__mmask16>((1u << std::min<int64_t>(units_ - unit, 16)) - 1);
         for (int r = 0; r < ROWS; ++r) {
@@ -34,7 +35,7 @@ public:
 
 private:
     const float* absmax_;
-    const uint8_t* soon_;
+    const uint8_t* soon_ = nullptr;
     int64_t units_;
     __m512 group_[ROWS];
     __m512i pair_;
@@ -45,9 +46,10 @@ private:
 template <int ROWS, bool NESTED>
 class BlockScales {
 public:
-    BlockScales(const Matrix& m, const Vectors&, int64_t) : m_(m), units_(m.columns / UNIT), shift_(log2_of(m.block_size / UNIT)) {
+    explicit BlockScales(const Matrix& m) : m_(m), units_(m.columns / UNIT), shift_(log2_of(m.block_size / UNIT)) {
         std::fill_n(groups_, ROWS, -1);
     }
+    LMX_INLINE void ask_for(const uint8_t*) {}
     LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) { at_ = row * units_ + unit; }
     LMX_INLINE LMX_AVX512 __m512 pair(int r) {
         const int64_t at = at_ + r * units_, block = at >> shift_;
@@ -95,10 +97,12 @@ private:
 //
 // Rows side by side share the loads of x, which are most of all loads and else the bottleneck.
 template <int ROWS, int VECTORS, class Scales>
-LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int64_t row, const uint8_t* soon, float* out,
+LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int64_t row, Ahead ahead, float* out,
                                          int64_t out_stride, __m512i table, Scales& scales) {
     const int64_t units = m.columns / UNIT, width = units * BYTES;
     const uint8_t* bytes = m.data + row * width;
+    const uint8_t* soon = ahead.data;
+    scales.ask_for(ahead.scales);
     const bf16* vectors = static_cast<const bf16*>(x.data);
     __m512 sums[ROWS][VECTORS];
     for (auto& of_row : sums)
@@ -145,14 +149,15 @@ template <int SIDE, int VECTORS, class Scales, class LastScales>
 LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
                              int64_t out_stride) {
     const __m512i table = table_of(rounded_code(m));
-    Scales scales(m, x, first);
-    LastScales last_scales(m, x, first);
+    Scales scales(m);
+    LastScales last_scales(m);
     // What memory is asked for goes from front to back, though rows lie side by side: two streams are slower.
-    const uint8_t* soon = soon_after(m, x, first).data;
+    const int64_t ahead = rows_ahead(SIDE, bytes_of_row(m));
     int64_t row = first;
-    for (; row + SIDE <= last; row += SIDE, out += SIDE, soon += SIDE * bytes_of_row(m))
-        four_bit_rows<SIDE, VECTORS>(m, x, row, soon, out, out_stride, table, scales);
-    for (; row < last; ++row, ++out) four_bit_rows<1, VECTORS>(m, x, row, soon, out, out_stride, table, last_scales);
+    for (; row + SIDE <= last; row += SIDE, out += SIDE)
+        four_bit_rows<SIDE, VECTORS>(m, x, row, soon_after(m, x, row, last, ahead), out, out_stride, table, scales);
+    for (; row < last; ++row, ++out)
+        four_bit_rows<1, VECTORS>(m, x, row, soon_after(m, x, row, last, ahead), out, out_stride, table, last_scales);
 }
 
 template <int VECTORS>
