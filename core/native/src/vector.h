@@ -40,7 +40,7 @@ enum Layout : int { PLAIN_F32 = 0, SPLIT_F32 = 1, PLAIN_BF16 = 2, SPLIT_BF16 = 3
 constexpr int LAYOUTS = 5;
 
 // What is read after the rows of a call: asked for from memory while these are multiplied, line by line, so that no
-// matrix begins with a wait. null: nothing.
+// matrix begins with a wait. null: nothing. Scales that are none a block do not move from row to row.
 struct Ahead {
     const uint8_t *data = nullptr, *scales = nullptr;
 };
@@ -101,7 +101,7 @@ inline int64_t bytes_of_scales(const Matrix& m) {
 inline Ahead ahead_of(const Matrix& m, int64_t row) {
     const int64_t scales = bytes_of_scales(m);
     const auto* absmax = static_cast<const uint8_t*>(m.absmax);
-    return {m.data + row * bytes_of_row(m), scales ? absmax + row * scales : nullptr};
+    return {m.data + row * bytes_of_row(m), absmax + row * scales};
 }
 
 inline int log2_of(int64_t power) { return __builtin_ctzll(static_cast<unsigned long long>(power)); }

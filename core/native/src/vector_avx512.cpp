@@ -146,13 +146,13 @@ LMX_AVX512 void int8_of(const Matrix& m, const Vectors& x, int64_t first, int64_
     }
     const __m512i lows = table_of(low), highs = table_of(high);
     constexpr int SIDE = VECTORS == 1 ? 4 : 2;
-    const int64_t ahead = rows_ahead(SIDE, m.columns);
+    const Soon soon(m, x, last, SIDE);
     int64_t row = first;
     for (; row + SIDE <= last; row += SIDE)
-        int8_rows<SIDE, VECTORS>(m, x, row, soon_after(m, x, row, last, ahead).data, out + row - first, out_stride, lows,
+        int8_rows<SIDE, VECTORS>(m, x, row, soon.at(row).data, out + row - first, out_stride, lows,
                                  highs);
     for (; row < last; ++row)
-        int8_rows<1, VECTORS>(m, x, row, soon_after(m, x, row, last, ahead).data, out + row - first, out_stride, lows,
+        int8_rows<1, VECTORS>(m, x, row, soon.at(row).data, out + row - first, out_stride, lows,
                               highs);
     for (row = first; row < last; ++row)
         for (int v = 0; v < VECTORS; ++v) {

@@ -15,23 +15,28 @@ namespace lmx {
 // Always inline: a call of a function that does nothing but this is taken for one that does nothing.
 LMX_INLINE LMX_AVX512 void prefetch(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1); }
 
-// How far ahead of themselves rows that lie side by side are asked for, in whole groups of rows. Twice as much took
-// longer, by a tenth where rows are wide.
-LMX_INLINE int64_t rows_ahead(int64_t side, int64_t bytes) {
-    constexpr int64_t AHEAD = 24576;
-    return side * std::max<int64_t>(1, AHEAD / (side * bytes));
-}
+// What is asked for beside rows that are read: those 24 KB later, in whole groups of `side` rows, or what follows the last
+// row of the call; themselves again where nothing does, which costs nothing. Twice as far took longer, by a tenth where
+// rows are wide.
+class Soon {
+public:
+    Soon(const Matrix& m, const Vectors& x, int64_t last, int64_t side)
+        : bytes_(bytes_of_row(m)), scales_(bytes_of_scales(m)),
+          rows_(side * std::max<int64_t>(1, AHEAD / (side * bytes_))), last_(last), own_(ahead_of(m, 0)),
+          then_(x.ahead) {}
 
-// What is asked for beside the rows from `row` on: those so many later, or what follows the last of this call; themselves
-// again where nothing does, which costs nothing.
-LMX_INLINE Ahead soon_after(const Matrix& m, const Vectors& x, int64_t row, int64_t last, int64_t ahead) {
-    const int64_t behind = row + ahead - last;
-    if (behind < 0) return ahead_of(m, row + ahead);
-    Ahead soon = ahead_of(m, row);
-    if (x.ahead.data) soon.data = x.ahead.data + behind * bytes_of_row(m);
-    if (x.ahead.scales) soon.scales = x.ahead.scales + behind * bytes_of_scales(m);
-    return soon;
-}
+    LMX_INLINE Ahead at(int64_t row) const {
+        const int64_t behind = row + rows_ - last_;
+        if (behind < 0) return {own_.data + (row + rows_) * bytes_, own_.scales + (row + rows_) * scales_};
+        return {then_.data ? then_.data + behind * bytes_ : own_.data + row * bytes_,
+                then_.scales ? then_.scales + behind * scales_ : own_.scales + row * scales_};
+    }
+
+private:
+    static constexpr int64_t AHEAD = 24576;
+    const int64_t bytes_, scales_, rows_, last_;
+    const Ahead own_, then_;
+};
 
 // 16 values, twice.
 LMX_INLINE LMX_AVX512 __m512i table_of(const bf16* values) {

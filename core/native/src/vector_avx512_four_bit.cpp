@@ -152,12 +152,12 @@ LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, i
     Scales scales(m);
     LastScales last_scales(m);
     // What memory is asked for goes from front to back, though rows lie side by side: two streams are slower.
-    const int64_t ahead = rows_ahead(SIDE, bytes_of_row(m));
+    const Soon soon(m, x, last, SIDE);
     int64_t row = first;
     for (; row + SIDE <= last; row += SIDE, out += SIDE)
-        four_bit_rows<SIDE, VECTORS>(m, x, row, soon_after(m, x, row, last, ahead), out, out_stride, table, scales);
+        four_bit_rows<SIDE, VECTORS>(m, x, row, soon.at(row), out, out_stride, table, scales);
     for (; row < last; ++row, ++out)
-        four_bit_rows<1, VECTORS>(m, x, row, soon_after(m, x, row, last, ahead), out, out_stride, table, last_scales);
+        four_bit_rows<1, VECTORS>(m, x, row, soon.at(row), out, out_stride, table, last_scales);
 }
 
 template <int VECTORS>
