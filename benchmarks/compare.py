@@ -10,7 +10,6 @@ and bitsandbytes (`pip install -e '.[compare]'`, with CMAKE_ARGS=-DGGML_NATIVE=O
 
 import argparse
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +74,7 @@ def _round(name: str, model: Model, options: argparse.Namespace, figures: rounds
     for test in _chosen(model.lmx, options):
         _time_lmx(model, test, options.threads, figures)
     if model.llama_cpp and "llama.cpp" not in options.without:
-        path = _gguf(name, options)
+        path = rounds.random_gguf(name, options.folder, options.llama_python)
         answer = rounds.run(
             [options.llama_python, str(rounds.PEERS / "llama_cpp_runner.py"), str(path), str(options.threads)],
             ",".join(_chosen(model.llama_cpp, options)),
@@ -95,18 +94,6 @@ def _chosen(tests: tuple[str, ...], options: argparse.Namespace) -> list[str]:
 def _time_lmx(model: Model, test: str, threads: int, figures: rounds.Figures) -> None:
     options = [f"--{model.scheme}", "--head", model.head, "--threads", str(threads)]
     figures.add_lmx(test, rounds.time_lmx(model.hub, test, options))
-
-
-def _gguf(name: str, options: argparse.Namespace) -> Path:
-    path: Path = options.folder / f"{name}-q4_0.gguf"
-    if not path.exists():
-        rounds.say(f"writing {path}")
-        subprocess.run(
-            [options.llama_python, str(rounds.PEERS / "random_gguf.py"), name, str(path)],
-            check=True,
-            stderr=subprocess.DEVNULL,
-        )
-    return path
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def _script(name: str) -> ModuleType:
 
 
 sys.path.append(str(ROOT / "benchmarks"))  # where a script started as a program finds what it shares with others
-compare, gpu = _script("compare"), _script("gpu")
+compare, gpu, turns = _script("compare"), _script("gpu"), _script("turns")
 rounds = sys.modules["peers.rounds"]
 
 
@@ -54,13 +54,37 @@ def test_the_comparison_tells_its_figures(monkeypatch: pytest.MonkeyPatch, capsy
 
     monkeypatch.setattr(rounds, "run", answer)
     monkeypatch.setattr(compare, "MODELS", {"toy": compare.Model("org/toy", "nf4", ("tg128",), ("tg128",), ())})
-    monkeypatch.setattr(compare, "_gguf", lambda *_: Path("toy.gguf"))
+    monkeypatch.setattr(rounds, "random_gguf", lambda *_: Path("toy.gguf"))
     monkeypatch.setattr(sys, "argv", ["compare.py", "--models", "toy"])
     compare.main()
     said = capsys.readouterr().out
     assert "| tg128 | lmx | 20.00 | | 50% |" in said
     assert "| tg128 | llama.cpp Q4_0 | 10.00 | 1.25 | |" in said
     assert "tg128 5 MB. Peak memory of lmx: 1.00 GB." in said
+
+
+def test_turns_tell_slow_memory_from_fast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two programs that take as long as they say, on memory that is twice as fast in every other turn."""
+    child = "import sys; print('ready', flush=True); [print(sys.argv[1], flush=True) for line in sys.stdin]"
+    answers = {"lmx_turns.py": '{"seconds": 0.1, "bytes": 5e8}', "llama_cpp_turns.py": '{"seconds": 0.16}'}
+
+    class Program(turns.Program):  # type: ignore[name-defined, misc]
+        def __init__(self, command: list[str]) -> None:
+            super().__init__([sys.executable, "-c", child, answers[Path(command[1]).name]])
+
+    bandwidths = iter([3e10, 3e10, 6e10, 6e10] * 3)
+    monkeypatch.setattr(turns, "Program", Program)
+    monkeypatch.setattr(turns, "bandwidth_beside", lambda device: next(bandwidths))
+    monkeypatch.setattr(rounds, "random_gguf", lambda *_: Path("toy.gguf"))
+    monkeypatch.setattr(
+        sys, "argv", ["turns.py", "--models", "olmoe", "--turns", "6", "--tokens", "4", "--threads", "1"]
+    )
+    turns.main()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows == [
+        "| olmoe | 0 | 3 | 30.0 | 40.00 | 25.00 | 1.60 | 67% |",
+        "| olmoe | 0 | 3 | 60.0 | 40.00 | 25.00 | 1.60 | 33% |",
+    ]
 
 
 def test_the_gpu_comparison_tells_its_figures(

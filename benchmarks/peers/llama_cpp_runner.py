@@ -17,8 +17,7 @@ BATCH = 512
 
 def main(path: str, threads: int, tests: list[str]) -> None:
     """Load, warm up, run every test once, print."""
-    llama.llama_backend_init()
-    model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
+    model = open_model(path)
     results = {}
     for test in tests:
         kind, _, depth = test.partition("@")
@@ -26,34 +25,51 @@ def main(path: str, threads: int, tests: list[str]) -> None:
     sys.stdout.write(json.dumps(results) + "\n")
 
 
-def _time(model: Any, threads: int, kind: str, count: int, depth: int) -> float:
+def open_model(path: str) -> Any:
+    """Load a GGUF."""
+    llama.llama_backend_init()
+    return llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
+
+
+def open_context(model: Any, threads: int, tokens: int) -> Any:
+    """A conversation with room for so many tokens."""
     params = llama.llama_context_default_params()
-    params.n_ctx = depth + count + 16
+    params.n_ctx = tokens
     params.n_batch = params.n_ubatch = BATCH
     params.n_threads = params.n_threads_batch = threads
-    context = llama.llama_init_from_model(model, params)
-    memory = llama.llama_get_memory(context)
-    _decode(context, [1, 2, 3] if kind == "tg" else list(range(1, count + 1)))  # warm up
-    llama.llama_memory_clear(memory, True)
-    for start in range(0, depth, BATCH):
-        _decode(context, list(range(1, min(BATCH, depth - start) + 1)))
-    begin = time.perf_counter()
-    if kind == "pp":
-        _decode(context, list(range(1, count + 1)))
-    else:
-        for step in range(count):
-            _decode(context, [1 + step])
-    seconds = time.perf_counter() - begin
-    llama.llama_free(context)
-    return count / seconds
+    return llama.llama_init_from_model(model, params)
 
 
-def _decode(context: Any, ids: list[int]) -> None:
+def read(context: Any, tokens: int) -> None:
+    """Read a prompt of so many tokens."""
+    for start in range(0, tokens, BATCH):
+        decode(context, list(range(1, min(BATCH, tokens - start) + 1)))
+
+
+def decode(context: Any, ids: list[int]) -> None:
+    """Feed some tokens, and wait until their logits are there."""
     tokens = (llama.llama_token * len(ids))(*ids)
     batch = llama.llama_batch_get_one(tokens, ctypes.c_int32(len(ids)))
     if llama.llama_decode(context, batch):
         raise RuntimeError("llama.cpp could not decode")
     llama.llama_synchronize(context)
+
+
+def _time(model: Any, threads: int, kind: str, count: int, depth: int) -> float:
+    context = open_context(model, threads, depth + count + 16)
+    memory = llama.llama_get_memory(context)
+    decode(context, [1, 2, 3] if kind == "tg" else list(range(1, count + 1)))  # warm up
+    llama.llama_memory_clear(memory, True)
+    read(context, depth)
+    begin = time.perf_counter()
+    if kind == "pp":
+        decode(context, list(range(1, count + 1)))
+    else:
+        for step in range(count):
+            decode(context, [1 + step])
+    seconds = time.perf_counter() - begin
+    llama.llama_free(context)
+    return count / seconds
 
 
 if __name__ == "__main__":

@@ -88,6 +88,16 @@ def time_transformers(
     return answer
 
 
+def random_gguf(name: str, folder: Path, python: str) -> Path:
+    """A GGUF of random weights of one of the models of random_gguf.py, written where it is not there yet."""
+    path = folder / f"{name}-q4_0.gguf"
+    if not path.exists():
+        say(f"writing {path}")
+        command = [python, str(PEERS / "random_gguf.py"), name, str(path)]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    return path
+
+
 def run_on_config(script: str, config: Mapping[str, object], *arguments: str) -> Any:
     """Run one of the scripts beside this one on a config.json, in a process of its own."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
