@@ -8,9 +8,6 @@
 
 namespace lmx {
 
-// The gate, up and down matrices of an expert.
-using Expert = Matrix[3];
-
 // What was chosen for each token: ids, weights [tokens, top_k].
 struct Choices {
     const int64_t* ids;

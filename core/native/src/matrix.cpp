@@ -32,7 +32,7 @@ Blocks& blocks() {
 // A prompt's way through a bank of experts.
 class Bank {
 public:
-    Bank(const Matrix (*bank)[3], const bf16* x, int64_t tokens, const int64_t* order, const float* weights,
+    Bank(const Expert* bank, const bf16* x, int64_t tokens, const int64_t* order, const float* weights,
          int64_t top_k, Activation activation)
         : bank_(bank), x_(x), tokens_(tokens), hidden_(bank[0][0].columns), inner_(bank[0][0].rows), order_(order),
           weights_(weights), top_k_(top_k), activation_(activation), sums_(tokens * hidden_),
@@ -95,7 +95,7 @@ private:
         }
     }
 
-    const Matrix (*bank_)[3];
+    const Expert* bank_;
     const bf16* x_;
     int64_t tokens_, hidden_, inner_;
     const int64_t* order_;
@@ -139,7 +139,7 @@ LMX_EXPORT void lmx_multiply_many(const Matrix* m, const bf16* x, int64_t x_stri
 
 // lmx_experts (vector.cpp) for many tokens of bf16, whose slots are sorted by expert: `order` [slots] holds their numbers
 // (token * top_k + k), `counts` [experts] how many each expert has. Experts add up in the order of their numbers.
-LMX_EXPORT void lmx_experts_many(const Matrix (*bank)[3], int64_t experts, const bf16* x, int64_t tokens,
+LMX_EXPORT void lmx_experts_many(const Expert* bank, int64_t experts, const bf16* x, int64_t tokens,
                                  const int64_t* order, const int64_t* counts, const float* weights, int64_t top_k,
                                  int activation, bf16* out) {
     Bank prompt(bank, x, tokens, order, weights, top_k, static_cast<Activation>(activation));

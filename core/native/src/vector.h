@@ -26,6 +26,9 @@ struct Matrix {
 constexpr int64_t MATRIX_WORDS = 10;
 static_assert(sizeof(Matrix) == MATRIX_WORDS * 8, "as the table in Python");
 
+// The gate, up and down matrices of an expert.
+using Expert = Matrix[3];
+
 inline const bf16* rounded_code(const Matrix& m) { return reinterpret_cast<const bf16*>(m.code + 16); }
 inline float code_scale(const Matrix& m) { return m.code[24]; }
 
