@@ -12,21 +12,24 @@ void ExpertAnswers::enter(Share share, const Choices& chosen, Prepared& x) {
     const auto ahead = [&](int64_t at, int number) {
         return ahead_of(matrix(chosen, at / stretches, number), at % stretches * STRETCH);
     };
-    for (int64_t at = first; at < last; ++at) {
+    Scratch<float> gate(padded(inner_)), up(padded(inner_));
+    // As many rows of one matrix in a row as there are: every change of place costs the hardware's own look ahead.
+    for (int64_t at = first, next; at < last; at = next) {
         const int64_t slot = at / stretches, row = at % stretches * STRETCH;
-        const int64_t stop = std::min(row + STRETCH, inner_);
-        const Ahead then = at + 1 < last ? ahead(at + 1, 0) : ahead_of(matrix(chosen, 0, 2), share.of(hidden_, UNIT).first);
+        next = std::min((slot + 1) * stretches, last);
+        const int64_t stop = std::min((next - slot * stretches) * STRETCH, inner_), count = stop - row;
+        const Ahead then = next < last ? ahead(next, 0) : ahead_of(matrix(chosen, 0, 2), share.of(hidden_, UNIT).first);
         const Ahead aheads[] = {ahead(at, 1), then};
-        float sums[2][STRETCH];
+        float* const sums[] = {gate.data(), up.data()};
         for (int i = 0; i < 2; ++i) {
             const Matrix& m = matrix(chosen, slot, i);
             const Kernel best = kernel(m);
-            best.rows(m, x.one(best.layout, slot / chosen.top_k, aheads[i]), row, stop, sums[i], STRETCH);
+            best.rows(m, x.one(best.layout, slot / chosen.top_k, aheads[i]), row, stop, sums[i], count);
         }
-        gate_with(sums[0], sums[1], stop - row, activation_);
+        gate_with(gate.data(), up.data(), count, activation_);
         const Layout layout = kernel(matrix(chosen, slot, 2)).layout;
         auto* vector = reinterpret_cast<uint8_t*>(between_.data() + slot * padded(inner_));
-        prepare(sums[0], F32, stop - row, layout, vector + row * size_of(layout));
+        prepare(gate.data(), F32, count, layout, vector + row * size_of(layout));
     }
 }
 

@@ -38,22 +38,19 @@ public:
     template <typename Take>
     void leave(Share share, const Choices& chosen, const Take& take) {
         const auto [first, last] = share.of(hidden_, UNIT);
-        for (int64_t token = 0; token < chosen.tokens; ++token)
-            for (int64_t row = first; row < last; row += UNIT) {
-                const int64_t stop = std::min(row + UNIT, last), end = (token + 1) * chosen.top_k;
-                float sums[UNIT] = {}, part[UNIT];
-                for (int64_t slot = token * chosen.top_k; slot < end; ++slot) {
-                    const Matrix& down = matrix(chosen, slot, 2);
-                    const Ahead ahead = slot + 1 < end ? ahead_of(matrix(chosen, slot + 1, 2), row)
-                                        : stop < last  ? ahead_of(matrix(chosen, end - chosen.top_k, 2), stop)
-                                        : end < slots_ ? ahead_of(matrix(chosen, end, 2), first)
-                                                       : Ahead{};
-                    const Vectors vector{between_.data() + slot * padded(inner_), 1, inner_, padded(inner_), ahead};
-                    kernel(down).rows(down, vector, row, stop, part, UNIT);
-                    for (int64_t i = 0; i < stop - row; ++i) sums[i] += chosen.weights[slot] * part[i];
-                }
-                take(token, row, sums, stop - row);
+        const int64_t count = last - first;
+        Scratch<float> sums(count), part(count);
+        for (int64_t token = 0, slot = 0; token < chosen.tokens; ++token) {
+            std::fill_n(sums.data(), count, 0.0f);
+            for (const int64_t end = slot + chosen.top_k; slot < end; ++slot) {
+                const Matrix& down = matrix(chosen, slot, 2);
+                const Ahead ahead = slot + 1 < slots_ ? ahead_of(matrix(chosen, slot + 1, 2), first) : Ahead{};
+                const Vectors vector{between_.data() + slot * padded(inner_), 1, inner_, padded(inner_), ahead};
+                kernel(down).rows(down, vector, first, last, part.data(), count);
+                for (int64_t i = 0; i < count; ++i) sums.data()[i] += chosen.weights[slot] * part.data()[i];
             }
+            take(token, first, sums.data(), count);
+        }
     }
 
 private:

@@ -90,7 +90,7 @@ LMX_AVX512 void bf16_row(const Matrix& m, const Vectors& x, int64_t row, float* 
 // int8 times bf16, by its nibbles: a byte is 16 h + l, and both parts come out of tables, exact in bf16. Converting to
 // float takes no longer, but reads four times the bytes of x, and they do not stay in the nearest cache. Rows side by side
 // share the loads of x, and their sums wait for each other less.
-template <int ROWS, int VECTORS>
+template <int ROWS, int VECTORS, bool NEAR>
 LMX_AVX512 LMX_INLINE void int8_rows(const Matrix& m, const Vectors& x, int64_t row, const uint8_t* soon, float* out,
                                      int64_t out_stride, __m512i low, __m512i high) {
     const bf16* vectors = static_cast<const bf16*>(x.data);
@@ -101,8 +101,8 @@ LMX_AVX512 LMX_INLINE void int8_rows(const Matrix& m, const Vectors& x, int64_t 
     for (int64_t c = 0; c < m.columns; c += UNIT) {
         __m512bh values[ROWS][4];
         for (int r = 0; r < ROWS; ++r) {
-            prefetch(soon + r * UNIT);
-            const __m512i words = _mm512_loadu_si512(weights + r * m.columns + c);
+            prefetch<NEAR>(soon + r * UNIT);
+            const __m512i words = load_in_order(weights + r * m.columns + c);
             values[r][0] = (__m512bh)_mm512_permutexvar_epi16(words, low);
             values[r][1] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), high);
             values[r][2] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), low);
@@ -136,29 +136,33 @@ float int8_row_whole(const Matrix& m, const Vectors& x, int64_t row, int v) {
     return sum * static_cast<const float*>(m.absmax)[row] * (1.0f / 127.0f);
 }
 
-template <int VECTORS>
-LMX_AVX512 void int8_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
-                        int64_t out_stride) {
+template <int SIDE, int VECTORS, bool NEAR>
+LMX_AVX512 void int8_all(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
+                         int64_t out_stride) {
     bf16 low[16], high[16];
     for (int i = 0; i < 16; ++i) {
         low[i] = float_to_bf16(static_cast<float>(i));
         high[i] = float_to_bf16(16.0f * static_cast<float>(i < 8 ? i : i - 16));
     }
     const __m512i lows = table_of(low), highs = table_of(high);
-    constexpr int SIDE = VECTORS == 1 ? 4 : 2;
     const Soon soon(m, x, last, SIDE);
     int64_t row = first;
     for (; row + SIDE <= last; row += SIDE)
-        int8_rows<SIDE, VECTORS>(m, x, row, soon.at(row).data, out + row - first, out_stride, lows,
-                                 highs);
+        int8_rows<SIDE, VECTORS, NEAR>(m, x, row, soon.at(row).data, out + row - first, out_stride, lows, highs);
     for (; row < last; ++row)
-        int8_rows<1, VECTORS>(m, x, row, soon.at(row).data, out + row - first, out_stride, lows,
-                              highs);
+        int8_rows<1, VECTORS, NEAR>(m, x, row, soon.at(row).data, out + row - first, out_stride, lows, highs);
     for (row = first; row < last; ++row)
         for (int v = 0; v < VECTORS; ++v) {
             float& answer = out[v * out_stride + row - first];
             if (!std::isfinite(answer)) answer = int8_row_whole(m, x, row, v);
         }
+}
+
+template <int VECTORS>
+void int8_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
+    if (VECTORS == 1 && Soon::is_near(m, x, 4)) return int8_all<4, VECTORS, true>(m, x, first, last, out, out_stride);
+    if (VECTORS == 1 && Soon::is_near(m, x, 2)) return int8_all<2, VECTORS, true>(m, x, first, last, out, out_stride);
+    int8_all<VECTORS == 1 ? 4 : 2, VECTORS, false>(m, x, first, last, out, out_stride);
 }
 
 template <int VECTORS>

@@ -7,6 +7,9 @@ namespace lmx {
 namespace {
 
 constexpr int64_t BYTES = UNIT / 2;  // a unit in four bits
+// Rows that are read side by side.
+template <int VECTORS>
+constexpr int side_of = VECTORS == 1 ? 4 : 2;
 // How far ahead of themselves rows in float are asked for.
 constexpr int64_t AHEAD = 24576;
 
@@ -15,7 +18,7 @@ constexpr int64_t AHEAD = 24576;
 //
 // A block a unit: 16 scales are loaded at once, and one permutation gives a pair, in less time than two loads into the
 // halves of a register.
-template <int ROWS>
+template <int ROWS, bool NEAR>
 class UnitScales {
 public:
     explicit UnitScales(const Matrix& m) : absmax_(static_cast<const float*>(m.absmax)), units_(m.columns / UNIT) {}
@@ -24,7 +27,7 @@ public:
     LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) {
         const __mmask16 there = static_cast<__mmask16>((1u << std::min<int64_t>(units_ - unit, 16)) - 1);
         for (int r = 0; r < ROWS; ++r) {
-            prefetch(soon_);
+            prefetch<NEAR>(soon_);
             soon_ += 16 * sizeof(float);
             group_[r] = _mm512_maskz_loadu_ps(there, absmax_ + (row + r) * units_ + unit);
         }
@@ -96,7 +99,7 @@ private:
 // times their blocks' scales.
 //
 // Rows side by side share the loads of x, which are most of all loads and else the bottleneck.
-template <int ROWS, int VECTORS, class Scales>
+template <int ROWS, int VECTORS, bool NEAR, class Scales>
 LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int64_t row, Ahead ahead, float* out,
                                          int64_t out_stride, __m512i table, Scales& scales) {
     const int64_t units = m.columns / UNIT, width = units * BYTES;
@@ -112,8 +115,8 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
         __m512bh values[ROWS][4];
         for (int r = 0; r < ROWS; ++r) {
             const uint8_t* at = bytes + r * width + unit * BYTES;
-            prefetch(soon + r * 2 * BYTES);
-            const __m512i words = _mm512_loadu_si512(at);
+            prefetch<NEAR>(soon + r * 2 * BYTES);
+            const __m512i words = load_in_order(at);
             values[r][0] = (__m512bh)_mm512_permutexvar_epi16(words, table);
             values[r][1] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
             values[r][2] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
@@ -145,7 +148,7 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
     }
 }
 
-template <int SIDE, int VECTORS, class Scales, class LastScales>
+template <int SIDE, int VECTORS, bool NEAR, class Scales, class LastScales>
 LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
                              int64_t out_stride) {
     const __m512i table = table_of(rounded_code(m));
@@ -155,17 +158,24 @@ LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, i
     const Soon soon(m, x, last, SIDE);
     int64_t row = first;
     for (; row + SIDE <= last; row += SIDE, out += SIDE)
-        four_bit_rows<SIDE, VECTORS>(m, x, row, soon.at(row), out, out_stride, table, scales);
+        four_bit_rows<SIDE, VECTORS, NEAR>(m, x, row, soon.at(row), out, out_stride, table, scales);
     for (; row < last; ++row, ++out)
-        four_bit_rows<1, VECTORS>(m, x, row, soon.at(row), out, out_stride, table, last_scales);
+        four_bit_rows<1, VECTORS, NEAR>(m, x, row, soon.at(row), out, out_stride, table, last_scales);
+}
+
+template <int VECTORS, bool NEAR>
+RowsFunction four_bit_for(const Matrix& m) {
+    constexpr int SIDE = side_of<VECTORS>;
+    if (m.nested_map) return four_bit_all<2, VECTORS, NEAR, BlockScales<2, true>, BlockScales<1, true>>;
+    if (m.block_size == UNIT) return four_bit_all<SIDE, VECTORS, NEAR, UnitScales<SIDE, NEAR>, UnitScales<1, NEAR>>;
+    return four_bit_all<SIDE, VECTORS, NEAR, BlockScales<SIDE, false>, BlockScales<1, false>>;
 }
 
 template <int VECTORS>
 void four_bit_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
-    constexpr int SIDE = VECTORS == 1 ? 4 : 2;
-    RowsFunction all = four_bit_all<SIDE, VECTORS, BlockScales<SIDE, false>, BlockScales<1, false>>;
-    if (m.block_size == UNIT) all = four_bit_all<SIDE, VECTORS, UnitScales<SIDE>, UnitScales<1>>;
-    if (m.nested_map) all = four_bit_all<2, VECTORS, BlockScales<2, true>, BlockScales<1, true>>;
+    RowsFunction all = four_bit_for<VECTORS, false>(m);
+    if constexpr (VECTORS == 1)
+        if (Soon::is_near(m, x, m.nested_map ? 2 : side_of<1>)) all = four_bit_for<1, true>(m);
     all(m, x, first, last, out, out_stride);
 }
 
@@ -191,7 +201,7 @@ LMX_AVX512 void four_bit_row_f32(const Matrix& m, const Vectors& x, int64_t row,
     __m512 sums[VECTORS];
     for (auto& sum : sums) sum = _mm512_setzero_ps();
     for (int64_t unit = 0; unit < units; ++unit, bytes += BYTES) {
-        prefetch(bytes + AHEAD);
+        prefetch<false>(bytes + AHEAD);
         __m512 parts[VECTORS][2];
         for (int half = 0; half < 2; ++half) {
             const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 16 * half));
