@@ -45,25 +45,22 @@ public:
 
     int64_t worth() const { return (gate_.weights() + up_.weights()) / WORTH_A_THREAD; }
 
-    // Gate and up, a stretch of their rows at a time.
+    // Gate and up, each in one go: every change of place sets the hardware's own look ahead back.
     void enter(Share share, const bf16* x) {
         Scratch<uint8_t> for_gate(s_.rows * gate_.bytes()), for_up(s_.rows * up_.bytes());
         Normed normed(x, s_.norm_weight, s_.eps, true, s_.rows, s_.hidden);
         normed.lay(gate_, for_gate.data());
         normed.lay(up_, for_up.data());
-        const auto [first, last] = share.of(s_.inner, STRETCH);
-        for (int64_t row = first; row < last; row += STRETCH) {
-            const Share::Range range{row, std::min(row + STRETCH, last)};
-            const Ahead then = range.last < last ? gate_.from(range.last) : down_.from(share.of(s_.hidden, UNIT).first);
-            put(gate_, s_.gate.bias, for_gate.data(), s_.rows, range, nullptr, gated_.data(), s_.inner, up_.from(row));
-            put(up_, s_.up.bias, for_up.data(), s_.rows, range, nullptr, up_answers_.data(), s_.inner, then);
-            for (int64_t v = 0; v < s_.rows; ++v) {
-                bf16* gate = gated_.data() + v * s_.inner + row;
-                const bf16* up = up_answers_.data() + v * s_.inner + row;
-                lanes().gate(Gate{gate, up, gate, range.last - row, s_.activation});
-            }
-            down_.lay(gated_.data(), s_.rows, row, range.last, laid_.data());
+        const Share::Range range = share.of(s_.inner, STRETCH);
+        const Ahead down = down_.from(share.of(s_.hidden, UNIT).first);
+        put(gate_, s_.gate.bias, for_gate.data(), s_.rows, range, nullptr, gated_.data(), s_.inner, up_.from(range.first));
+        put(up_, s_.up.bias, for_up.data(), s_.rows, range, nullptr, up_answers_.data(), s_.inner, down);
+        for (int64_t v = 0; v < s_.rows && range.first < range.last; ++v) {
+            bf16* gate = gated_.data() + v * s_.inner + range.first;
+            const bf16* up = up_answers_.data() + v * s_.inner + range.first;
+            lanes().gate(Gate{gate, up, gate, range.last - range.first, s_.activation});
         }
+        down_.lay(gated_.data(), s_.rows, range.first, range.last, laid_.data());
     }
 
     // What a thread reads first.
