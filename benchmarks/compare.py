@@ -2,98 +2,164 @@
 
     python benchmarks/compare.py --folder /somewhere/with/9GB
 
-Each runs in a process of its own and in turn, round after round, since three of these models do not fit memory
-together; figures are medians over the rounds, ratios are medians of the rounds' ratios. NF4 in blocks of 64 stands
-against llama.cpp's Q4_0. Needs the extra `compare`: llama-cpp-python (compiled on this machine), gguf, transformers
-and bitsandbytes (`pip install -e '.[compare]'`, with CMAKE_ARGS=-DGGML_NATIVE=ON); --without leaves one out.
+lmx and one other program are loaded at once and take turns at the same test, a few tokens each; between the turns the
+memory's bandwidth is measured. Where others share the memory, what it gives may change from second to second by more
+than two programs differ: in turns both meet the same. Medians over the turns, ratios of turns, apart for turns that met
+slower and faster memory where it changed by more than a third. NF4 in blocks of 64 stands against llama.cpp's Q4_0.
+
+Needs the extra `compare`: llama-cpp-python (compiled on this machine), gguf, transformers and bitsandbytes
+(`pip install -e '.[compare]'`, with CMAKE_ARGS=-DGGML_NATIVE=ON), and 20 GB of memory; --without leaves one out.
 """
 
 import argparse
+import json
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from peers import rounds
+import torch
+from peers import rounds, turns
+from peers.turns import Program, Turn
 
 from lmx.presets import preset
 
-DEEP = "tg64@3968"
+LLAMA_CPP, TRANSFORMERS, SHALLOW = "llama.cpp Q4_0", "transformers + bitsandbytes NF4", "lmx, depth 0"
+DEEP = 3968
+
+
+@dataclass(frozen=True)
+class Test:
+    """`kind` (tg or pp) of so many tokens in each of some turns, behind `depth` others, against another program if any."""
+
+    kind: str
+    peer: str | None = None
+    depth: int = 0
+    tokens: int = 4
+    turns: int = 40
+
+    @property
+    def name(self) -> str:
+        """As lmx bench and llama-bench have it."""
+        kind = f"{self.kind}{self.tokens}" if self.kind == "pp" else self.kind
+        return f"{kind}@{self.depth}" if self.depth else kind
 
 
 @dataclass(frozen=True)
 class Model:
-    """One model: its hub name, how lmx runs it and its head, and what each program is timed on."""
+    """One model: its hub name, how lmx runs it and its head, and what is timed."""
 
     hub: str
+    scheme: str
     head: str
-    lmx: tuple[str, ...]
-    llama_cpp: tuple[str, ...] = ()
-    transformers: tuple[str, ...] = ()
-    scheme: str = "4bit"
+    tests: tuple[Test, ...]
 
 
-# transformers takes seconds a token on OLMoE, so that a few tokens tell its speed.
+def _prompt(peer: str | None = None) -> Test:
+    return Test("pp", peer, tokens=512, turns=3)
+
+
 MODELS = {
-    "olmoe": Model("allenai/OLMoE-1B-7B-0924", "nf4", ("pp512", "tg128", DEEP), ("pp512", "tg128", DEEP), ("tg16",)),
-    "falcon_mamba": Model("tiiuae/falcon-mamba-7b", "nf4", ("pp512", "tg64", DEEP), ("pp512", "tg64"), ("tg16",)),
-    "recurrent_gemma": Model("google/recurrentgemma-2b", "nf4", ("pp512", "tg64", DEEP)),
-    "olmoe-int8": Model("allenai/OLMoE-1B-7B-0924", "int8", ("pp512", "tg128"), scheme="8bit"),
-    "falcon_mamba-int8": Model("tiiuae/falcon-mamba-7b", "int8", ("tg64",), scheme="8bit"),
+    "olmoe": Model(
+        "allenai/OLMoE-1B-7B-0924",
+        "nf4",
+        "nf4",
+        (
+            Test("tg", LLAMA_CPP),
+            Test("tg", TRANSFORMERS, turns=30),
+            Test("tg", LLAMA_CPP, DEEP, turns=30),
+            _prompt(LLAMA_CPP),
+        ),
+    ),
+    "falcon_mamba": Model(
+        "tiiuae/falcon-mamba-7b",
+        "nf4",
+        "nf4",
+        (
+            Test("tg", LLAMA_CPP),
+            Test("tg", TRANSFORMERS, turns=30),
+            Test("tg", SHALLOW, DEEP, turns=24),
+            _prompt(LLAMA_CPP),
+        ),
+    ),
+    "recurrent_gemma": Model(
+        "google/recurrentgemma-2b", "nf4", "nf4", (Test("tg"), Test("tg", SHALLOW, DEEP, turns=24), _prompt())
+    ),
+    "olmoe-int8": Model("allenai/OLMoE-1B-7B-0924", "int8", "int8", (Test("tg"), _prompt())),
+    "falcon_mamba-int8": Model("tiiuae/falcon-mamba-7b", "int8", "int8", (Test("tg", turns=24),)),
 }
 
 
 def main() -> None:
-    """Run the rounds; print a table after each model."""
+    """Run all tests; print a row for each, or two where the memory changed."""
     options = _options()
+    torch.set_num_threads(options.threads)
+    columns = ("model", "test", "beside", "turns", "memory, GB/s", "lmx", "other", "lmx / other", "of the ceiling")
+    _print(columns)
+    _print(["---"] * len(columns))
     for name in options.models:
-        figures = rounds.Figures()
-        for number in range(options.rounds):
-            rounds.say(f"{name}: round {number + 1} of {options.rounds}")
-            _round(name, MODELS[name], options, figures)
-        chosen = MODELS[name]
-        title = f"{chosen.hub}, lmx --{chosen.scheme} --head {chosen.head}"
-        table = "\n".join(figures.table(title))
-        sys.stdout.write(f"{table}\n\n")
-        sys.stdout.flush()
+        peak, model = 0.0, MODELS[name]
+        for test in model.tests:
+            if test.peer in options.without or (options.shallow and test.depth):
+                continue
+            rounds.say(f"{name}: {test.name} beside {test.peer or 'nothing'}")
+            taken = _take_turns(name, model, test, options)
+            peak = max(peak, *(turn.peak_memory for turn in taken))
+            for some in turns.by_memory(taken):
+                _print([name, test.name, test.peer or "", *turns.cells(some)])
+        rounds.say(f"{name}: lmx's peak of memory was {peak / 1e9:.2f} GB")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--folder", type=Path, default=Path(), help="where the GGUF files are or will be written")
     parser.add_argument("--llama-python", default=sys.executable, help="the Python that has llama-cpp-python")
-    parser.add_argument("--shallow", action="store_true", help=f"leave out {DEEP}, which takes most of the time")
-    parser.add_argument("--without", nargs="*", choices=("llama.cpp", "transformers"), default=[])
+    parser.add_argument("--shallow", action="store_true", help=f"leave out depth {DEEP}, which takes most of the time")
+    parser.add_argument("--without", nargs="*", choices=(LLAMA_CPP, TRANSFORMERS), default=[])
     return parser.parse_args()
 
 
-def _round(name: str, model: Model, options: argparse.Namespace, figures: rounds.Figures) -> None:
-    for test in _chosen(model.lmx, options):
-        _time_lmx(model, test, options.threads, figures)
-    if model.llama_cpp and "llama.cpp" not in options.without:
+def _take_turns(name: str, model: Model, test: Test, options: argparse.Namespace) -> list[Turn]:
+    with ExitStack() as stack:
+        theirs = stack.enter_context(_peer(name, model, test, options)) if test.peer else None
+        ours = stack.enter_context(_lmx(model, test.depth, options.threads))
+        return turns.take_turns(ours, theirs, test.kind, test.tokens, test.turns)
+
+
+def _lmx(model: Model, depth: int, threads: int) -> Program:
+    shape = (model.hub, model.scheme, model.head, str(depth), str(threads))
+    return Program([sys.executable, str(rounds.PEERS / "lmx_turns.py"), *shape])
+
+
+@contextmanager
+def _peer(name: str, model: Model, test: Test, options: argparse.Namespace) -> Iterator[Program]:
+    threads = str(options.threads)
+    if test.peer == SHALLOW:
+        with _lmx(model, 0, options.threads) as program:
+            yield program
+    elif test.peer == LLAMA_CPP:
         path = rounds.random_gguf(name, options.folder, options.llama_python)
-        answer = rounds.run(
-            [options.llama_python, str(rounds.PEERS / "llama_cpp_runner.py"), str(path), str(options.threads)],
-            ",".join(_chosen(model.llama_cpp, options)),
-        )
-        for test, speed in answer.items():
-            figures.add("llama.cpp Q4_0", test, speed)
-    if model.transformers and "transformers" not in options.without:
-        answer = rounds.time_transformers(preset(model.hub), model.transformers, options.threads)
-        for test, speed in answer.items():
-            figures.add(rounds.TRANSFORMERS, test, speed)
+        room = test.turns * (test.tokens + 1)
+        script = [options.llama_python, str(rounds.PEERS / "llama_cpp_turns.py"), str(path)]
+        with Program([*script, str(test.depth), threads, str(room)]) as program:
+            yield program
+    else:
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            json.dump(preset(model.hub), file)
+            file.flush()
+            script = [sys.executable, str(rounds.PEERS / "transformers_turns.py")]
+            with Program([*script, file.name, threads]) as program:
+                yield program
 
 
-def _chosen(tests: tuple[str, ...], options: argparse.Namespace) -> list[str]:
-    return [test for test in tests if not (options.shallow and test == DEEP)]
-
-
-def _time_lmx(model: Model, test: str, threads: int, figures: rounds.Figures) -> None:
-    options = [f"--{model.scheme}", "--head", model.head, "--threads", str(threads)]
-    figures.add_lmx(test, rounds.time_lmx(model.hub, test, options))
+def _print(row: "list[str] | tuple[str, ...]") -> None:
+    sys.stdout.write(f"| {' | '.join(row)} |\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

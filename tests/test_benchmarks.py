@@ -23,8 +23,8 @@ def _script(name: str) -> ModuleType:
 
 
 sys.path.append(str(ROOT / "benchmarks"))  # where a script started as a program finds what it shares with others
-compare, gpu, turns = _script("compare"), _script("gpu"), _script("turns")
-rounds = sys.modules["peers.rounds"]
+compare, gpu = _script("compare"), _script("gpu")
+rounds, turns = sys.modules["peers.rounds"], sys.modules["peers.turns"]
 
 
 @pytest.mark.slow
@@ -39,52 +39,71 @@ def test_recurrences_keep_their_limits() -> None:
     assert "BROKEN" not in ran.stdout, ran.stdout
 
 
-def test_the_comparison_tells_its_figures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rounds, ratios and shares, from programs that answer with made-up speeds."""
-    speeds = {"lmx": [10.0, 30.0, 20.0], "llama.cpp Q4_0": [10.0, 10.0, 16.0]}
-    answers = {name: iter(values) for name, values in speeds.items()}
-
-    def answer(command: list[str], *more: str) -> dict[str, float]:
-        if more:
-            return {"tg128": next(answers["llama.cpp Q4_0"])}
-        assert command[command.index("-d") + 1] == "0"
-        shares = {"flops_utilization": None, "bandwidth_utilization": 0.5}
-        sizes = {"bytes_per_token": 5e6, "peak_memory_bytes": 1e9, "peak_gpu_memory_bytes": None}
-        return {"tokens_per_second_mean": next(answers["lmx"]), **shares, **sizes}
-
-    monkeypatch.setattr(rounds, "run", answer)
-    monkeypatch.setattr(compare, "MODELS", {"toy": compare.Model("org/toy", "nf4", ("tg128",), ("tg128",), ())})
-    monkeypatch.setattr(rounds, "random_gguf", lambda *_: Path("toy.gguf"))
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--models", "toy"])
-    compare.main()
-    said = capsys.readouterr().out
-    assert "| tg128 | lmx | 20.00 | | 50% |" in said
-    assert "| tg128 | llama.cpp Q4_0 | 10.00 | 1.25 | |" in said
-    assert "tg128 5 MB. Peak memory of lmx: 1.00 GB." in said
-
-
-def test_turns_tell_slow_memory_from_fast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two programs that take as long as they say, on memory that is twice as fast in every other turn."""
-    child = "import sys; print('ready', flush=True); [print(sys.argv[1], flush=True) for line in sys.stdin]"
-    answers = {"lmx_turns.py": '{"seconds": 0.1, "bytes": 5e8}', "llama_cpp_turns.py": '{"seconds": 0.16}'}
+def test_the_comparison_tells_slow_memory_from_fast(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Programs that take as long as they say, on memory that is twice as fast in every other turn."""
+    child = "import sys; print('{}', flush=True); [print(sys.argv[1], flush=True) for line in sys.stdin]"
+    ours = {"seconds": 0.1, "bytes": 5e8, "peak_memory": 2e9}
+    answers = {"lmx_turns.py": ours, "llama_cpp_turns.py": {"seconds": 0.16}, "transformers_turns.py": {"seconds": 0.8}}
 
     class Program(turns.Program):  # type: ignore[name-defined, misc]
         def __init__(self, command: list[str]) -> None:
-            super().__init__([sys.executable, "-c", child, answers[Path(command[1]).name]])
+            super().__init__([sys.executable, "-c", child, json.dumps(answers[Path(command[1]).name])])
 
-    bandwidths = iter([3e10, 3e10, 6e10, 6e10] * 3)
-    monkeypatch.setattr(turns, "Program", Program)
+    bandwidths = iter([3e10, 3e10, 6e10, 6e10] * 10)
+    monkeypatch.setattr(compare, "Program", Program)
     monkeypatch.setattr(turns, "bandwidth_beside", lambda device: next(bandwidths))
     monkeypatch.setattr(rounds, "random_gguf", lambda *_: Path("toy.gguf"))
-    monkeypatch.setattr(
-        sys, "argv", ["turns.py", "--models", "olmoe", "--turns", "6", "--tokens", "4", "--threads", "1"]
+    tests = (
+        compare.Test("tg", compare.LLAMA_CPP, turns=6),
+        compare.Test("tg", compare.TRANSFORMERS, turns=2),
+        compare.Test("tg", compare.SHALLOW, compare.DEEP, turns=2),
+        compare.Test("tg", turns=2),
     )
-    turns.main()
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert rows == [
-        "| olmoe | 0 | 3 | 30.0 | 40.00 | 25.00 | 1.60 | 67% |",
-        "| olmoe | 0 | 3 | 60.0 | 40.00 | 25.00 | 1.60 | 33% |",
+    toy = compare.Model("allenai/OLMoE-1B-7B-0924", "nf4", "nf4", tests)
+    monkeypatch.setattr(compare, "MODELS", {"toy": toy})
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--threads", "1"])
+    compare.main()
+    said = capsys.readouterr()
+    assert said.out.splitlines()[2:] == [
+        "| toy | tg | llama.cpp Q4_0 | 3 | 30.0 | 40.00 | 25.00 | 1.60 | 67% |",
+        "| toy | tg | llama.cpp Q4_0 | 3 | 60.0 | 40.00 | 25.00 | 1.60 | 33% |",
+        "| toy | tg | transformers + bitsandbytes NF4 | 1 | 30.0 | 40.00 | 5.00 | 8.00 | 67% |",
+        "| toy | tg | transformers + bitsandbytes NF4 | 1 | 60.0 | 40.00 | 5.00 | 8.00 | 33% |",
+        "| toy | tg@3968 | lmx, depth 0 | 1 | 30.0 | 40.00 | 40.00 | 1.00 | 67% |",
+        "| toy | tg@3968 | lmx, depth 0 | 1 | 60.0 | 40.00 | 40.00 | 1.00 | 33% |",
+        "| toy | tg |  | 1 | 30.0 | 40.00 |  |  | 67% |",
+        "| toy | tg |  | 1 | 60.0 | 40.00 |  |  | 33% |",
     ]
+    assert "toy: lmx's peak of memory was 2.00 GB" in said.err
+
+
+def test_a_program_that_cannot_start_ends_the_comparison() -> None:
+    with pytest.raises(SystemExit, match="ended before its time"):
+        turns.Program([sys.executable, "-c", "raise SystemExit(1)"])
+
+
+@pytest.mark.slow
+def test_lmx_takes_turns() -> None:
+    """The program itself, both tests, on one layer of a small model."""
+    config = {**compare.preset("allenai/OLMoE-1B-7B-0924"), "num_hidden_layers": 1, "num_experts": 8}
+    command = [sys.executable, "-c", _LMX_TURNS.format(path=str(ROOT / "benchmarks" / "peers"), config=config)]
+    with turns.Program(command) as program:
+        generated, read = program.run("tg 2"), program.run("pp 16")
+    assert generated["bytes"] > 1e6
+    assert read["bytes"] == 0
+    assert min(generated["seconds"], read["seconds"], read["peak_memory"]) > 0
+
+
+_LMX_TURNS = """
+import sys
+sys.path.insert(0, {path!r})
+import lmx_turns
+make = lmx_turns.build_dummy
+lmx_turns.build_dummy = lambda hub, scheme, head_scheme: make({config!r}, scheme, head_scheme=head_scheme)
+lmx_turns.main("toy", "nf4", "nf4", 2, 1)
+"""
 
 
 def test_the_gpu_comparison_tells_its_figures(

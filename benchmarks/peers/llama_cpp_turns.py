@@ -1,30 +1,70 @@
-"""Generate with llama.cpp when asked to: `python llama_cpp_turns.py FILE DEPTH THREADS ROOM`.
+"""Run tests with llama.cpp when asked to: `python llama_cpp_turns.py FILE DEPTH THREADS ROOM`.
 
-ROOM: how many tokens will be asked for at most. Input and output as of lmx_turns.py, without the bytes; llama.cpp as in
-llama_cpp_runner.py.
+ROOM: how many tokens will be generated at most. Input and output as of lmx_turns.py, but seconds alone. Its best path:
+memory-mapped, repacked weights (its default), flash attention chosen by itself, the whole prompt in one micro-batch.
+Needs llama-cpp-python compiled for this machine.
 """
 
+import ctypes
 import json
 import sys
 import time
+from typing import Any
 
-from llama_cpp_runner import decode, open_context, open_model, read
+import llama_cpp as llama
+
+BATCH = 512
 
 
 def main(path: str, depth: int, threads: int, room: int) -> None:
     """Load, read the tokens before, warm up, then serve."""
-    context = open_context(open_model(path), threads, depth + room + 16)
-    read(context, max(depth, 1))
-    for token in (1, 2, 3):
-        decode(context, [token])
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
+    llama.llama_backend_init()
+    model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
+    context, other = _open_context(model, threads, depth + room + 16), _open_context(model, threads, BATCH + 16)
+    _read(context, max(depth, 1))
+    for _ in range(3):
+        _decode(context, [1])
+    _say({})
     for line in sys.stdin:
-        start = time.perf_counter()
-        for step in range(int(line)):
-            decode(context, [1 + step])
-        sys.stdout.write(json.dumps({"seconds": time.perf_counter() - start}) + "\n")
-        sys.stdout.flush()
+        kind, count = line.split()
+        if kind == "tg":
+            _decode(context, [1])  # as in lmx_turns.py
+            start = time.perf_counter()
+            for step in range(int(count)):
+                _decode(context, [2 + step])
+        else:
+            llama.llama_memory_clear(llama.llama_get_memory(other), True)
+            start = time.perf_counter()
+            _read(other, int(count))
+        _say({"seconds": time.perf_counter() - start})
+
+
+def _open_context(model: Any, threads: int, tokens: int) -> Any:
+    """A conversation with room for so many tokens."""
+    params = llama.llama_context_default_params()
+    params.n_ctx = tokens
+    params.n_batch = params.n_ubatch = BATCH
+    params.n_threads = params.n_threads_batch = threads
+    return llama.llama_init_from_model(model, params)
+
+
+def _read(context: Any, tokens: int) -> None:
+    for start in range(0, tokens, BATCH):
+        _decode(context, list(range(1, min(BATCH, tokens - start) + 1)))
+
+
+def _decode(context: Any, ids: list[int]) -> None:
+    """Feed some tokens, and wait until their logits are there."""
+    tokens = (llama.llama_token * len(ids))(*ids)
+    batch = llama.llama_batch_get_one(tokens, ctypes.c_int32(len(ids)))
+    if llama.llama_decode(context, batch):
+        raise RuntimeError("llama.cpp could not decode")
+    llama.llama_synchronize(context)
+
+
+def _say(answer: dict[str, float]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Generate with lmx when asked to: `python lmx_turns.py HUB SCHEME HEAD DEPTH THREADS`, random weights.
+"""Run tests with lmx when asked to: `python lmx_turns.py HUB SCHEME HEAD DEPTH THREADS`, random weights.
 
-Each line of its input is a number of tokens; the answer is one line of JSON: the seconds that they took, and the bytes
-that one of them read.
+Each line of its input is a test: `tg 4` generates tokens behind DEPTH others, `pp 512` reads a prompt. The answer is one
+line of JSON: the seconds that it took, the bytes that one generated token read (0 of a prompt), the peak of memory.
 """
 
 import json
@@ -11,11 +11,12 @@ from time import perf_counter
 import torch
 
 from lmx.core.bench import state_bytes_read
+from lmx.core.generate import prompt_chunk_for
+from lmx.core.memory import peak_memory_bytes
+from lmx.core.model import AnyState, LanguageModel
 from lmx.core.native.pick import likeliest
 from lmx.presets import build_dummy
 from lmx.quant.footprint import measure_footprint
-
-PROMPT = 512
 
 
 @torch.no_grad()
@@ -24,30 +25,45 @@ def main(hub: str, scheme: str, head: str, depth: int, threads: int) -> None:
     torch.set_num_threads(threads)
     model = build_dummy(hub, scheme, head_scheme=head)
     state, empty = model.make_state(), model.make_state().layers
-    for first in range(0, max(depth, 1), PROMPT):
-        model(input_ids=_random(model.config.vocab_size, min(PROMPT, max(depth, 1) - first)), state=state)
+    read(model, state, max(depth, 1))
     stepper = model.stepper(state)
     weights = measure_footprint(model).step_bytes
 
     def generate(count: int) -> float:
-        steps = _random(model.config.vocab_size, count).split(1, dim=1)
+        steps = _random(model, count + 1).split(1, dim=1)
+        likeliest(stepper.feed(steps[0])[0])  # what another program left in the caches is none of this
         start = perf_counter()
-        for ids in steps:
+        for ids in steps[1:]:
             likeliest(stepper.feed(ids)[0])
         return perf_counter() - start
 
     generate(3)
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
+    _say({})
     for line in sys.stdin:
-        seconds = generate(int(line))
-        answer = {"seconds": seconds, "bytes": weights + state_bytes_read(empty, state.length)}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        kind, count = line.split()
+        if kind == "tg":
+            seconds, read_bytes = generate(int(count)), weights + state_bytes_read(empty, state.length)
+        else:
+            seconds, read_bytes = read(model, model.make_state(), int(count)), 0.0
+        _say({"seconds": seconds, "bytes": read_bytes, "peak_memory": peak_memory_bytes()})
 
 
-def _random(vocabulary: int, count: int) -> torch.Tensor:
-    return torch.randint(vocabulary, (1, count))
+def read(model: LanguageModel, state: AnyState, tokens: int) -> float:
+    """Read random tokens as `lmx generate` reads a prompt, and choose the next one; the seconds that it took."""
+    chunk, start = prompt_chunk_for(model.device), perf_counter()
+    for first in range(0, tokens, chunk):
+        output = model(input_ids=_random(model, min(chunk, tokens - first)), state=state, logits_to_keep=1)
+        likeliest(output.logits[0, -1])
+    return perf_counter() - start
+
+
+def _random(model: LanguageModel, count: int) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, (1, count))
+
+
+def _say(answer: dict[str, float]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -23,15 +23,20 @@ BLOCK = 64
 def main(config_file: str, threads: int, tests: list[str], device: str) -> None:
     """Build, warm up, run every test once, print."""
     torch.set_num_threads(threads)
-    with open(config_file, encoding="utf-8") as file:
-        raw = json.load(file)
-    config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
     with torch.inference_mode(), torch.device(device):
-        model = build(config)
-        _forward(model, [1, 2, 3], None)
-        _choose_experts(model)
+        model = load(config_file)
         results = {test: _time(model, test[:2], int(test[2:])) for test in tests}
     sys.stdout.write(json.dumps(results) + "\n")
+
+
+def load(config_file: str) -> Any:
+    """A model of the config with random weights, warm, its experts run in the quickest way."""
+    with open(config_file, encoding="utf-8") as file:
+        raw = json.load(file)
+    model = build(transformers.AutoConfig.for_model(raw.pop("model_type"), **raw))
+    forward(model, [1, 2, 3], None)
+    _choose_experts(model)
+    return model
 
 
 def build(config: Any) -> Any:
@@ -103,16 +108,17 @@ def _time(model: Any, kind: str, count: int) -> float:
     if kind == "pp":
         ids = list(range(1, count + 1))
         begin = time.perf_counter()
-        _forward(model, ids, None)
+        forward(model, ids, None)
         return count / (time.perf_counter() - begin)
-    cache = _forward(model, [1, 2, 3], None)
+    cache = forward(model, [1, 2, 3], None)
     begin = time.perf_counter()
     for step in range(count):
-        cache = _forward(model, [step + 1], cache)
+        cache = forward(model, [step + 1], cache)
     return count / (time.perf_counter() - begin)
 
 
-def _forward(model: Any, ids: list[int], cache: Any) -> Any:
+def forward(model: Any, ids: list[int], cache: Any) -> Any:
+    """Feed some tokens behind a cache, and look for the likeliest next one; returns the cache that holds them too."""
     name = "cache_params" if model.config.model_type == "falcon_mamba" else "past_key_values"
     inputs: dict[str, Any] = {"input_ids": torch.tensor([ids]), "use_cache": True, name: cache}
     output = model(**inputs, logits_to_keep=1) if "logits_to_keep" in _arguments(model) else model(**inputs)

@@ -1,0 +1,117 @@
+"""Two programs, both loaded at once, a little of a test each in turn, the memory's bandwidth measured between.
+
+Where others share the memory, what it gives may change between two runs by more than two programs differ: in turns, both
+meet the same memory, and each turn's share is of what was measured beside it.
+"""
+
+import json
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from types import TracebackType
+
+import torch
+
+from lmx.core.ceilings import bandwidth_beside
+
+SETTLE_SECONDS = 0.02
+"""After each turn: threads that wait for more work would take the cores from the next program."""
+
+
+class Program:
+    """A program that is asked for tests, as `tg 4` or `pp 512`, and answers each with a line of JSON.
+
+    It has read `depth` tokens before the first. Raises SystemExit where the program ends by itself.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self._line()
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def run(self, test: str) -> dict[str, float]:
+        """What it says of one test, its `seconds` above all."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{test}\n")
+        self._process.stdin.flush()
+        answer: dict[str, float] = json.loads(self._line())
+        time.sleep(SETTLE_SECONDS)
+        return answer
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"this ended before its time: {' '.join(self._command)}")
+        return line
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Tokens a second of lmx and of the other program, if there is one; bytes of memory that a token of lmx reads and
+    that could be read a second beside; lmx's peak of memory.
+    """
+
+    lmx: float
+    peer: float | None
+    bytes_per_token: float
+    bandwidth: float
+    peak_memory: float
+
+    @property
+    def share(self) -> float:
+        """Of the bandwidth, that lmx reached."""
+        return self.bytes_per_token * self.lmx / self.bandwidth
+
+
+def take_turns(ours: Program, theirs: Program | None, kind: str, tokens: int, turns: int) -> list[Turn]:
+    """So many turns of so many tokens, each program first in every other one."""
+    return [_take_turn(ours, theirs, kind, tokens, bool(number % 2)) for number in range(turns)]
+
+
+def _take_turn(ours: Program, theirs: Program | None, kind: str, tokens: int, ours_last: bool) -> Turn:
+    device, test = torch.device("cpu"), f"{kind} {tokens}"
+    before = bandwidth_beside(device)
+    time.sleep(SETTLE_SECONDS)
+    speed = tokens / theirs.run(test)["seconds"] if theirs is not None and ours_last else None
+    answer = ours.run(test)
+    if theirs is not None and not ours_last:
+        speed = tokens / theirs.run(test)["seconds"]
+    bandwidth = (before + bandwidth_beside(device)) / 2
+    return Turn(tokens / answer["seconds"], speed, answer["bytes"], bandwidth, answer["peak_memory"])
+
+
+def by_memory(turns: Sequence[Turn]) -> list[list[Turn]]:
+    """Turns with slower and with faster memory, or all of them where it was much the same."""
+    bandwidths = sorted(turn.bandwidth for turn in turns)
+    middle = (bandwidths[0] + bandwidths[-1]) / 2
+    if bandwidths[-1] < 4 / 3 * bandwidths[0]:
+        return [list(turns)]
+    return [[turn for turn in turns if (turn.bandwidth > middle) == fast] for fast in (False, True)]
+
+
+def cells(turns: Sequence[Turn]) -> list[str]:
+    """Of a table's row: turns, memory's GB/s, lmx, the other program, the ratio, lmx's share of the memory's ceiling.
+
+    Medians, the ratio of the turns' ratios. A prompt's share is not told: memory is not what limits it.
+    """
+    memory = median(turn.bandwidth for turn in turns) / 1e9
+    out = [str(len(turns)), f"{memory:.1f}", f"{median(turn.lmx for turn in turns):.2f}"]
+    pairs = [(turn.lmx, turn.peer) for turn in turns if turn.peer is not None]
+    if pairs:
+        out += [f"{median(two for _, two in pairs):.2f}", f"{median(one / two for one, two in pairs):.2f}"]
+    else:
+        out += ["", ""]
+    return [*out, f"{median(turn.share for turn in turns):.0%}" if turns[0].bytes_per_token else ""]
