@@ -33,7 +33,7 @@ DEEP = 3968
 
 @dataclass(frozen=True)
 class Test:
-    """`kind` (tg or pp) of so many tokens in each of some turns, behind `depth` others, against another program if any."""
+    """`kind` (tg or pp) of some tokens in each turn, behind `depth` others, beside another program if any."""
 
     kind: str
     peer: str | None = None

@@ -47,7 +47,7 @@ if _arguments is not None:
 import torch  # noqa: E402  (after the thread count is set)
 from torch import Tensor  # noqa: E402
 
-from lmx.core.decoder import AttentionCall, Record  # noqa: E402
+from lmx.core.call import AttentionCall, Record  # noqa: E402
 from lmx.core.layers import rg_lru  # noqa: E402
 from lmx.core.layers.attention import Visibility  # noqa: E402
 from lmx.core.loader import build  # noqa: E402

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from lmx.core.call import Inputs, Record
 from lmx.core.config import ModelConfig
-from lmx.core.decoder import Decoder, Inputs, Record
+from lmx.core.decoder import Decoder
 from lmx.core.errors import UsageError
 from lmx.core.graph_stepper import GraphStepper, reason_against
 from lmx.core.heads import (

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lmx.core.decoder import AttentionCall, Call, Decoder, Inputs
+from lmx.core.call import AttentionCall, Call, Inputs
+from lmx.core.decoder import Decoder
 from lmx.core.device_sampling import DeviceSampler
 from lmx.core.heads import CausalHead
 from lmx.core.kv_cache import KVCache, WindowKVCache

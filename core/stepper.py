@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lmx.core.decoder import Call, Inputs
+from lmx.core.call import Call, Inputs
 from lmx.core.heads import CausalHead
 from lmx.core.kv_cache import KVCache
 from lmx.core.native.library import library

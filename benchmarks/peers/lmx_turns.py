@@ -1,6 +1,6 @@
 """Run tests with lmx when asked to: `python lmx_turns.py HUB SCHEME HEAD DEPTH THREADS`, random weights.
 
-Each line of its input is a test: `tg 4` generates tokens behind DEPTH others, `pp 512` reads a prompt. The answer is one
+Each line of its input is a test: `tg 4` generates tokens behind DEPTH others, `pp 512` reads a prompt. The answer is a
 line of JSON: the seconds that it took, the bytes that one generated token read (0 of a prompt), the peak of memory.
 """
 

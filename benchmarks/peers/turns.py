@@ -1,7 +1,7 @@
 """Two programs, both loaded at once, a little of a test each in turn, the memory's bandwidth measured between.
 
-Where others share the memory, what it gives may change between two runs by more than two programs differ: in turns, both
-meet the same memory, and each turn's share is of what was measured beside it.
+Where others share the memory, what it gives may change between two runs by more than two programs differ: in turns,
+both meet the same memory, and each turn's share is of what was measured beside it.
 """
 
 import json

@@ -18,7 +18,7 @@ from lmx.core.native.block import (
 from lmx.core.native.mixer import Affine
 
 if TYPE_CHECKING:
-    from lmx.core.decoder import AttentionCall
+    from lmx.core.call import AttentionCall
     from lmx.core.kv_cache import AttentionCache
 
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmx.core.call import AttentionCall, Inputs, plan_attention
 from lmx.core.config import ConfigReader, ModelConfig, RopeConfig, count_labels
-from lmx.core.decoder import AttentionCall, Decoder, Inputs, plan_attention
+from lmx.core.decoder import Decoder
 from lmx.core.kv_cache import AttentionCache, KVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES
 from lmx.core.layers.embedding import empty_embedding

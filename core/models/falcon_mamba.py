@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmx.core.call import Call, Inputs
 from lmx.core.config import ConfigReader, ModelConfig, count_labels
-from lmx.core.decoder import Call, Decoder, Inputs
+from lmx.core.decoder import Decoder
 from lmx.core.gpu import recurrent as gpu
 from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS, SILU_NAMES
 from lmx.core.layers.conv import causal_conv

@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lmx.core.call import AttentionCall, Call, Inputs, plan_attention
 from lmx.core.config import ConfigReader, ModelConfig, RopeConfig, count_labels
-from lmx.core.decoder import AttentionCall, Call, Decoder, Inputs, plan_attention
+from lmx.core.decoder import Decoder
 from lmx.core.kv_cache import WindowKVCache
 from lmx.core.layers.activation import ACTIVATION_NAMES, ACTIVATIONS
 from lmx.core.layers.conv import causal_conv

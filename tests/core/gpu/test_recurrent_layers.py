@@ -10,7 +10,7 @@ from transformers import RecurrentGemmaConfig as TheirRecurrentGemmaConfig
 from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
 from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
 
-from lmx.core.decoder import Inputs
+from lmx.core.call import Inputs
 from lmx.core.gpu import recurrent
 from lmx.core.layers.padding import Compaction
 from lmx.core.loader import build

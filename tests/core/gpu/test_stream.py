@@ -127,7 +127,7 @@ def test_a_static_step_keeps_its_heads_by_the_kernel(family, device, monkeypatch
         kept.append(given)
         return stream.keep_heads(*given)
 
-    monkeypatch.setattr("lmx.core.decoder.keep_heads", noted)
+    monkeypatch.setattr("lmx.core.call.keep_heads", noted)
     model = small(family).to(device)
     (one, _), (other, _) = read(model, prompt(9)), read(model, prompt(9))
     step = StaticStep(model, one, None)

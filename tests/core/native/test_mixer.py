@@ -6,7 +6,7 @@ import pytest
 import torch
 from native_paths import needs_kernels, path, random  # noqa: F401
 
-from lmx.core.decoder import Call, Record
+from lmx.core.call import Call, Record
 from lmx.core.layers.attention import Visibility
 from lmx.core.models import falcon_mamba, recurrent_gemma
 from lmx.core.models.falcon_mamba import Block, FalconMambaConfig
