@@ -68,8 +68,8 @@ MODELS = {
         "nf4",
         "nf4",
         (
-            Test("tg", LLAMA_CPP),
-            Test("tg", TRANSFORMERS, turns=30),
+            Test("tg", LLAMA_CPP, turns=100),
+            Test("tg", TRANSFORMERS, turns=45),
             Test("tg", LLAMA_CPP, DEEP, turns=30),
             _prompt(LLAMA_CPP),
         ),
