@@ -13,7 +13,7 @@ void ExpertAnswers::enter(Share share, const Choices& chosen, Prepared& x) {
         return ahead_of(matrix(chosen, at / stretches, number), at % stretches * STRETCH);
     };
     Scratch<float> gate(padded(inner_)), up(padded(inner_));
-    // As many rows of one matrix in a row as there are: every change of place costs the hardware's own look ahead.
+    // As many rows of one matrix at a time as there are: every change of place sets the hardware's own look ahead back.
     for (int64_t at = first, next; at < last; at = next) {
         const int64_t slot = at / stretches, row = at % stretches * STRETCH;
         next = std::min((slot + 1) * stretches, last);

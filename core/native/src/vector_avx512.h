@@ -35,11 +35,11 @@ class Soon {
 public:
     Soon(const Matrix& m, const Vectors& x, int64_t last, int64_t side)
         : bytes_(bytes_of_row(m)), scales_(bytes_of_scales(m)),
-          rows_(side * std::max<int64_t>(1, (is_near(m, x, side) ? 8192 : 24576) / (side * bytes_))), last_(last),
-          own_(ahead_of(m, 0)), then_(x.ahead) {}
+          rows_(side * std::max<int64_t>(1, (is_near(m, x, side) ? NEAR_AHEAD : FAR_AHEAD) / (side * bytes_))),
+          last_(last), own_(ahead_of(m, 0)), then_(x.ahead) {}
 
     static bool is_near(const Matrix& m, const Vectors& x, int64_t side) {
-        return x.count == 1 && side * bytes_of_row(m) <= 6144;
+        return x.count == 1 && side * bytes_of_row(m) <= NEAR_GROUP;
     }
 
     LMX_INLINE Ahead at(int64_t row) const {
@@ -50,6 +50,7 @@ public:
     }
 
 private:
+    static constexpr int64_t NEAR_GROUP = 6144, NEAR_AHEAD = 8192, FAR_AHEAD = 24576;
     const int64_t bytes_, scales_, rows_, last_;
     const Ahead own_, then_;
 };
