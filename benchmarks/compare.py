@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -102,9 +102,7 @@ def main() -> None:
     _print(["---"] * len(columns))
     for name in options.models:
         peak, model = 0.0, MODELS[name]
-        for test in model.tests:
-            if test.peer in options.without or (options.shallow and test.depth):
-                continue
+        for test in _chosen(model, options):
             rounds.say(f"{name}: {test.name} beside {test.peer or 'nothing'}")
             taken = _take_turns(name, model, test, options)
             peak = max(peak, *(turn.peak_memory for turn in taken))
@@ -120,8 +118,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path(), help="where the GGUF files are or will be written")
     parser.add_argument("--llama-python", default=sys.executable, help="the Python that has llama-cpp-python")
     parser.add_argument("--shallow", action="store_true", help=f"leave out depth {DEEP}, which takes most of the time")
-    parser.add_argument("--without", nargs="*", choices=(LLAMA_CPP, TRANSFORMERS), default=[])
+    parser.add_argument("--without", nargs="*", choices=("llama.cpp", "transformers"), default=[])
     return parser.parse_args()
+
+
+def _chosen(model: Model, options: argparse.Namespace) -> list[Test]:
+    """The tests, lmx alone where its peer is left out; the same test alone but once."""
+    chosen: dict[object, Test] = {}
+    for test in model.tests:
+        if options.shallow and test.depth:
+            continue
+        left_out = test.peer is not None and test.peer.startswith(tuple(options.without))
+        chosen.setdefault(test.name if left_out else test, replace(test, peer=None) if left_out else test)
+    return list(chosen.values())
 
 
 def _take_turns(name: str, model: Model, test: Test, options: argparse.Namespace) -> list[Turn]:

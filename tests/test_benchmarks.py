@@ -79,6 +79,19 @@ def test_the_comparison_tells_slow_memory_from_fast(
     assert "toy: lmx's peak of memory was 2.00 GB" in said.err
 
 
+@pytest.mark.parametrize(
+    ("without", "left"),
+    [
+        ([], [("tg", compare.LLAMA_CPP), ("tg", compare.TRANSFORMERS), ("pp512", compare.LLAMA_CPP)]),
+        (["transformers"], [("tg", compare.LLAMA_CPP), ("tg", None), ("pp512", compare.LLAMA_CPP)]),
+        (["llama.cpp", "transformers"], [("tg", None), ("pp512", None)]),
+    ],
+)
+def test_what_a_peer_is_left_out_of_runs_alone(without: list[str], left: list[tuple[str, str | None]]) -> None:
+    options = compare.argparse.Namespace(without=without, shallow=True)
+    assert [(test.name, test.peer) for test in compare._chosen(compare.MODELS["olmoe"], options)] == left
+
+
 def test_a_program_that_cannot_start_ends_the_comparison() -> None:
     with pytest.raises(SystemExit, match="ended before its time"):
         turns.Program([sys.executable, "-c", "raise SystemExit(1)"])

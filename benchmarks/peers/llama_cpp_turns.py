@@ -6,12 +6,12 @@ Needs llama-cpp-python compiled for this machine.
 """
 
 import ctypes
-import json
 import sys
 import time
 from typing import Any
 
 import llama_cpp as llama
+from serve import serve
 
 BATCH = 512
 
@@ -24,19 +24,20 @@ def main(path: str, depth: int, threads: int, room: int) -> None:
     _read(context, max(depth, 1))
     for _ in range(3):
         _decode(context, [1])
-    _say({})
-    for line in sys.stdin:
-        kind, count = line.split()
+
+    def run(kind: str, count: int) -> dict[str, float]:
         if kind == "tg":
             _decode(context, [1])  # as in lmx_turns.py
             start = time.perf_counter()
-            for step in range(int(count)):
+            for step in range(count):
                 _decode(context, [2 + step])
         else:
             llama.llama_memory_clear(llama.llama_get_memory(other), True)
             start = time.perf_counter()
-            _read(other, int(count))
-        _say({"seconds": time.perf_counter() - start})
+            _read(other, count)
+        return {"seconds": time.perf_counter() - start}
+
+    serve(run)
 
 
 def _open_context(model: Any, threads: int, tokens: int) -> Any:
@@ -60,11 +61,6 @@ def _decode(context: Any, ids: list[int]) -> None:
     if llama.llama_decode(context, batch):
         raise RuntimeError("llama.cpp could not decode")
     llama.llama_synchronize(context)
-
-
-def _say(answer: dict[str, float]) -> None:
-    sys.stdout.write(json.dumps(answer) + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

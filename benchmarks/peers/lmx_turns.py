@@ -4,11 +4,11 @@ Each line of its input is a test: `tg 4` generates tokens behind DEPTH others, `
 line of JSON: the seconds that it took, the bytes that one generated token read (0 of a prompt), the peak of memory.
 """
 
-import json
 import sys
 from time import perf_counter
 
 import torch
+from serve import serve
 
 from lmx.core.bench import state_bytes_read
 from lmx.core.generate import prompt_chunk_for
@@ -37,15 +37,15 @@ def main(hub: str, scheme: str, head: str, depth: int, threads: int) -> None:
             likeliest(stepper.feed(ids)[0])
         return perf_counter() - start
 
-    generate(3)
-    _say({})
-    for line in sys.stdin:
-        kind, count = line.split()
+    def run(kind: str, count: int) -> dict[str, float]:
         if kind == "tg":
-            seconds, read_bytes = generate(int(count)), weights + state_bytes_read(empty, state.length)
+            seconds, read_bytes = generate(count), weights + state_bytes_read(empty, state.length)
         else:
-            seconds, read_bytes = read(model, model.make_state(), int(count)), 0.0
-        _say({"seconds": seconds, "bytes": read_bytes, "peak_memory": peak_memory_bytes()})
+            seconds, read_bytes = read(model, model.make_state(), count), 0.0
+        return {"seconds": seconds, "bytes": read_bytes, "peak_memory": peak_memory_bytes()}
+
+    generate(3)
+    serve(run)
 
 
 def read(model: LanguageModel, state: AnyState, tokens: int) -> float:
@@ -59,11 +59,6 @@ def read(model: LanguageModel, state: AnyState, tokens: int) -> float:
 
 def _random(model: LanguageModel, count: int) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, (1, count))
-
-
-def _say(answer: dict[str, float]) -> None:
-    sys.stdout.write(json.dumps(answer) + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

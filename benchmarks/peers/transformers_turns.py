@@ -3,11 +3,11 @@
 Input and output as of lmx_turns.py, but `tg` and seconds alone; the model as in transformers_runner.py.
 """
 
-import json
 import sys
 import time
 
 import torch
+from serve import serve
 from transformers_runner import forward, load
 
 
@@ -17,18 +17,18 @@ def main(config_file: str, threads: int) -> None:
     with torch.inference_mode():
         model = load(config_file)
         cache = forward(model, [1, 2, 3], None)
-        _say({})
-        for line in sys.stdin:
+
+        def run(kind: str, count: int) -> dict[str, float]:
+            nonlocal cache
+            if kind != "tg":
+                raise ValueError(f"no test {kind} here")
             cache = forward(model, [1], cache)  # as in lmx_turns.py
             start = time.perf_counter()
-            for step in range(int(line.split()[1])):
+            for step in range(count):
                 cache = forward(model, [2 + step], cache)
-            _say({"seconds": time.perf_counter() - start})
+            return {"seconds": time.perf_counter() - start}
 
-
-def _say(answer: dict[str, float]) -> None:
-    sys.stdout.write(json.dumps(answer) + "\n")
-    sys.stdout.flush()
+        serve(run)
 
 
 if __name__ == "__main__":
