@@ -22,7 +22,7 @@ from torch.nn.functional import linear as torch_linear
 
 from lmx.core.ceilings import measure_ceilings
 from lmx.core.layers.linear import linear
-from lmx.core.native.library import kernel_path
+from lmx.core.native.compiled import kernel_path
 from lmx.quant.four_bit import quantize_4bit
 from lmx.quant.int8 import quantize_int8
 from lmx.quant.matmul import tiled_product

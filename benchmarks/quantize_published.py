@@ -31,7 +31,7 @@ import torch
 from lmx.core.jsonfile import JSON, read_json
 from lmx.core.loader import build, hub_shapes
 from lmx.core.mapped import Advice, FileMap
-from lmx.core.native.library import kernel_path
+from lmx.core.native.compiled import kernel_path
 from lmx.core.registry import family_of
 from lmx.core.safetensors_file import TensorInfo
 from lmx.presets import PRESETS, preset

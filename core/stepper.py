@@ -18,7 +18,7 @@ from torch import Tensor
 from lmx.core.call import Call, Inputs
 from lmx.core.heads import CausalHead
 from lmx.core.kv_cache import KVCache
-from lmx.core.native.library import library
+from lmx.core.native.compiled import library
 from lmx.core.native.pick import can_embed, embed_rows
 from lmx.core.native.tape import Tape, recording
 from lmx.core.sampling import Chosen, Sampler

@@ -143,7 +143,7 @@ def _placement(checkpoint: Checkpoint, dtype: "torch.dtype", budgets: "Sequence[
 def _kernels() -> str:
     """Which code multiplies on the CPU and, if there is one, on the CUDA device."""
     from lmx.core.gpu.launch import cuda_path
-    from lmx.core.native.library import kernel_path
+    from lmx.core.native.compiled import kernel_path
 
     on_cuda = cuda_path()
     return kernel_path() if on_cuda is None else f"{kernel_path()}, on CUDA {on_cuda}"

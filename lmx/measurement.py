@@ -102,7 +102,7 @@ class Subject:
         import torch
 
         from lmx.core.bench import mean_and_deviation
-        from lmx.core.native.library import kernel_path
+        from lmx.core.native.compiled import kernel_path
         from lmx.core.registry import family_of
 
         speeds = tuple(work.tokens / sample.seconds for sample in samples)

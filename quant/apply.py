@@ -20,7 +20,7 @@ from lmx.core.loader import assign_moved, build_bound, held_bytes, start_missing
 from lmx.core.mapped import Advice
 from lmx.core.model import LanguageModel
 from lmx.core.names import Piece
-from lmx.core.native.library import library
+from lmx.core.native.compiled import library
 from lmx.core.placement import HOST, Budget
 from lmx.quant.four_bit import quantize_4bit
 from lmx.quant.int8 import quantize_int8

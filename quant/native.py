@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lmx.core.native.library import library
+from lmx.core.native.compiled import library
 from lmx.core.native.vector import ExpertTable, Kind, MatrixTable, StoredMatrix, can_multiply
 from lmx.quant.four_bit import FourBit
 from lmx.quant.int8 import Int8

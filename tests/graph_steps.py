@@ -12,7 +12,7 @@ from frozen_graph import FrozenGraph
 
 from lmx.core.graph_stepper import Graph, GraphStepper
 from lmx.core.model import AnyState, LanguageModel
-from lmx.core.native.library import library
+from lmx.core.native.compiled import library
 from lmx.core.sampling import Sampler, Sampling
 from lmx.core.stepper import one_by_one
 from lmx.presets import build_dummy

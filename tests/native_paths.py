@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import needs_kernels as needs_kernels
 
-from lmx.core.native.library import forced_path
+from lmx.core.native.compiled import forced_path
 
 
 @pytest.fixture(params=("avx512", "avx2", "neon", "portable"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lmx.core.native.library import kernel_path
+from lmx.core.native.compiled import kernel_path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lmx.core.native.library import INT, LONG, POINTER, c_function
+from lmx.core.native.compiled import INT, LONG, POINTER, c_function
 from lmx.core.native.norm import serves
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.tape import call

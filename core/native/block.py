@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lmx.core.native.attention import AttentionStep, CacheStruct, ProjectedStruct, Scale, describe_heads
-from lmx.core.native.library import FLOAT, INT, LONG, POINTER, c_function
+from lmx.core.native.compiled import FLOAT, INT, LONG, POINTER, c_function
 from lmx.core.native.mixer import Affine, AffineStruct, are_served
 from lmx.core.native.router import NORM_CODES
 from lmx.core.native.tape import call

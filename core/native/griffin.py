@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmx.core.native.attention import Scale
-from lmx.core.native.library import FLOAT, INT, LONG, POINTER, c_function
+from lmx.core.native.compiled import FLOAT, INT, LONG, POINTER, c_function
 from lmx.core.native.mixer import Affine, AffineStruct, are_served, lie_whole
 from lmx.core.native.norm import serves
 from lmx.core.native.scan import MAX_KERNEL

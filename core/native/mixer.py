@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmx.core.native.attention import Scale
-from lmx.core.native.library import FLOAT, INT, LONG, POINTER, c_function
+from lmx.core.native.compiled import FLOAT, INT, LONG, POINTER, c_function
 from lmx.core.native.norm import serves
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.scan import MAX_KERNEL, MAX_STATES

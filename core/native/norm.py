@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lmx.core.native.library import FLOAT, INT, LONG, POINTER, c_function, library
+from lmx.core.native.compiled import FLOAT, INT, LONG, POINTER, c_function, library
 from lmx.core.native.operation import DTYPE_CODES, define
 from lmx.core.native.tape import call
 

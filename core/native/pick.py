@@ -4,7 +4,7 @@ import ctypes
 
 from torch import Tensor
 
-from lmx.core.native.library import FLOAT, INT, LONG, POINTER, c_function, library
+from lmx.core.native.compiled import FLOAT, INT, LONG, POINTER, c_function, library
 from lmx.core.native.norm import WORKING_DTYPES, serves
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.tape import call

@@ -4,7 +4,7 @@ import ctypes
 
 from torch import Tensor
 
-from lmx.core.native.library import INT, LONG, POINTER, c_function, library
+from lmx.core.native.compiled import INT, LONG, POINTER, c_function, library
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.vector import MatrixTable
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lmx.core.native.library import Kernel
+from lmx.core.native.compiled import Kernel
 
 _aten = torch.ops.aten
 # What touches no number: it makes tensors that kernels then fill, or looks at others from another side.

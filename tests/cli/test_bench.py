@@ -23,7 +23,7 @@ def _quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_json_has_what_the_contract_says(lmx: Any, checkpoint: Path) -> None:
     import torch
 
-    from lmx.core.native.library import kernel_path
+    from lmx.core.native.compiled import kernel_path
 
     ran = lmx("bench", checkpoint, "-p", "6", "-n", "3", "-d", "0,9", "-r", "2", "-o", "json")
     assert ran.code == 0, ran.err

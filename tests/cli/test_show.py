@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from support import run_lmx
 
-from lmx.core.native.library import kernel_path
+from lmx.core.native.compiled import kernel_path
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from support import needs_kernels
 
 from lmx.core.layers.rope import rotary_addresses, rotary_row, rotary_tables
 from lmx.core.model import LanguageModel
-from lmx.core.native.library import forced_path
+from lmx.core.native.compiled import forced_path
 from lmx.core.stepper import Stepper
 from lmx.presets import build_dummy
 

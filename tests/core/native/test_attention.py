@@ -12,7 +12,7 @@ from lmx.core.kv_cache import KVCache, WindowKVCache
 from lmx.core.layers.norm import RMSNorm
 from lmx.core.layers.rope import rotary_tables, rotate
 from lmx.core.native.attention import AttentionStep, can_attend
-from lmx.core.native.library import forced_path
+from lmx.core.native.compiled import forced_path
 from lmx.core.state import Span
 
 pytestmark = needs_kernels

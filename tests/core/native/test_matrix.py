@@ -6,7 +6,7 @@ from native_cases import PATHS, QUANTIZERS, random, relative_error, values
 from support import needs_kernels
 
 from lmx.core.layers.moe import run_experts
-from lmx.core.native.library import forced_path
+from lmx.core.native.compiled import forced_path
 from lmx.core.native.matrix import answer_many, dequantize_rows, has_panels, multiply_many
 from lmx.core.native.vector import ExpertTable, MatrixTable
 from lmx.quant.four_bit import quantize_4bit

@@ -6,7 +6,7 @@ import pytest
 import torch
 from native_paths import needs_kernels, path, random  # noqa: F401
 
-from lmx.core.native.library import library
+from lmx.core.native.compiled import library
 from lmx.core.native.pick import can_pick, embed_rows, likeliest, pick, pick_with_sum
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("path")]

@@ -10,7 +10,7 @@ from native_cases import PATHS, QUANTIZERS, random, relative_error, values
 from support import needs_kernels
 
 from lmx.core.layers.activation import ACTIVATIONS
-from lmx.core.native.library import forced_path
+from lmx.core.native.compiled import forced_path
 from lmx.core.native.vector import ExpertTable, Kind, MatrixTable, StoredMatrix
 from lmx.quant.four_bit import quantize_4bit
 from lmx.quant.int8 import quantize_int8

@@ -11,8 +11,8 @@ import pytest
 import torch
 from support import needs_kernels
 
-from lmx.core.native import build, library
-from lmx.core.native.library import forced_path, kernel_path
+from lmx.core.native import build, compiled
+from lmx.core.native.compiled import forced_path, kernel_path
 
 
 def run(code, **environment):
@@ -40,7 +40,7 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_torch_can_be_asked_for():
-    assert run("from lmx.core.native.library import kernel_path; print(kernel_path())", LMX_KERNELS="torch") == "torch"
+    assert run("from lmx.core.native.compiled import kernel_path; print(kernel_path())", LMX_KERNELS="torch") == "torch"
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def one_source(tmp_path, monkeypatch):
 def test_a_build_can_be_loaded(one_source):
     target = one_source / build.LIBRARY_NAME
     assert build.build_any(target) is None
-    assert ctypes.CDLL(str(target)).lmx_abi() == library._ABI
+    assert ctypes.CDLL(str(target)).lmx_abi() == compiled._ABI
     assert sorted(path.name for path in one_source.iterdir()) == [build.LIBRARY_NAME, "src"]
 
 
@@ -76,8 +76,8 @@ def test_a_compiler_without_openmp_will_do(one_source, monkeypatch):
 
 @needs_kernels
 def test_a_library_of_another_version_is_refused(monkeypatch):
-    monkeypatch.setattr(library, "_ABI", library._ABI + 1)
-    assert library.library.__wrapped__() is None
+    monkeypatch.setattr(compiled, "_ABI", compiled._ABI + 1)
+    assert compiled.library.__wrapped__() is None
 
 
 def test_without_the_library_torch_computes():
@@ -91,9 +91,9 @@ print(torch.equal(QuantLinear(quantize_4bit(torch.eye(64), "nf4"))(torch.ones(1,
 
 @pytest.mark.parametrize("content", [b"", b"no library"], ids=["empty", "text"])
 def test_a_library_that_does_not_load_is_none(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
     (tmp_path / build.LIBRARY_NAME).write_bytes(content)
-    assert library.library.__wrapped__() is None
+    assert compiled.library.__wrapped__() is None
 
 
 @needs_kernels
@@ -105,7 +105,7 @@ def test_the_best_path_is_taken_and_another_can_be():
         assert kernel_path() == "portable"
     assert kernel_path() == best
     assert (
-        run("from lmx.core.native.library import kernel_path; print(kernel_path())", LMX_KERNELS="portable")
+        run("from lmx.core.native.compiled import kernel_path; print(kernel_path())", LMX_KERNELS="portable")
         == "portable"
     )
 
@@ -115,7 +115,7 @@ def test_threads_are_torchs():
     before = torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        assert library.library().lmx_max_threads() == threads
+        assert compiled.library().lmx_max_threads() == threads
     torch.set_num_threads(before)
 
 
@@ -123,7 +123,7 @@ def test_threads_are_torchs():
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps, which Linux has")
 def test_one_openmp_is_mapped():
     code = (
-        "from lmx.core.native.library import library; library();"
+        "from lmx.core.native.compiled import library; library();"
         "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.rpartition('/')[2]}))"
     )
     assert run(code) == "1"
