@@ -97,7 +97,8 @@ inline int64_t bytes_of_row(const Matrix& m) {
 
 // Of a row's scales, where there are several.
 inline int64_t bytes_of_scales(const Matrix& m) {
-    return m.kind == FOUR_BIT && !m.nested_map ? m.columns / m.block_size * static_cast<int64_t>(sizeof(float)) : 0;
+    const int64_t size = m.nested_map ? 1 : sizeof(float);
+    return m.kind == FOUR_BIT ? m.columns / m.block_size * size : 0;
 }
 
 // The rows from `row` on.

@@ -50,7 +50,7 @@ public:
     }
 
 private:
-    static constexpr int64_t NEAR_GROUP = 6144, NEAR_AHEAD = 8192, FAR_AHEAD = 24576;
+    static constexpr int64_t NEAR_GROUP = 6144, NEAR_AHEAD = 5120, FAR_AHEAD = 24576;
     const int64_t bytes_, scales_, rows_, last_;
     const Ahead own_, then_;
 };

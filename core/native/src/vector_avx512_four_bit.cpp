@@ -13,90 +13,92 @@ constexpr int side_of = VECTORS == 1 ? 4 : 2;
 // How far ahead of themselves rows in float are asked for.
 constexpr int64_t AHEAD = 24576;
 
-// Scales of a few rows that are read side by side, a pair of units at a time: the first unit's in the lower half of the
-// lanes, the next one's in the upper. A group of 16 units is entered before its pairs are asked for in their order.
-//
-// A block a unit: 16 scales are loaded at once, and one permutation gives a pair, in less time than two loads into the
-// halves of a register.
+// Scales of a few rows that are read side by side, two units at a time; a group of 16 units is entered before its pairs
+// are asked for in their order. They stay in memory until they are multiplied: an operand that is broadcast on its way
+// takes no time of the units that permute, which have most to do here.
 template <int ROWS, bool NEAR>
-class UnitScales {
+class PlainScales {
 public:
-    explicit UnitScales(const Matrix& m) : absmax_(static_cast<const float*>(m.absmax)), units_(m.columns / UNIT) {}
+    explicit PlainScales(const Matrix& m)
+        : absmax_(static_cast<const float*>(m.absmax)), units_(m.columns / UNIT), shift_(log2_of(m.block_size / UNIT)) {}
     // What the rows that are now read ask for.
     LMX_INLINE void ask_for(const uint8_t* soon) { soon_ = soon; }
+    static bool serves(const Matrix&) { return true; }
+    LMX_INLINE int64_t run() const { return 16; }
     LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) {
-        const __mmask16 there = static_cast<__mmask16>((1u << std::min<int64_t>(units_ - unit, 16)) - 1);
-        for (int r = 0; r < ROWS; ++r) {
-            prefetch<NEAR>(soon_);
-            soon_ += 16 * sizeof(float);
-            group_[r] = _mm512_maskz_loadu_ps(there, absmax_ + (row + r) * units_ + unit);
-        }
-        pair_ = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+        at_ = row * units_ + unit;
+        if (shift_) return;
+        for (int r = 0; r < ROWS; ++r, soon_ += 16 * sizeof(float)) prefetch<NEAR>(soon_);
     }
-    LMX_INLINE LMX_AVX512 __m512 pair(int r) const { return _mm512_permutexvar_ps(pair_, group_[r]); }
-    LMX_INLINE LMX_AVX512 void next() { pair_ = _mm512_add_epi32(pair_, _mm512_set1_epi32(2)); }
-
-private:
-    const float* absmax_;
-    const uint8_t* soon_ = nullptr;
-    int64_t units_;
-    __m512 group_[ROWS];
-    __m512i pair_;
-};
-
-// Blocks of several units, or scales that are quantized themselves: these are decoded from their codes by a table of all
-// 256 for the group of 256 blocks that a row is in.
-template <int ROWS, bool NESTED>
-class BlockScales {
-public:
-    explicit BlockScales(const Matrix& m) : m_(m), units_(m.columns / UNIT), shift_(log2_of(m.block_size / UNIT)) {
-        std::fill_n(groups_, ROWS, -1);
-    }
-    LMX_INLINE void ask_for(const uint8_t*) {}
-    LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) { at_ = row * units_ + unit; }
-    LMX_INLINE LMX_AVX512 __m512 pair(int r) {
-        const int64_t at = at_ + r * units_, block = at >> shift_;
-        if constexpr (NESTED)
-            if (block >> 8 != groups_[r]) decode(r, block >> 8);
-        const __m128 next = _mm_load_ss(scale(r, (at + 1) >> shift_));
-        return _mm512_mask_broadcastss_ps(_mm512_set1_ps(*scale(r, block)), 0xff00, next);
-    }
+    LMX_INLINE const float* first(int r) { return absmax_ + ((at_ + r * units_) >> shift_); }
+    LMX_INLINE const float* second(int r) { return absmax_ + ((at_ + r * units_ + 1) >> shift_); }
     LMX_INLINE void next() { at_ += 2; }
 
 private:
-    LMX_INLINE const float* scale(int r, int64_t block) const {
-        if constexpr (NESTED) return current_[r] + static_cast<const uint8_t*>(m_.absmax)[block];
-        return static_cast<const float*>(m_.absmax) + block;
-    }
-    LMX_AVX512 __attribute__((noinline)) void decode(int row, int64_t group) {
-        groups_[row] = group;
-        for (int other = 0; other < ROWS; ++other)
-            if (other != row && groups_[other] == group) {
-                current_[row] = current_[other];
-                return;
-            }
-        float* table = tables_[0];
-        for (int other = 0; other < ROWS; ++other)
-            if (other != row && current_[other] == table) table = tables_[1];
-        const __m512 absmax = _mm512_set1_ps(m_.nested_absmax[group]), offset = _mm512_set1_ps(m_.nested_offset);
-        for (int i = 0; i < 256; i += 16)
-            _mm512_store_ps(table + i, _mm512_fmadd_ps(_mm512_loadu_ps(m_.nested_map + i), absmax, offset));
-        current_[row] = table;
-    }
-    static_assert(!NESTED || ROWS <= 2, "each row needs a table of its own");
-    const Matrix& m_;
+    const float* const absmax_;
+    const uint8_t* soon_ = nullptr;
     const int64_t units_;
     const int shift_;
     int64_t at_ = 0;
-    alignas(64) float tables_[NESTED ? 2 : 1][NESTED ? 256 : 1];
+};
+
+// Scales that are quantized themselves: looked up by their codes in tables of all 256, one for each group of 256 blocks
+// that a row is in.
+template <int ROWS, bool NEAR>
+class NestedScales {
+public:
+    explicit NestedScales(const Matrix& m)
+        : m_(m), codes_(static_cast<const uint8_t*>(m.absmax)), units_(m.columns / UNIT),
+          shift_(log2_of(m.block_size / UNIT)), run_(std::min<int64_t>(units_ & -units_, 16)),
+          mask_((ROWS - 1) * units_ < GROUP ? 1 : TABLES - 1) {
+        std::fill_n(groups_, TABLES, -1);
+    }
+    static bool serves(const Matrix& m) { return ROWS == 1 || m.columns <= GROUP * UNIT; }
+    LMX_INLINE void ask_for(const uint8_t* soon) { soon_ = soon; }
+    // Lies in one group of 256 whole, wherever it begins.
+    LMX_INLINE int64_t run() const { return run_; }
+    LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) {
+        at_ = row * units_ + unit;
+        for (int r = 0; r < ROWS; ++r) {
+            const int64_t group = ((at_ + r * units_) >> shift_) / GROUP;
+            current_[r] = tables_[group & mask_];
+            if (groups_[group & mask_] != group) decode(group);
+        }
+        prefetch<NEAR>(soon_);
+        soon_ += ROWS * run_ >> shift_;
+    }
+    LMX_INLINE const float* first(int r) { return current_[r] + codes_[(at_ + r * units_) >> shift_]; }
+    LMX_INLINE const float* second(int r) { return current_[r] + codes_[(at_ + r * units_ + 1) >> shift_]; }
+    LMX_INLINE void next() { at_ += 2; }
+
+private:
+    LMX_INLINE LMX_AVX512 void decode(int64_t group) {
+        groups_[group & mask_] = group;
+        float* table = tables_[group & mask_];
+        prefetch<true>(reinterpret_cast<const uint8_t*>(m_.nested_absmax + group + GROUPS_AHEAD));
+        const __m512 absmax = _mm512_set1_ps(m_.nested_absmax[group]), offset = _mm512_set1_ps(m_.nested_offset);
+        for (int64_t i = 0; i < GROUP; i += 16)
+            _mm512_store_ps(table + i, _mm512_fmadd_ps(_mm512_loadu_ps(m_.nested_map + i), absmax, offset));
+    }
+    // Rows side by side that are no longer than a group are in groups that follow each other, two or four at most. No more
+    // tables than needed: each is written anew for its next group, and must still be in the first cache then.
+    static constexpr int64_t GROUP = 256, TABLES = 4, GROUPS_AHEAD = 4;
+    const Matrix& m_;
+    const uint8_t* const codes_;
+    const uint8_t* soon_ = nullptr;
+    const int64_t units_;
+    const int shift_;
+    const int64_t run_, mask_;
+    int64_t at_ = 0;
+    alignas(64) float tables_[TABLES][GROUP];
     const float* current_[ROWS] = {};
-    int64_t groups_[ROWS];
+    int64_t groups_[TABLES];
 };
 
 // Four bits times bf16, 128 elements at a time: 64 bytes are 32 words of four codes each. The 16 values stand twice in a
 // register of 32 lanes, and `vpermw` looks at the lowest five bits of a word: a shift brings each code there, and what
 // lies above needs no mask. The first half of the lanes belongs to one unit, the second to the next: sums in float, then
-// times their blocks' scales.
+// all of them times the one's scale and times the other's, and in the end half of each is taken.
 //
 // Rows side by side share the loads of x, which are most of all loads and else the bottleneck.
 template <int ROWS, int VECTORS, bool NEAR, class Scales>
@@ -107,11 +109,11 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
     const uint8_t* soon = ahead.data;
     scales.ask_for(ahead.scales);
     const bf16* vectors = static_cast<const bf16*>(x.data);
-    __m512 sums[ROWS][VECTORS];
-    for (auto& of_row : sums)
-        for (auto& sum : of_row) sum = _mm512_setzero_ps();
+    __m512 firsts[ROWS][VECTORS], seconds[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) firsts[r][v] = seconds[r][v] = _mm512_setzero_ps();
     for (int64_t unit = 0; unit < units; unit += 2, scales.next()) {
-        if (unit % 16 == 0) scales.enter(row, unit);
+        if ((unit & (scales.run() - 1)) == 0) scales.enter(row, unit);
         __m512bh values[ROWS][4];
         for (int r = 0; r < ROWS; ++r) {
             const uint8_t* at = bytes + r * width + unit * BYTES;
@@ -133,16 +135,20 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
                 }
             }
         for (int r = 0; r < ROWS; ++r) {
-            const __m512 pair = scales.pair(r);
-            for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_fmadd_ps(parts[r][v], pair, sums[r][v]);
+            const __m512 first = _mm512_set1_ps(*scales.first(r)), second = _mm512_set1_ps(*scales.second(r));
+            for (int v = 0; v < VECTORS; ++v) {
+                firsts[r][v] = _mm512_fmadd_ps(parts[r][v], first, firsts[r][v]);
+                seconds[r][v] = _mm512_fmadd_ps(parts[r][v], second, seconds[r][v]);
+            }
         }
     }
     const __m128 factor = _mm_set1_ps(code_scale(m));
     for (int v = 0; v < VECTORS; ++v) {
         alignas(16) float answers[4];
-        const __m512 last = sums[ROWS - 1][v];
-        const __m512 third = ROWS > 2 ? sums[ROWS > 2 ? 2 : 0][v] : last;
-        const __m128 four = sums_of_four(sums[0][v], sums[ROWS > 1][v], third, last);
+        __m512 sums[ROWS];
+        for (int r = 0; r < ROWS; ++r) sums[r] = _mm512_mask_blend_ps(0xff00, firsts[r][v], seconds[r][v]);
+        const __m512 third = sums[ROWS > 2 ? 2 : ROWS - 1];
+        const __m128 four = sums_of_four(sums[0], sums[ROWS > 1], third, sums[ROWS - 1]);
         _mm_store_ps(answers, _mm_mul_ps(four, factor));
         std::memcpy(out + v * out_stride, answers, ROWS * sizeof(float));
     }
@@ -157,7 +163,7 @@ LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, i
     // What memory is asked for goes from front to back, though rows lie side by side: two streams are slower.
     const Soon soon(m, x, last, SIDE);
     int64_t row = first;
-    for (; row + SIDE <= last; row += SIDE, out += SIDE)
+    for (; row + SIDE <= last && Scales::serves(m); row += SIDE, out += SIDE)
         four_bit_rows<SIDE, VECTORS, NEAR>(m, x, row, soon.at(row), out, out_stride, table, scales);
     for (; row < last; ++row, ++out)
         four_bit_rows<1, VECTORS, NEAR>(m, x, row, soon.at(row), out, out_stride, table, last_scales);
@@ -166,16 +172,15 @@ LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, i
 template <int VECTORS, bool NEAR>
 RowsFunction four_bit_for(const Matrix& m) {
     constexpr int SIDE = side_of<VECTORS>;
-    if (m.nested_map) return four_bit_all<2, VECTORS, NEAR, BlockScales<2, true>, BlockScales<1, true>>;
-    if (m.block_size == UNIT) return four_bit_all<SIDE, VECTORS, NEAR, UnitScales<SIDE, NEAR>, UnitScales<1, NEAR>>;
-    return four_bit_all<SIDE, VECTORS, NEAR, BlockScales<SIDE, false>, BlockScales<1, false>>;
+    return m.nested_map ? four_bit_all<SIDE, VECTORS, NEAR, NestedScales<SIDE, NEAR>, NestedScales<1, NEAR>>
+                        : four_bit_all<SIDE, VECTORS, NEAR, PlainScales<SIDE, NEAR>, PlainScales<1, NEAR>>;
 }
 
 template <int VECTORS>
 void four_bit_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
     RowsFunction all = four_bit_for<VECTORS, false>(m);
     if constexpr (VECTORS == 1)
-        if (Soon::is_near(m, x, m.nested_map ? 2 : side_of<1>)) all = four_bit_for<1, true>(m);
+        if (Soon::is_near(m, x, side_of<1>)) all = four_bit_for<1, true>(m);
     all(m, x, first, last, out, out_stride);
 }
 
