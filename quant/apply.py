@@ -22,7 +22,7 @@ from lmx.core.model import LanguageModel
 from lmx.core.names import Piece
 from lmx.core.native.compiled import library
 from lmx.core.placement import HOST, Budget
-from lmx.quant.four_bit import quantize_4bit
+from lmx.quant.four_bit import FourBit, quantize_4bit
 from lmx.quant.int8 import quantize_int8
 from lmx.quant.matmul import Matrix, QuantMatrix, dequantize
 from lmx.quant.modules import QuantExpertBank, QuantHead, QuantLinear
@@ -146,11 +146,16 @@ def _plain(source: Source, stored: StoredMatrices, piece: Piece, dtype: torch.dt
 
 
 def _moved(source: Source, stored: StoredMatrices, piece: Piece, there: torch.device) -> QuantMatrix:
-    """A stored matrix on its device; on a card, the pages of its file are let go."""
-    matrix = stored.matrices[piece.hub].to(there)
+    """A stored matrix on its device; the pages of its file that it no longer needs are let go."""
+    matrix, bulk = stored.matrices[piece.hub].to(there), stored.bulk[piece.hub]
     if there != HOST:
-        source.advise(stored.bulk[piece.hub], Advice.DONT_NEED)
-    return matrix
+        source.advise(bulk, Advice.DONT_NEED)
+    if not isinstance(matrix, FourBit):
+        return matrix
+    narrow = matrix.narrowed()
+    if narrow is not matrix:
+        source.advise(f"{bulk}.absmax", Advice.DONT_NEED)
+    return narrow
 
 
 def _quantize(source: Source, piece: Piece, spec: QuantSpec, there: torch.device) -> QuantMatrix:
@@ -166,6 +171,8 @@ def _quantize(source: Source, piece: Piece, spec: QuantSpec, there: torch.device
 
 def _kept(matrix: QuantMatrix) -> QuantMatrix:
     """A matrix that was just made, where a model keeps it."""
+    if isinstance(matrix, FourBit):
+        return matrix.narrowed().lasting()
     return matrix if isinstance(matrix, Quanto) else matrix.lasting()
 
 

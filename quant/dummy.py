@@ -20,6 +20,7 @@ from lmx.core.mapped import stored_name
 from lmx.core.model import LanguageModel
 from lmx.core.models.falcon_mamba import FalconMambaConfig, Mixer, initialise_scan
 from lmx.core.models.recurrent_gemma import RecurrentGemmaConfig
+from lmx.core.native.compiled import library
 from lmx.core.placement import Budget
 from lmx.core.registry import family_of
 from lmx.core.safetensors_file import TensorInfo
@@ -112,6 +113,8 @@ class _Noise:
         self._eights = self._bytes.view(torch.int8).clamp(min=-127)
         self._normal = torch.randn(_BLOCK, generator=generator).to(dtype).to(device)
         self._scales = torch.empty(_BLOCK).uniform_(0.5, 1.5, generator=generator).to(device)
+        narrow = dtype == torch.bfloat16 and device.type == "cpu" and library() is not None  # as `FourBit.narrowed`
+        self._scales_of_blocks = self._scales.bfloat16() if narrow else self._scales
         self._place = 0
 
     def plain(self, shape: tuple[int, ...]) -> Tensor:
@@ -134,7 +137,7 @@ class _Noise:
             groups = self._laid(self._scales, -(-blocks // NESTED_BLOCK_SIZE), 0.3 * scale)
             nested = NestedScales(groups, dynamic_map().to(self._device), scale)
         else:
-            absmax = self._laid(self._scales, blocks, scale)
+            absmax = self._laid(self._scales_of_blocks, blocks, scale)
         return FourBit(packed, absmax, spec.four_bit_type, shape, self._dtype, spec.block_size, nested)
 
     def _laid(self, block: Tensor, size: int, scale: float | None = None) -> Tensor:

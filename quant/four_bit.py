@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmx.core.errors import InputError
 from lmx.core.large_pages import lasting
-from lmx.core.native.quantize import can_quantize, encode_four_bit, encode_scales
+from lmx.core.native.quantize import can_narrow, can_quantize, encode_four_bit, encode_scales, narrow_scales
 from lmx.quant.chunks import for_chunks
 from lmx.quant.codebook import (
     FourBitType,
@@ -51,7 +51,7 @@ class FourBit:
     """A tensor of `shape` in four bits; `dtype` is what it was and what it is dequantized to."""
 
     packed: Tensor  # uint8 [ceil(elements / 2), 1]
-    absmax: Tensor  # float32 [blocks], or uint8 codes where `nested` is there
+    absmax: Tensor  # float32 [blocks], or bfloat16 of the same value; uint8 codes where `nested` is there
     quant_type: FourBitType
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -78,21 +78,40 @@ class FourBit:
         """The absmax of the blocks from `first` up to `last`, decoded: float32 [last - first]."""
         absmax = self.absmax[first:last]
         if self.nested is None:
-            return absmax
+            return absmax.float()
         groups = torch.arange(first, first + len(absmax), device=absmax.device) // NESTED_BLOCK_SIZE
         values = torch.index_select(self.nested.quant_map, 0, absmax.int())
         return values.mul_(self.nested.absmax[groups]).add_(self.nested.offset)
 
     def to(self, device: torch.device) -> "FourBit":
-        """The same on another device; dtypes are part of the format and never change."""
+        """The same on another device, where it is as a file has it; no other dtype ever changes."""
+        if device == self.device:
+            return self
         nested = self.nested
         if nested is not None:
             nested = replace(nested, absmax=nested.absmax.to(device), quant_map=nested.quant_map.to(device))
-        return replace(self, packed=self.packed.to(device), absmax=self.absmax.to(device), nested=nested)
+        absmax = self.stored_absmax.to(device)
+        return replace(self, packed=self.packed.to(device), absmax=absmax, nested=nested)
+
+    @property
+    def stored_absmax(self) -> Tensor:
+        """As files have it: float32 [blocks], or uint8 codes."""
+        return self.absmax if self.nested is not None else self.absmax.float()
+
+    def narrowed(self) -> "FourBit":
+        """The same with absmax in bfloat16 where the kernels read that and no bit is lost.
+
+        None is where the source was bfloat16: each absmax is one of its numbers.
+        """
+        if self.absmax.dtype != torch.float32 or not can_narrow(self.absmax):
+            return self
+        absmax = narrow_scales(self.absmax)
+        return self if absmax is None else replace(self, absmax=absmax)
 
     def lasting(self) -> "FourBit":
-        """The same in memory for what lasts."""
-        return replace(self, packed=lasting(self.packed), absmax=lasting(self.absmax))
+        """The same in memory for what lasts, where narrowed scales are already."""
+        absmax = self.absmax if self.absmax.dtype == torch.bfloat16 else lasting(self.absmax)
+        return replace(self, packed=lasting(self.packed), absmax=absmax)
 
 
 def quantize_4bit(

@@ -178,7 +178,7 @@ def _quant_state(q: FourBit) -> "QuantState":
             q.nested.absmax, code=q.nested.quant_map, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32
         )
     return QuantState(  # type: ignore[no-untyped-call]
-        q.absmax,
+        q.stored_absmax,
         shape=torch.Size(q.shape),
         code=q.quant_map.to(q.absmax.device),
         blocksize=q.block_size,

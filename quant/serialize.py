@@ -43,7 +43,7 @@ _HINT = "the checkpoint is damaged or not in the bitsandbytes format: download o
 
 def four_bit_tensors(name: str, q: FourBit) -> dict[str, Tensor]:
     """The tensors of a four-bit matrix by their names in a checkpoint."""
-    tensors = {name: q.packed, f"{name}.absmax": q.absmax, f"{name}.quant_map": q.quant_map}
+    tensors = {name: q.packed, f"{name}.absmax": q.stored_absmax, f"{name}.quant_map": q.quant_map}
     if q.nested is not None:
         tensors[f"{name}.nested_absmax"] = q.nested.absmax
         tensors[f"{name}.nested_quant_map"] = q.nested.quant_map

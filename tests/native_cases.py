@@ -14,10 +14,20 @@ QUANTIZERS = {
     "nf4 double": lambda w: quantize_4bit(w, "nf4", double_quant=True),
     "fp4 double": lambda w: quantize_4bit(w, "fp4", 128, double_quant=True),
     "int8": quantize_int8,
+    "nf4 of bfloat16": lambda w: narrowed(w, 64),
+    "nf4 of bfloat16, short blocks": lambda w: narrowed(w, 32),
+    "nf4 of bfloat16, long blocks": lambda w: narrowed(w, 512),
     "bfloat16": lambda w: w.bfloat16(),
     "float16": lambda w: w.half(),
     "float32": lambda w: w,
 }
+
+
+def narrowed(weight, block_size):
+    """With scales in bfloat16."""
+    q = quantize_4bit(weight.bfloat16(), "nf4", block_size).narrowed()
+    assert q.absmax.dtype == torch.bfloat16
+    return q
 
 
 def random(*shape, seed=0):

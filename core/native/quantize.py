@@ -2,8 +2,10 @@
 
 import ctypes
 
+import torch
 from torch import Tensor
 
+from lmx.core.large_pages import lasting_zeros
 from lmx.core.native.compiled import INT, LONG, POINTER, c_function, library
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.vector import MatrixTable
@@ -11,6 +13,8 @@ from lmx.core.native.vector import MatrixTable
 _quantize_4bit = c_function("lmx_quantize_4bit", POINTER, INT, LONG, LONG, POINTER, POINTER, POINTER, POINTER, POINTER)
 _quantize_int8 = c_function("lmx_quantize_int8", POINTER, INT, LONG, LONG, POINTER, POINTER)
 _quantize_scales = c_function("lmx_quantize_scales", POINTER, LONG, POINTER, POINTER, POINTER)
+_are_bf16 = c_function("lmx_are_bf16", POINTER, LONG, result=INT)
+_to_bf16 = c_function("lmx_to_bf16", POINTER, LONG, POINTER)
 _squared_error = c_function("lmx_squared_error", POINTER, POINTER, INT, result=ctypes.c_double)
 
 
@@ -48,6 +52,20 @@ def encode_scales(x: Tensor, nearest: Tensor, codes: Tensor, absmax: Tensor) -> 
     nearest: uint8 [65536], the code for each of so many even steps from -1 to 1.
     """
     _quantize_scales()(x.data_ptr(), len(x), nearest.data_ptr(), codes.data_ptr(), absmax.data_ptr())
+
+
+def can_narrow(absmax: Tensor) -> bool:
+    """Whether the kernels are there and read these scales as they lie."""
+    return absmax.is_cpu and absmax.is_contiguous() and library() is not None
+
+
+def narrow_scales(absmax: Tensor) -> Tensor | None:
+    """Float32 `absmax` [n] as bfloat16 in memory for what lasts; None where a bit would be lost."""
+    if not _are_bf16()(absmax.data_ptr(), len(absmax)):
+        return None
+    narrow = lasting_zeros((len(absmax),), torch.bfloat16)
+    _to_bf16()(absmax.data_ptr(), len(absmax), narrow.data_ptr())
+    return narrow
 
 
 def squared_error(table: MatrixTable, source: Tensor) -> float:

@@ -15,7 +15,7 @@ from lmx.core.native.tape import call
 
 # As in src/vector.h.
 MAX_VECTORS = 4
-_WORDS = 10
+_WORDS = 11
 # As in src/prepare.h.
 ACTIVATION_CODES = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 
@@ -43,7 +43,7 @@ class StoredMatrix:
     """A matrix [rows, columns] and what its values are made of.
 
     data: uint8 two codes a byte, the first in the high nibble; int8; or floats that were kept from quantization.
-    absmax: float32 a block (or its uint8 code: see `nested_map`), or float32 a row for int8.
+    absmax: float32 or bfloat16 a block (or its uint8 code: see `nested_map`), or float32 a row for int8.
     code: float32 [16], the values of four-bit codes. nested_map float32 [256] and nested_absmax, one for 256 blocks,
     decode absmax: `nested_map[absmax] * nested_absmax + nested_offset`.
     """
@@ -71,7 +71,9 @@ class StoredMatrix:
         tensors = (self.absmax, tables, self.nested_map, self.nested_absmax)
         absmax, code, nested_map, nested_absmax = (0 if t is None else t.data_ptr() for t in tensors)
         shape = (self.data.data_ptr(), self.rows, self.columns, int(self.kind))
-        return [*shape, absmax, code, self.block_size, nested_map, nested_absmax, offset & 0xFFFFFFFF]
+        narrow = self.absmax is not None and self.absmax.dtype == torch.bfloat16
+        scales = (absmax, code, DTYPE_CODES[torch.bfloat16 if narrow else torch.float32], self.block_size)
+        return [*shape, *scales, nested_map, nested_absmax, offset & 0xFFFFFFFF]
 
 
 @lru_cache(maxsize=64)  # by identity, as tensors are hashed: thousands of matrices share one

@@ -1,4 +1,5 @@
 import json
+import shutil
 import struct
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, DbrxConfig, FalconMambaConfig, Mi
 from lmx.core.checkpoint import Checkpoint
 from lmx.core.errors import InputError, UsageError
 from lmx.core.loader import load_model
+from lmx.core.native.compiled import library
 from lmx.quant.apply import load_quantized
 from lmx.quant.matmul import dequantize
 from lmx.quant.modules import QuantExpertBank, QuantHead, QuantLinear
@@ -113,6 +115,27 @@ def test_packed_bytes_stay_in_the_mapped_file(scheme, quantized):
         name = next(n for n in checkpoint.infos if n.startswith("model.layers.0.") and n.endswith(f"{name}.weight"))
         data = matrix.packed if scheme == "nf4" else matrix.weight
         assert data.data_ptr() == checkpoint.tensor(name).data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("at_once", [True, False], ids=["while loading", "loaded"])
+def test_scales_are_held_in_half_where_that_loses_nothing(dtype, at_once, tmp_path, plain):
+    source = tmp_path / "source"
+    shutil.copytree(plain["olmoe"], source)
+    weights = {
+        name: (1.003 * weight.float()).to(dtype) for name, weight in load_file(source / "model.safetensors").items()
+    }
+    save_file(weights, source / "model.safetensors")
+    spec = QuantSpec("nf4")
+    list(quantize(Checkpoint.open(source), tmp_path / "quantized", spec))
+    folder = Checkpoint.open(tmp_path / "quantized")
+    model = load_quantized(Checkpoint.open(source), spec=spec) if at_once else load_quantized(folder)
+    query = model.decoder.layers[0].attention.q
+    stored = folder.tensor("model.layers.0.self_attn.q_proj.weight.absmax")
+    narrow = dtype == torch.bfloat16 and library() is not None
+    assert query.weight.absmax.dtype == (torch.bfloat16 if narrow else torch.float32)
+    assert torch.equal(query.weight.absmax.float(), stored)
+    assert torch.equal(query.state_dict()["weight.absmax"], stored)
 
 
 def test_a_partly_kept_bank(plain, quantized, tmp_path):

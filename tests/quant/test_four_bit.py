@@ -1,6 +1,7 @@
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from support import needs_kernels
 
 from lmx.core.errors import InputError
 from lmx.quant import four_bit
@@ -135,6 +136,32 @@ def test_the_error_on_normal_weights_is_that_of_the_format(quant_type, block_siz
     x = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(1))
     error = (dequantize_4bit(quantize_4bit(x, quant_type, block_size)) - x).abs().mean().item()
     assert error == pytest.approx(expected, rel=0.01)
+
+
+@needs_kernels
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_scales_of_a_bfloat16_source_lose_no_bit_in_bfloat16(quant_type, block_size):
+    q = quantize_4bit(weights((173, 515), torch.bfloat16), quant_type, block_size)
+    narrow = q.narrowed()
+    assert narrow.absmax.dtype == torch.bfloat16
+    assert narrow.nbytes == q.nbytes - q.absmax.nbytes // 2
+    assert narrow.narrowed() is narrow
+    assert narrow.to(torch.device("cpu")) is narrow
+    assert narrow.scales().dtype == narrow.stored_absmax.dtype == torch.float32
+    assert torch.equal(narrow.scales(), q.absmax)
+    assert torch.equal(narrow.stored_absmax, q.absmax)
+    assert torch.equal(dequantize_4bit(narrow), dequantize_4bit(q))
+    assert narrow.to(torch.device("meta")).absmax.dtype == torch.float32
+
+
+def test_scales_that_bfloat16_would_change_stay_as_they_are():
+    q = quantize_4bit(weights((64, 128), torch.float16), "nf4")
+    assert q.narrowed() is q
+    doubled = quantize_4bit(weights((64, 128), torch.bfloat16), "nf4", double_quant=True)
+    assert doubled.narrowed() is doubled
+    zeros = quantize_4bit(torch.zeros(64, 128, dtype=torch.bfloat16), "nf4")
+    assert torch.equal(zeros.narrowed().scales(), zeros.absmax)
 
 
 def test_values_of_the_table_survive_and_requantizing_changes_nothing():

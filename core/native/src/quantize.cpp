@@ -80,3 +80,15 @@ LMX_EXPORT void lmx_quantize_scales(const float* x, int64_t count, const uint8_t
         }
     });
 }
+
+// Whether every one of x [count] is a number of bf16.
+LMX_EXPORT int lmx_are_bf16(const uint32_t* x, int64_t count) {
+    uint32_t below = 0;
+    for (int64_t i = 0; i < count; ++i) below |= x[i] & 0xffff;
+    return below == 0;
+}
+
+// x [count], of which `lmx_are_bf16` is true -> out [count].
+LMX_EXPORT void lmx_to_bf16(const uint32_t* x, int64_t count, bf16* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<bf16>(x[i] >> 16);
+}

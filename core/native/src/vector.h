@@ -13,9 +13,11 @@ struct Matrix {
     const uint8_t* data;
     int64_t rows, columns;
     Kind kind;
-    const void* absmax;  // four-bit: float a block, or its uint8 code where `nested_map` is there; int8: float a row
+    // four-bit: float or bf16 a block, or its uint8 code where `nested_map` is there; int8: float a row
+    const void* absmax;
     const float* code;   // four-bit: the values of the 16 codes, 16 bf16 close to them times a factor, 1 / factor
-    int64_t block_size;  // a power of two
+    int64_t absmax_dtype;  // of four-bit blocks, where there is no `nested_map`
+    int64_t block_size;    // a power of two
     const float* nested_map;     // [256], or null
     const float* nested_absmax;  // one for 256 blocks
     union {
@@ -23,7 +25,7 @@ struct Matrix {
         float nested_offset;
     };
 };
-constexpr int64_t MATRIX_WORDS = 10;
+constexpr int64_t MATRIX_WORDS = 11;
 static_assert(sizeof(Matrix) == MATRIX_WORDS * 8, "as the table in Python");
 
 // The gate, up and down matrices of an expert.
@@ -79,7 +81,9 @@ Kernel neon_kernel(Kind kind);
 
 // The scale of a block, decoded if it is quantized itself (QLoRA, arXiv 2305.14314, section 3).
 inline float block_scale(const Matrix& m, int64_t block) {
-    if (!m.nested_map) return static_cast<const float*>(m.absmax)[block];
+    if (!m.nested_map)
+        return m.absmax_dtype == BF16 ? bf16_to_float(static_cast<const bf16*>(m.absmax)[block])
+                                      : static_cast<const float*>(m.absmax)[block];
     return m.nested_map[static_cast<const uint8_t*>(m.absmax)[block]] * m.nested_absmax[block >> 8] + m.nested_offset;
 }
 
@@ -97,7 +101,7 @@ inline int64_t bytes_of_row(const Matrix& m) {
 
 // Of a row's scales, where there are several.
 inline int64_t bytes_of_scales(const Matrix& m) {
-    const int64_t size = m.nested_map ? 1 : sizeof(float);
+    const int64_t size = m.nested_map ? 1 : m.absmax_dtype == BF16 ? sizeof(bf16) : sizeof(float);
     return m.kind == FOUR_BIT ? m.columns / m.block_size * size : 0;
 }
 

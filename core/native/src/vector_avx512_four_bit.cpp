@@ -1,5 +1,5 @@
 // Matrices of four-bit blocks times a few vectors with AVX-512 and its BF16 instructions.
-#include "vector_avx512.h"
+#include "vector_avx512_scales.h"
 
 #if defined(LMX_X86)
 
@@ -13,92 +13,10 @@ constexpr int side_of = VECTORS == 1 ? 4 : 2;
 // How far ahead of themselves rows in float are asked for.
 constexpr int64_t AHEAD = 24576;
 
-// Scales of a few rows that are read side by side, two units at a time; a group of 16 units is entered before its pairs
-// are asked for in their order. They stay in memory until they are multiplied: an operand that is broadcast on its way
-// takes no time of the units that permute, which have most to do here.
-template <int ROWS, bool NEAR>
-class PlainScales {
-public:
-    explicit PlainScales(const Matrix& m)
-        : absmax_(static_cast<const float*>(m.absmax)), units_(m.columns / UNIT), shift_(log2_of(m.block_size / UNIT)) {}
-    // What the rows that are now read ask for.
-    LMX_INLINE void ask_for(const uint8_t* soon) { soon_ = soon; }
-    static bool serves(const Matrix&) { return true; }
-    LMX_INLINE int64_t run() const { return 16; }
-    LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) {
-        at_ = row * units_ + unit;
-        if (shift_) return;
-        for (int r = 0; r < ROWS; ++r, soon_ += 16 * sizeof(float)) prefetch<NEAR>(soon_);
-    }
-    LMX_INLINE const float* first(int r) { return absmax_ + ((at_ + r * units_) >> shift_); }
-    LMX_INLINE const float* second(int r) { return absmax_ + ((at_ + r * units_ + 1) >> shift_); }
-    LMX_INLINE void next() { at_ += 2; }
-
-private:
-    const float* const absmax_;
-    const uint8_t* soon_ = nullptr;
-    const int64_t units_;
-    const int shift_;
-    int64_t at_ = 0;
-};
-
-// Scales that are quantized themselves: looked up by their codes in tables of all 256, one for each group of 256 blocks
-// that a row is in.
-template <int ROWS, bool NEAR>
-class NestedScales {
-public:
-    explicit NestedScales(const Matrix& m)
-        : m_(m), codes_(static_cast<const uint8_t*>(m.absmax)), units_(m.columns / UNIT),
-          shift_(log2_of(m.block_size / UNIT)), run_(std::min<int64_t>(units_ & -units_, 16)),
-          mask_((ROWS - 1) * units_ < GROUP ? 1 : TABLES - 1) {
-        std::fill_n(groups_, TABLES, -1);
-    }
-    static bool serves(const Matrix& m) { return ROWS == 1 || m.columns <= GROUP * UNIT; }
-    LMX_INLINE void ask_for(const uint8_t* soon) { soon_ = soon; }
-    // Lies in one group of 256 whole, wherever it begins.
-    LMX_INLINE int64_t run() const { return run_; }
-    LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) {
-        at_ = row * units_ + unit;
-        for (int r = 0; r < ROWS; ++r) {
-            const int64_t group = ((at_ + r * units_) >> shift_) / GROUP;
-            current_[r] = tables_[group & mask_];
-            if (groups_[group & mask_] != group) decode(group);
-        }
-        prefetch<NEAR>(soon_);
-        soon_ += ROWS * run_ >> shift_;
-    }
-    LMX_INLINE const float* first(int r) { return current_[r] + codes_[(at_ + r * units_) >> shift_]; }
-    LMX_INLINE const float* second(int r) { return current_[r] + codes_[(at_ + r * units_ + 1) >> shift_]; }
-    LMX_INLINE void next() { at_ += 2; }
-
-private:
-    LMX_INLINE LMX_AVX512 void decode(int64_t group) {
-        groups_[group & mask_] = group;
-        float* table = tables_[group & mask_];
-        prefetch<true>(reinterpret_cast<const uint8_t*>(m_.nested_absmax + group + GROUPS_AHEAD));
-        const __m512 absmax = _mm512_set1_ps(m_.nested_absmax[group]), offset = _mm512_set1_ps(m_.nested_offset);
-        for (int64_t i = 0; i < GROUP; i += 16)
-            _mm512_store_ps(table + i, _mm512_fmadd_ps(_mm512_loadu_ps(m_.nested_map + i), absmax, offset));
-    }
-    // Rows side by side that are no longer than a group are in groups that follow each other, two or four at most. No more
-    // tables than needed: each is written anew for its next group, and must still be in the first cache then.
-    static constexpr int64_t GROUP = 256, TABLES = 4, GROUPS_AHEAD = 4;
-    const Matrix& m_;
-    const uint8_t* const codes_;
-    const uint8_t* soon_ = nullptr;
-    const int64_t units_;
-    const int shift_;
-    const int64_t run_, mask_;
-    int64_t at_ = 0;
-    alignas(64) float tables_[TABLES][GROUP];
-    const float* current_[ROWS] = {};
-    int64_t groups_[TABLES];
-};
-
 // Four bits times bf16, 128 elements at a time: 64 bytes are 32 words of four codes each. The 16 values stand twice in a
 // register of 32 lanes, and `vpermw` looks at the lowest five bits of a word: a shift brings each code there, and what
 // lies above needs no mask. The first half of the lanes belongs to one unit, the second to the next: sums in float, then
-// all of them times the one's scale and times the other's, and in the end half of each is taken.
+// times their blocks' scales.
 //
 // Rows side by side share the loads of x, which are most of all loads and else the bottleneck.
 template <int ROWS, int VECTORS, bool NEAR, class Scales>
@@ -134,19 +52,14 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
                     parts[r][v] = _mm512_dpbf16_ps(before, values[r][i], vector);
                 }
             }
-        for (int r = 0; r < ROWS; ++r) {
-            const __m512 first = _mm512_set1_ps(*scales.first(r)), second = _mm512_set1_ps(*scales.second(r));
-            for (int v = 0; v < VECTORS; ++v) {
-                firsts[r][v] = _mm512_fmadd_ps(parts[r][v], first, firsts[r][v]);
-                seconds[r][v] = _mm512_fmadd_ps(parts[r][v], second, seconds[r][v]);
-            }
-        }
+        for (int r = 0; r < ROWS; ++r)
+            for (int v = 0; v < VECTORS; ++v) scales.add(r, parts[r][v], firsts[r][v], seconds[r][v]);
     }
     const __m128 factor = _mm_set1_ps(code_scale(m));
     for (int v = 0; v < VECTORS; ++v) {
         alignas(16) float answers[4];
         __m512 sums[ROWS];
-        for (int r = 0; r < ROWS; ++r) sums[r] = _mm512_mask_blend_ps(0xff00, firsts[r][v], seconds[r][v]);
+        for (int r = 0; r < ROWS; ++r) sums[r] = Scales::sum(firsts[r][v], seconds[r][v]);
         const __m512 third = sums[ROWS > 2 ? 2 : ROWS - 1];
         const __m128 four = sums_of_four(sums[0], sums[ROWS > 1], third, sums[ROWS - 1]);
         _mm_store_ps(answers, _mm_mul_ps(four, factor));
@@ -172,8 +85,12 @@ LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, i
 template <int VECTORS, bool NEAR>
 RowsFunction four_bit_for(const Matrix& m) {
     constexpr int SIDE = side_of<VECTORS>;
-    return m.nested_map ? four_bit_all<SIDE, VECTORS, NEAR, NestedScales<SIDE, NEAR>, NestedScales<1, NEAR>>
-                        : four_bit_all<SIDE, VECTORS, NEAR, PlainScales<SIDE, NEAR>, PlainScales<1, NEAR>>;
+    if (m.nested_map) return four_bit_all<SIDE, VECTORS, NEAR, NestedScales<SIDE, NEAR>, NestedScales<1, NEAR>>;
+    if (m.absmax_dtype == BF16 && m.block_size == UNIT)
+        return four_bit_all<SIDE, VECTORS, NEAR, NarrowScales<SIDE, NEAR, false>, NarrowScales<1, NEAR, false>>;
+    if (m.absmax_dtype == BF16)
+        return four_bit_all<SIDE, VECTORS, NEAR, NarrowScales<SIDE, NEAR, true>, NarrowScales<1, NEAR, true>>;
+    return four_bit_all<SIDE, VECTORS, NEAR, FloatScales<SIDE, NEAR>, FloatScales<1, NEAR>>;
 }
 
 template <int VECTORS>
@@ -185,23 +102,23 @@ void four_bit_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last,
 }
 
 // Scales of a matrix, plain or decoded on the way.
-template <bool NESTED>
+template <bool PLAIN>
 struct Scales {
     const Matrix& m;
     inline float operator[](int64_t block) const {
-        if constexpr (NESTED) return block_scale(m, block);
-        return static_cast<const float*>(m.absmax)[block];
+        if constexpr (PLAIN) return static_cast<const float*>(m.absmax)[block];
+        return block_scale(m, block);
     }
 };
 
 // Four bits times float, in float all through.
-template <int VECTORS, bool NESTED>
+template <int VECTORS, bool PLAIN>
 LMX_AVX512 void four_bit_row_f32(const Matrix& m, const Vectors& x, int64_t row, float* out, int64_t out_stride,
                                  __m512 table) {
     const int64_t units = m.columns / UNIT, first = row * units;
     const int shift = log2_of(m.block_size / UNIT);
     const float* vectors = static_cast<const float*>(x.data);
-    const Scales<NESTED> scales{m};
+    const Scales<PLAIN> scales{m};
     const uint8_t* bytes = m.data + first * BYTES;
     __m512 sums[VECTORS];
     for (auto& sum : sums) sum = _mm512_setzero_ps();
@@ -230,7 +147,8 @@ template <int VECTORS>
 LMX_AVX512 void four_bit_f32_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
                                 int64_t out_stride) {
     const __m512 table = _mm512_loadu_ps(m.code);
-    const auto of_row = m.nested_map ? four_bit_row_f32<VECTORS, true> : four_bit_row_f32<VECTORS, false>;
+    const bool plain = !m.nested_map && m.absmax_dtype == F32;
+    const auto of_row = plain ? four_bit_row_f32<VECTORS, true> : four_bit_row_f32<VECTORS, false>;
     for (int64_t row = first; row < last; ++row) of_row(m, x, row, out + row - first, out_stride, table);
 }
 

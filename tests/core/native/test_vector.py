@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from native_cases import PATHS, QUANTIZERS, random, relative_error, values
+from native_cases import PATHS, QUANTIZERS, narrowed, random, relative_error, values
 from support import needs_kernels
 
 from lmx.core.layers.activation import ACTIVATIONS
@@ -22,8 +22,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rounding of the answer, and in bf16 that of the table of values.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}
 # Whole blocks; an odd number of them; rows that share blocks; odd rows and columns; a single element; groups of 16
-# units and a part of one.
-SHAPES = [(130, 256), (37, 192), (5, 100), (7, 33), (1, 1), (3, 4096), (9, 1280)]
+# units and a part of one; rows side by side in four groups of 256 blocks; rows that are longer than such a group.
+SHAPES = [(130, 256), (37, 192), (5, 100), (7, 33), (1, 1), (3, 4096), (9, 1280), (13, 6144), (6, 16512)]
 
 
 @pytest.fixture(params=PATHS)
@@ -59,6 +59,18 @@ def test_vectors_do_not_know_of_each_other(quantizer):
         alone = torch.cat([table.multiply(row[None]) for row in x])
         for count in (2, 3, 4, 5, 9):
             assert torch.equal(table.multiply(x[:count]), alone[:count])
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
+@pytest.mark.usefixtures("path")
+def test_narrow_scales_give_the_same_bits(block_size):
+    wide = quantize_4bit(random(21, 1280).bfloat16(), "nf4", block_size)
+    narrow = narrowed(random(21, 1280), block_size)
+    for dtype in DTYPES:
+        for vectors in (1, 3, 40):
+            x = random(vectors, 1280, seed=1).to(dtype)
+            got = MatrixTable([stored_matrix(narrow)]).multiply(x)
+            assert torch.equal(got, MatrixTable([stored_matrix(wide)]).multiply(x))
 
 
 @pytest.mark.usefixtures("path")
