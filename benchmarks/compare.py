@@ -14,6 +14,7 @@ Needs the extra `compare`: llama-cpp-python (compiled on this machine), gguf, tr
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -119,7 +120,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--llama-python", default=sys.executable, help="the Python that has llama-cpp-python")
     parser.add_argument("--shallow", action="store_true", help=f"leave out depth {DEEP}, which takes most of the time")
     parser.add_argument("--without", nargs="*", choices=("llama.cpp", "transformers"), default=[])
-    return parser.parse_args()
+    options = parser.parse_args()
+    if "llama.cpp" not in options.without and shutil.which(options.llama_python) is None:
+        parser.error(f"there is no {options.llama_python}: name the Python that has llama-cpp-python, or --without it")
+    return options
 
 
 def _chosen(model: Model, options: argparse.Namespace) -> list[Test]:
