@@ -35,11 +35,12 @@ CACHED_BYTES = 32 << 20
 def products(weight: Tensor) -> dict[str, tuple[Product, int]]:
     """Every way to multiply by a bfloat16 matrix [rows, columns], and the bytes that it reads of it."""
     nf4, int8, plain = quantize_4bit(weight, "nf4"), quantize_int8(weight), weight.nbytes
-    four_bits = nf4.packed.nbytes + nf4.absmax.nbytes
+    held, double = nf4.narrowed(), quantize_4bit(weight, "nf4", double_quant=True)
     return {
-        "NF4": (QuantLinear(nf4), four_bits),
-        "NF4, by torch": (partial(tiled_product, nf4), four_bits),
-        "NF4, bitsandbytes": (_bitsandbytes(weight), four_bits),
+        "NF4": (QuantLinear(held), held.nbytes),
+        "NF4, double": (QuantLinear(double), double.nbytes),
+        "NF4, by torch": (partial(tiled_product, nf4), nf4.nbytes),
+        "NF4, bitsandbytes": (_bitsandbytes(weight), nf4.nbytes),
         "int8": (QuantLinear(int8), int8.weight.nbytes),
         "bf16": (partial(linear, weight=weight), plain),
         "bf16, by torch": (partial(torch_linear, weight=weight), plain),
