@@ -35,7 +35,7 @@ class Soon {
 public:
     Soon(const Matrix& m, const Vectors& x, int64_t last, int64_t side)
         : bytes_(bytes_of_row(m)), scales_(bytes_of_scales(m)),
-          rows_(side * std::max<int64_t>(1, (is_near(m, x, side) ? NEAR_AHEAD : FAR_AHEAD) / (side * bytes_))),
+          rows_(side * std::max<int64_t>(1, (is_near(m, x, side) ? near_ahead(m) : FAR_AHEAD) / (side * bytes_))),
           last_(last), own_(ahead_of(m, 0)), then_(x.ahead) {}
 
     static bool is_near(const Matrix& m, const Vectors& x, int64_t side) {
@@ -50,7 +50,9 @@ public:
     }
 
 private:
-    static constexpr int64_t NEAR_GROUP = 6144, NEAR_AHEAD = 5120, FAR_AHEAD = 24576;
+    static constexpr int64_t NEAR_GROUP = 6144, FAR_AHEAD = 24576;
+    // Bytes of int8 are done with sooner than bytes of codes.
+    static int64_t near_ahead(const Matrix& m) { return m.kind == INT8 ? 8192 : 5120; }
     const int64_t bytes_, scales_, rows_, last_;
     const Ahead own_, then_;
 };

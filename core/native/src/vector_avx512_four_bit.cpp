@@ -27,9 +27,9 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
     const uint8_t* soon = ahead.data;
     scales.ask_for(ahead.scales);
     const bf16* vectors = static_cast<const bf16*>(x.data);
-    __m512 firsts[ROWS][VECTORS], seconds[ROWS][VECTORS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) firsts[r][v] = seconds[r][v] = _mm512_setzero_ps();
+    typename Scales::Sums sums[ROWS][VECTORS];
+    for (auto& of_row : sums)
+        for (auto& sum : of_row) sum.clear();
     for (int64_t unit = 0; unit < units; unit += 2, scales.next()) {
         if ((unit & (scales.run() - 1)) == 0) scales.enter(row, unit);
         __m512bh values[ROWS][4];
@@ -53,15 +53,14 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
                 }
             }
         for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < VECTORS; ++v) scales.add(r, parts[r][v], firsts[r][v], seconds[r][v]);
+            for (int v = 0; v < VECTORS; ++v) scales.add(r, parts[r][v], sums[r][v]);
     }
     const __m128 factor = _mm_set1_ps(code_scale(m));
     for (int v = 0; v < VECTORS; ++v) {
         alignas(16) float answers[4];
-        __m512 sums[ROWS];
-        for (int r = 0; r < ROWS; ++r) sums[r] = Scales::sum(firsts[r][v], seconds[r][v]);
-        const __m512 third = sums[ROWS > 2 ? 2 : ROWS - 1];
-        const __m128 four = sums_of_four(sums[0], sums[ROWS > 1], third, sums[ROWS - 1]);
+        __m512 of[ROWS];
+        for (int r = 0; r < ROWS; ++r) of[r] = sums[r][v].sum();
+        const __m128 four = sums_of_four(of[0], of[ROWS > 1], of[ROWS > 2 ? 2 : ROWS - 1], of[ROWS - 1]);
         _mm_store_ps(answers, _mm_mul_ps(four, factor));
         std::memcpy(out + v * out_stride, answers, ROWS * sizeof(float));
     }

@@ -7,14 +7,33 @@
 
 namespace lmx {
 
-// Scales of a few rows that are read side by side, two units at a time: the first unit's sums are in the lower half of the
-// lanes, the next one's in the upper. A run of units is entered before its pairs are asked for in their order.
-//
-// These in float stay in memory until they are multiplied: an operand that is broadcast on its way takes no time of the
-// units that permute, which have most to do here. All sums are multiplied by both, and in the end half of each is taken.
+// Sums of units times their scales, where these stay in memory until they are multiplied: an operand that is broadcast on
+// its way takes no time of the execution units that permute, which have most to do here. The lower half of the lanes belongs
+// to the first of two units, the upper to the second: all are multiplied by both, and in the end half of each is taken.
+struct TwoSums {
+    __m512 firsts, seconds;
+    LMX_INLINE LMX_AVX512 void clear() { firsts = seconds = _mm512_setzero_ps(); }
+    LMX_INLINE LMX_AVX512 void add(__m512 part, float first, float second) {
+        firsts = _mm512_fmadd_ps(part, _mm512_set1_ps(first), firsts);
+        seconds = _mm512_fmadd_ps(part, _mm512_set1_ps(second), seconds);
+    }
+    LMX_INLINE LMX_AVX512 __m512 sum() const { return _mm512_mask_blend_ps(0xff00, firsts, seconds); }
+};
+
+// The same, where both scales lie in one register.
+struct OneSum {
+    __m512 sums;
+    LMX_INLINE LMX_AVX512 void clear() { sums = _mm512_setzero_ps(); }
+    LMX_INLINE LMX_AVX512 void add(__m512 part, __m512 pair) { sums = _mm512_fmadd_ps(part, pair, sums); }
+    LMX_INLINE LMX_AVX512 __m512 sum() const { return sums; }
+};
+
+// Scales of a few rows that are read side by side, two units at a time. A run of units is entered before its pairs are
+// asked for in their order.
 template <int ROWS, bool NEAR>
 class FloatScales {
 public:
+    using Sums = TwoSums;
     explicit FloatScales(const Matrix& m)
         : absmax_(static_cast<const float*>(m.absmax)), units_(m.columns / UNIT), shift_(log2_of(m.block_size / UNIT)) {}
     static bool serves(const Matrix&) { return true; }
@@ -26,14 +45,8 @@ public:
         if (shift_) return;
         for (int r = 0; r < ROWS; ++r, soon_ += 16 * sizeof(float)) prefetch<NEAR>(soon_);
     }
-    LMX_INLINE LMX_AVX512 void add(int r, __m512 part, __m512& firsts, __m512& seconds) const {
-        firsts = _mm512_fmadd_ps(part, _mm512_set1_ps(scale(r, 0)), firsts);
-        seconds = _mm512_fmadd_ps(part, _mm512_set1_ps(scale(r, 1)), seconds);
-    }
+    LMX_INLINE LMX_AVX512 void add(int r, __m512 part, Sums& sums) const { sums.add(part, scale(r, 0), scale(r, 1)); }
     LMX_INLINE void next() { at_ += 2; }
-    LMX_INLINE LMX_AVX512 static __m512 sum(__m512 firsts, __m512 seconds) {
-        return _mm512_mask_blend_ps(0xff00, firsts, seconds);
-    }
 
 private:
     LMX_INLINE float scale(int r, int second) const { return absmax_[(at_ + r * units_ + second) >> shift_]; }
@@ -48,6 +61,7 @@ private:
 template <int ROWS, bool NEAR, bool WIDE>
 class NarrowScales {
 public:
+    using Sums = OneSum;
     explicit NarrowScales(const Matrix& m)
         : absmax_(static_cast<const bf16*>(m.absmax)), units_(m.columns / UNIT),
           shift_(WIDE ? log2_of(m.block_size / UNIT) : 0) {}
@@ -61,11 +75,10 @@ public:
         for (int i = 0; i < ROWS * RUN * int{sizeof(bf16)}; i += 64) prefetch<NEAR>(soon_ + i);
         soon_ += ROWS * RUN * sizeof(bf16);
     }
-    LMX_INLINE LMX_AVX512 void add(int r, __m512 part, __m512& sums, __m512&) const {
-        sums = _mm512_fmadd_ps(part, _mm512_permutexvar_ps(pair_, run_[r]), sums);
+    LMX_INLINE LMX_AVX512 void add(int r, __m512 part, Sums& sums) const {
+        sums.add(part, _mm512_permutexvar_ps(pair_, run_[r]));
     }
     LMX_INLINE LMX_AVX512 void next() { pair_ = _mm512_add_epi32(pair_, _mm512_set1_epi32(2)); }
-    LMX_INLINE LMX_AVX512 static __m512 sum(__m512 sums, __m512) { return sums; }
 
 private:
     static constexpr int RUN = 16;
@@ -91,6 +104,7 @@ private:
 template <int ROWS, bool NEAR>
 class NestedScales {
 public:
+    using Sums = TwoSums;
     explicit NestedScales(const Matrix& m)
         : m_(m), codes_(static_cast<const uint8_t*>(m.absmax)), units_(m.columns / UNIT),
           shift_(log2_of(m.block_size / UNIT)), run_(std::min<int64_t>(units_ & -units_, 16)),
@@ -111,14 +125,8 @@ public:
         prefetch<NEAR>(soon_);
         soon_ += ROWS * run_ >> shift_;
     }
-    LMX_INLINE LMX_AVX512 void add(int r, __m512 part, __m512& firsts, __m512& seconds) const {
-        firsts = _mm512_fmadd_ps(part, _mm512_set1_ps(scale(r, 0)), firsts);
-        seconds = _mm512_fmadd_ps(part, _mm512_set1_ps(scale(r, 1)), seconds);
-    }
+    LMX_INLINE LMX_AVX512 void add(int r, __m512 part, Sums& sums) const { sums.add(part, scale(r, 0), scale(r, 1)); }
     LMX_INLINE void next() { at_ += 2; }
-    LMX_INLINE LMX_AVX512 static __m512 sum(__m512 firsts, __m512 seconds) {
-        return _mm512_mask_blend_ps(0xff00, firsts, seconds);
-    }
 
 private:
     LMX_INLINE float scale(int r, int second) const {
