@@ -20,19 +20,23 @@ def stored_matrix(q: Stored) -> StoredMatrix | None:
     if isinstance(q, Quanto) or q.device.type != "cpu" or library() is None:
         return None
     data = q.packed if isinstance(q, FourBit) else q.weight
-    return describe_matrix(q) if data.is_contiguous() and q.absmax.is_contiguous() else None
+    return _described(q, q.absmax) if data.is_contiguous() and q.absmax.is_contiguous() else None
 
 
 def describe_matrix(q: FourBit | Int8 | Tensor) -> StoredMatrix:
-    """A matrix in the words of `lmx.core`, wherever it lies."""
+    """A matrix in the words of `lmx.core`, wherever it lies, with scales as files have them: for a device's kernels."""
     if isinstance(q, Tensor):
         return StoredMatrix.kept(q)
+    return _described(q, q.stored_absmax if isinstance(q, FourBit) else q.absmax)
+
+
+def _described(q: FourBit | Int8, absmax: Tensor) -> StoredMatrix:
     rows, columns = q.shape
     if isinstance(q, Int8):
-        return StoredMatrix(Kind.INT8, q.weight, rows, columns, q.absmax)
+        return StoredMatrix(Kind.INT8, q.weight, rows, columns, absmax)
     nested = q.nested
     decoding = (nested.quant_map, nested.absmax, nested.offset) if nested is not None else (None, None, 0.0)
-    return StoredMatrix(Kind.FOUR_BIT, q.packed, rows, columns, q.absmax, q.quant_map, q.block_size, *decoding)
+    return StoredMatrix(Kind.FOUR_BIT, q.packed, rows, columns, absmax, q.quant_map, q.block_size, *decoding)
 
 
 def matrix_table(q: Stored) -> MatrixTable | None:
