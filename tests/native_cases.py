@@ -6,7 +6,7 @@ from lmx.quant.four_bit import quantize_4bit
 from lmx.quant.int8 import quantize_int8
 from lmx.quant.matmul import dequantize
 
-PATHS = ("avx512", "avx2", "neon", "portable")
+PATHS = ("amx", "avx512", "avx2", "neon", "portable")
 QUANTIZERS = {
     "nf4": lambda w: quantize_4bit(w, "nf4"),
     "nf4, short blocks": lambda w: quantize_4bit(w, "nf4", 32),

@@ -7,7 +7,7 @@ from support import needs_kernels as needs_kernels
 from lmx.core.native.compiled import forced_path
 
 
-@pytest.fixture(params=("avx512", "avx2", "neon", "portable"))
+@pytest.fixture(params=("amx", "avx512", "avx2", "neon", "portable"))
 def path(request):
     with forced_path(request.param) as there:
         if not there:

@@ -127,7 +127,7 @@ def test_watched_modules_are_called() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("kernels", ["avx2", "portable"])
+@pytest.mark.parametrize("kernels", ["avx512", "avx2", "portable"])
 def test_other_paths_too(kernels: str) -> None:
     with forced_path(kernels) as there:
         if not there:

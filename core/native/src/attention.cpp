@@ -12,7 +12,7 @@ constexpr int64_t WORTH_A_THREAD = 1 << 16;
 
 AttentionPath choose(Dtype dtype) {
 #if defined(LMX_X86)
-    if (level() == AVX512) return avx512_attention(dtype);
+    if (has_avx512()) return avx512_attention(dtype);
     if (level() == AVX2) return avx2_attention(dtype);
 #elif defined(LMX_NEON)
     if (level() == NEON) return neon_attention(dtype);

@@ -1,7 +1,27 @@
 // Which instructions this CPU has, and which path the kernels take.
 #include "lmx_native.h"
 
+#if defined(LMX_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace lmx {
+
+// Whether there are tiles of bf16, and the system lets this process have them: their 8 KB are nobody's who does not ask
+// (Linux, Documentation/arch/x86/xstate.rst).
+static bool may_use_tiles() {
+#if defined(LMX_AMX)
+    constexpr unsigned TILES = 1u << 24, BF16_TILES = 1u << 22;  // bits of EDX, leaf 7
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (TILES | BF16_TILES)) != (TILES | BF16_TILES)) return false;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
 
 static Level best_level() {
 #if defined(LMX_X86)
@@ -10,7 +30,7 @@ static Level best_level() {
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16") &&
                         __builtin_cpu_supports("avx512vnni");
-    if (avx512) return AVX512;
+    if (avx512) return may_use_tiles() ? AMX : AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
     return PORTABLE;
 #elif defined(LMX_NEON)
@@ -37,7 +57,8 @@ LMX_EXPORT int lmx_level() { return lmx::current(); }
 // Take another path; -1 goes back to the best. Returns the path in use: a path that the CPU lacks is refused.
 LMX_EXPORT int lmx_set_level(int level) {
     const lmx::Level best = lmx::best_level();
-    const bool known = level == lmx::PORTABLE || level == best || (level == lmx::AVX2 && best == lmx::AVX512);
+    const bool known = level == lmx::PORTABLE || level == best || (best == lmx::AVX512 && level == lmx::AVX2) ||
+                       (best == lmx::AMX && (level == lmx::AVX2 || level == lmx::AVX512));
     if (level == -1) lmx::current() = best;
     else if (known) lmx::current() = static_cast<lmx::Level>(level);
     return lmx::current();

@@ -56,7 +56,7 @@ using BlockFunction = void (*)(const Decoder&, int64_t, int64_t, float, float*);
 
 BlockFunction block_function() {
 #if defined(LMX_X86)
-    if (level() == AVX512) return decode_block_avx512;
+    if (has_avx512()) return decode_block_avx512;
 #endif
     return decode_block;
 }

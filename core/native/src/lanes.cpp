@@ -10,7 +10,7 @@ extern const Lanes avx2_lanes, avx512_lanes;
 
 const Lanes& lanes() {
 #if defined(LMX_X86)
-    if (level() == AVX512) return avx512_lanes;
+    if (has_avx512()) return avx512_lanes;
     if (level() == AVX2) return avx2_lanes;
 #endif
     return portable_lanes;

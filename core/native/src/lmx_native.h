@@ -14,6 +14,9 @@
 #define LMX_X86 1
 #define LMX_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define LMX_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,avx512vnni,fma,f16c")))
+#if defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define LMX_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,fma")))
+#endif
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #define LMX_NEON 1
@@ -21,11 +24,13 @@
 
 namespace lmx {
 
-// Kernel paths by rising demands on the CPU; NEON stands alone on its architecture.
-enum Level : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, NEON = 3 };
+// Kernel paths by rising demands on the CPU; NEON stands alone on its architecture. AMX has all that AVX512 has, and
+// takes it for what tiles are no use for.
+enum Level : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, NEON = 3, AMX = 4 };
 
 // The path in use: the best that this CPU has, unless lmx_set_level chose another.
 Level level();
+inline bool has_avx512() { return level() == AVX512 || level() == AMX; }
 
 // Dtypes of activations, as Python passes them.
 enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };

@@ -21,7 +21,7 @@ struct Group {
 
 // What a thread needs for the answers of a panel to the gate and the up projection.
 struct Blocks {
-    Scratch<float> gate{PANEL * STRETCH}, up{PANEL * STRETCH};
+    Scratch<float> gate{PANEL * MOST_ROWS}, up{PANEL * STRETCH};
 };
 
 Blocks& blocks() {
@@ -34,7 +34,7 @@ class Bank {
 public:
     Bank(const Expert* bank, const bf16* x, int64_t tokens, const int64_t* order, const float* weights,
          int64_t top_k, Activation activation)
-        : bank_(bank), x_(x), tokens_(tokens), hidden_(bank[0][0].columns), inner_(bank[0][0].rows), order_(order),
+        : panels_(*panels()), bank_(bank), x_(x), tokens_(tokens), hidden_(bank[0][0].columns), inner_(bank[0][0].rows), order_(order),
           weights_(weights), top_k_(top_k), activation_(activation), sums_(tokens * hidden_),
           inputs_(packed_size(BATCH, hidden_)), between_(packed_size(BATCH, inner_)) {
         std::memset(sums_.data(), 0, static_cast<size_t>(tokens * hidden_) * sizeof(float));
@@ -64,7 +64,7 @@ private:
     void gather(const Group& of, int64_t base) {
         for (int64_t i = 0; i < of.count; ++i) {
             const bf16* token = x_ + order_[of.start + i] / top_k_ * hidden_;
-            pack(token, 0, hidden_, hidden_, i, of.count, inputs_of(of, base));
+            panels_.pack(token, 0, hidden_, hidden_, i, of.count, inputs_of(of, base));
         }
     }
 
@@ -73,13 +73,13 @@ private:
         const int64_t stop = std::min(row + STRETCH, inner_);
         float *gate = blocks().gate.data(), *up = blocks().up.data();
         const auto& [gate_matrix, up_matrix, _] = bank_[of.expert];
-        multiply_panel(gate_matrix, inputs_of(of, base), of.count, row, stop, gate, STRETCH);
-        multiply_panel(up_matrix, inputs_of(of, base), of.count, row, stop, up, STRETCH);
+        panels_.multiply(gate_matrix, inputs_of(of, base), of.count, row, stop, gate, STRETCH);
+        panels_.multiply(up_matrix, inputs_of(of, base), of.count, row, stop, up, STRETCH);
         for (int64_t v = 0; v < of.count; ++v) {
             bf16 inner[STRETCH];
             gate_with(gate + v * STRETCH, up + v * STRETCH, stop - row, activation_);
             store(gate + v * STRETCH, stop - row, BF16, inner);
-            pack(inner, row, stop - row, inner_, v, of.count, between_of(of, base));
+            panels_.pack(inner, row, stop - row, inner_, v, of.count, between_of(of, base));
         }
     }
 
@@ -87,7 +87,7 @@ private:
     void down(const Group& of, int64_t base, int64_t row) {
         const int64_t rows = std::min(UNIT, hidden_ - row);
         float* block = blocks().gate.data();
-        multiply_panel(bank_[of.expert][2], between_of(of, base), of.count, row, row + rows, block, UNIT);
+        panels_.multiply(bank_[of.expert][2], between_of(of, base), of.count, row, row + rows, block, UNIT);
         for (int64_t v = 0; v < of.count; ++v) {
             const int64_t slot = order_[of.start + v];
             float* sum = sums_.data() + slot / top_k_ * hidden_ + row;
@@ -95,6 +95,7 @@ private:
         }
     }
 
+    const Panels& panels_;
     const Expert* bank_;
     const bf16* x_;
     int64_t tokens_, hidden_, inner_;
@@ -107,31 +108,41 @@ private:
 };
 
 }  // namespace
+
+const Panels* panels() {
+#if defined(LMX_X86)
+    if (level() == AMX) return &amx_panels;
+    if (level() == AVX512) return &avx512_panels;
+#endif
+    return nullptr;
+}
+
 }  // namespace lmx
 
 using namespace lmx;
 
-LMX_EXPORT int lmx_has_panels() { return has_panels(); }
+LMX_EXPORT int lmx_has_panels() { return panels() != nullptr; }
 
 // out [vectors, rows] = x [vectors, columns], `x_stride` elements apart, times one matrix; both bf16.
 LMX_EXPORT void lmx_multiply_many(const Matrix* m, const bf16* x, int64_t x_stride, int64_t vectors, bf16* out) {
+    const Panels& by = *panels();
     Scratch<bf16> packed(packed_size(vectors, m->columns));
     const auto panel_at = [&](int64_t start) { return packed.data() + packed_size(start, m->columns); };
-    parallel_for(vectors, AT_ONCE, [&](int64_t first, int64_t last) {
+    parallel_for(vectors, 1, [&](int64_t first, int64_t last) {
         for (int64_t v = first; v < last; ++v) {
             const int64_t start = v / PANEL * PANEL, count = std::min(PANEL, vectors - start);
-            pack(x + v * x_stride, 0, m->columns, m->columns, v - start, count, panel_at(start));
+            by.pack(x + v * x_stride, 0, m->columns, m->columns, v - start, count, panel_at(start));
         }
     });
     parallel_for(m->rows, UNIT, [&](int64_t first, int64_t last) {
         float* block = blocks().gate.data();
         for (int64_t start = 0; start < vectors; start += PANEL) {
             const int64_t count = std::min(PANEL, vectors - start);
-            for (int64_t row = first; row < last; row += UNIT) {
-                const int64_t stop = std::min(row + UNIT, last);
-                multiply_panel(*m, panel_at(start), count, row, stop, block, UNIT);
+            for (int64_t row = first; row < last; row += by.rows) {
+                const int64_t stop = std::min(row + by.rows, last);
+                by.multiply(*m, panel_at(start), count, row, stop, block, by.rows);
                 for (int64_t v = 0; v < count; ++v)
-                    store(block + v * UNIT, stop - row, BF16, out + (start + v) * m->rows + row);
+                    store(block + v * by.rows, stop - row, BF16, out + (start + v) * m->rows + row);
             }
         }
     });

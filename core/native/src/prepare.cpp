@@ -1,7 +1,10 @@
 // Conversions between layouts and dtypes: loops that a compiler turns into vector code, once for each instruction set.
 #include "prepare.h"
 
+#include <algorithm>
+
 #include "exponential.h"
+#include "whole.h"
 
 namespace lmx {
 namespace {
@@ -123,7 +126,14 @@ LMX_INLINE void gate_any(float* gate, const float* up, int64_t count, Activation
 // The same loops under each set of instructions.
 #if defined(LMX_X86)
 LMX_AVX512 void prepare_avx512(const void* x, Dtype dtype, int64_t columns, Layout layout, void* out) {
-    prepare_any(x, dtype, columns, layout, out);
+    if (!is_whole(layout)) return prepare_any(x, dtype, columns, layout, out);
+    auto* pairs = static_cast<WholePair*>(out);
+    for (int64_t c = 0; c < columns; c += STRETCH) {
+        alignas(64) float values[STRETCH] = {};
+        const auto* at = static_cast<const uint8_t*>(x) + c * size_of(dtype);
+        prepare_any(at, dtype, std::min(STRETCH, columns - c), PLAIN_F32, values);
+        *pairs++ = whole_pair(values, layout == QUARTERED_WHOLE);
+    }
 }
 LMX_AVX2 void prepare_avx2(const void* x, Dtype dtype, int64_t columns, Layout layout, void* out) {
     prepare_any(x, dtype, columns, layout, out);
@@ -146,7 +156,7 @@ LMX_AVX2 void gate_avx2(float* gate, const float* up, int64_t count, Activation 
 
 void prepare(const void* x, Dtype dtype, int64_t columns, Layout layout, void* out) {
 #if defined(LMX_X86)
-    if (level() == AVX512) return prepare_avx512(x, dtype, columns, layout, out);
+    if (has_avx512()) return prepare_avx512(x, dtype, columns, layout, out);
     if (level() == AVX2) return prepare_avx2(x, dtype, columns, layout, out);
 #endif
     prepare_any(x, dtype, columns, layout, out);
@@ -154,7 +164,7 @@ void prepare(const void* x, Dtype dtype, int64_t columns, Layout layout, void* o
 
 void store(const float* values, int64_t count, Dtype dtype, void* out) {
 #if defined(LMX_X86)
-    if (level() == AVX512) return store_avx512(values, count, dtype, out);
+    if (has_avx512()) return store_avx512(values, count, dtype, out);
     if (level() == AVX2) return store_avx2(values, count, dtype, out);
 #endif
     store_any(values, count, dtype, out);
@@ -162,7 +172,7 @@ void store(const float* values, int64_t count, Dtype dtype, void* out) {
 
 void gate_with(float* gate, const float* up, int64_t count, Activation activation) {
 #if defined(LMX_X86)
-    if (level() == AVX512) return gate_avx512(gate, up, count, activation);
+    if (has_avx512()) return gate_avx512(gate, up, count, activation);
     if (level() == AVX2) return gate_avx2(gate, up, count, activation);
 #endif
     gate_any(gate, up, count, activation);

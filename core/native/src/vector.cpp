@@ -40,7 +40,7 @@ Kernel choose_kernel(const Matrix& m, [[maybe_unused]] Dtype dtype) {
     const bool whole = m.kind != FOUR_BIT || (m.columns % UNIT == 0 && m.block_size >= UNIT);
     if (path == PORTABLE || !whole) return portable_kernel(m.kind);
 #if defined(LMX_X86)
-    return path == AVX512 ? avx512_kernel(m, dtype) : avx2_kernel(m.kind);
+    return has_avx512() ? avx512_kernel(m, dtype) : avx2_kernel(m.kind);
 #elif defined(LMX_NEON)
     return neon_kernel(m.kind);
 #else

@@ -40,9 +40,18 @@ constexpr int64_t UNIT = 64;
 
 // How vectors are laid out for a kernel. Split: in each unit, first its 32 even elements, then its 32 odd ones, as the
 // high and the low nibbles of 32 bytes meet them. Quartered: in each two units, those elements that lie lowest in a word
-// of four codes, then the others by rising bits, which is 1, 5, 9 ..., then 0, 4 ..., 3, 7 ... and 2, 6 ...
-enum Layout : int { PLAIN_F32 = 0, SPLIT_F32 = 1, PLAIN_BF16 = 2, SPLIT_BF16 = 3, QUARTERED_BF16 = 4 };
-constexpr int LAYOUTS = 5;
+// of four codes, then the others by rising bits, which is 1, 5, 9 ..., then 0, 4 ..., 3, 7 ... and 2, 6 ... Whole: 16-bit
+// whole numbers, two units of them with their scale (WholePair, whole.h).
+enum Layout : int {
+    PLAIN_F32 = 0,
+    SPLIT_F32 = 1,
+    PLAIN_BF16 = 2,
+    SPLIT_BF16 = 3,
+    QUARTERED_BF16 = 4,
+    PLAIN_WHOLE = 5,
+    QUARTERED_WHOLE = 6
+};
+constexpr int LAYOUTS = 7;
 
 // What is read after the rows of a call: asked for from memory while these are multiplied, line by line, so that no
 // matrix begins with a wait. null: nothing. Scales that are none a block do not move from row to row.

@@ -80,6 +80,8 @@ LMX_INLINE LMX_AVX512 __m128 sums_of_four(__m512 a, __m512 b, __m512 c, __m512 d
     }
 
 void avx512_four_bit_bf16(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t stride);
+void avx512_four_bit_whole(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t stride);
+void avx512_int8_whole(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t stride);
 void avx512_four_bit_f32(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t stride);
 
 }  // namespace lmx

@@ -1,5 +1,8 @@
 // Matrices of four-bit blocks times a few vectors with AVX-512 and its BF16 instructions.
+#include <cmath>
+
 #include "vector_avx512_scales.h"
+#include "whole.h"
 
 #if defined(LMX_X86)
 
@@ -13,90 +16,156 @@ constexpr int side_of = VECTORS == 1 ? 4 : 2;
 // How far ahead of themselves rows in float are asked for.
 constexpr int64_t AHEAD = 24576;
 
-// Four bits times bf16, 128 elements at a time: 64 bytes are 32 words of four codes each. The 16 values stand twice in a
-// register of 32 lanes, and `vpermw` looks at the lowest five bits of a word: a shift brings each code there, and what
-// lies above needs no mask. The first half of the lanes belongs to one unit, the second to the next: sums in float, then
-// times their blocks' scales.
+// What the values of the 16 codes are multiplied in, and by which factor the sums are then too large.
+struct Bf16Pairs {
+    static constexpr Layout LAYOUT = QUARTERED_BF16;
+    static constexpr int64_t BYTES_OF_ELEMENT = 2;
+    using Sum = __m512;
+    static float factor(const Matrix& m) { return code_scale(m); }
+    LMX_INLINE LMX_AVX512 static __m512i table(const Matrix& m) { return table_of(rounded_code(m)); }
+    LMX_INLINE LMX_AVX512 static Sum zero() { return _mm512_setzero_ps(); }
+    LMX_INLINE LMX_AVX512 static Sum add(Sum sum, __m512i values, __m512i x) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)values, (__m512bh)x);
+    }
+    LMX_INLINE LMX_AVX512 static __m512 times_scale(Sum sum, const uint8_t*) { return sum; }
+};
+
+// 14 bits of a value times 16 of an element, and eight of them in each 32 bits of a sum.
+struct WholePairs {
+    static constexpr Layout LAYOUT = QUARTERED_WHOLE;
+    static constexpr int64_t BYTES_OF_ELEMENT = 4;
+    static constexpr float MOST = 8191;
+    static_assert(MOST * WholePair::MOST * 8 < 2147483648.0, "a sum overflows");
+    using Sum = __m512i;
+    static float largest(const Matrix& m) {
+        float most = 0;
+        for (int i = 0; i < 16; ++i) most = std::max(most, std::fabs(m.code[i]));
+        return most;
+    }
+    static float factor(const Matrix& m) { return largest(m) / MOST; }
+    LMX_INLINE LMX_AVX512 static __m512i table(const Matrix& m) {
+        const float most = largest(m);
+        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(m.code), _mm512_set1_ps(most > 0 ? MOST / most : 0));
+        return _mm512_broadcast_i64x4(_mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(scaled)));
+    }
+    LMX_INLINE LMX_AVX512 static Sum zero() { return _mm512_setzero_si512(); }
+    LMX_INLINE LMX_AVX512 static Sum add(Sum sum, __m512i values, __m512i x) {
+        return _mm512_dpwssd_epi32(sum, values, x);
+    }
+    LMX_INLINE LMX_AVX512 static __m512 times_scale(Sum sum, const uint8_t* x) {
+        const float scale = reinterpret_cast<const WholePair*>(x)->scale;
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(scale));
+    }
+};
+
+// Four bits times pairs of 16 bits, 128 elements at a time: 64 bytes are 32 words of four codes each. The 16 values stand
+// twice in a register of 32 lanes, and `vpermw` looks at the lowest five bits of a word: a shift brings each code there,
+// and what lies above needs no mask. The first half of the lanes belongs to one unit, the second to the next: sums in
+// float, then times their blocks' scales.
 //
 // Rows side by side share the loads of x, which are most of all loads and else the bottleneck.
-template <int ROWS, int VECTORS, bool NEAR, class Scales>
+template <class Pairs, int ROWS, int VECTORS, bool NEAR, class Scales>
 LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int64_t row, Ahead ahead, float* out,
-                                         int64_t out_stride, __m512i table, Scales& scales) {
+                                         int64_t out_stride, __m512i table, float factor, Scales& scales) {
     const int64_t units = m.columns / UNIT, width = units * BYTES;
     const uint8_t* bytes = m.data + row * width;
     const uint8_t* soon = ahead.data;
     scales.ask_for(ahead.scales);
-    const bf16* vectors = static_cast<const bf16*>(x.data);
+    const auto* vectors = static_cast<const uint8_t*>(x.data);
     typename Scales::Sums sums[ROWS][VECTORS];
     for (auto& of_row : sums)
         for (auto& sum : of_row) sum.clear();
     for (int64_t unit = 0; unit < units; unit += 2, scales.next()) {
         if ((unit & (scales.run() - 1)) == 0) scales.enter(row, unit);
-        __m512bh values[ROWS][4];
+        __m512i values[ROWS][4];
         for (int r = 0; r < ROWS; ++r) {
             const uint8_t* at = bytes + r * width + unit * BYTES;
             prefetch<NEAR>(soon + r * 2 * BYTES);
             const __m512i words = load_in_order(at);
-            values[r][0] = (__m512bh)_mm512_permutexvar_epi16(words, table);
-            values[r][1] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
-            values[r][2] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
-            values[r][3] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
+            values[r][0] = _mm512_permutexvar_epi16(words, table);
+            values[r][1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
+            values[r][2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
+            values[r][3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
         }
         soon += ROWS * 2 * BYTES;
         __m512 parts[ROWS][VECTORS];
-        for (int v = 0; v < VECTORS; ++v)
+        for (int v = 0; v < VECTORS; ++v) {
+            const uint8_t* pair = vectors + (v * x.stride + unit * UNIT) * Pairs::BYTES_OF_ELEMENT;
+            typename Pairs::Sum of_pair[ROWS];
             for (int i = 0; i < 4; ++i) {
-                const __m512bh vector = (__m512bh)_mm512_load_si512(vectors + v * x.stride + unit * UNIT + 32 * i);
-                for (int r = 0; r < ROWS; ++r) {
-                    const __m512 before = i ? parts[r][v] : _mm512_setzero_ps();
-                    parts[r][v] = _mm512_dpbf16_ps(before, values[r][i], vector);
-                }
+                const __m512i vector = _mm512_load_si512(pair + 64 * i);
+                for (int r = 0; r < ROWS; ++r)
+                    of_pair[r] = Pairs::add(i ? of_pair[r] : Pairs::zero(), values[r][i], vector);
             }
+            for (int r = 0; r < ROWS; ++r) parts[r][v] = Pairs::times_scale(of_pair[r], pair);
+        }
         for (int r = 0; r < ROWS; ++r)
             for (int v = 0; v < VECTORS; ++v) scales.add(r, parts[r][v], sums[r][v]);
     }
-    const __m128 factor = _mm_set1_ps(code_scale(m));
     for (int v = 0; v < VECTORS; ++v) {
         alignas(16) float answers[4];
         __m512 of[ROWS];
         for (int r = 0; r < ROWS; ++r) of[r] = sums[r][v].sum();
         const __m128 four = sums_of_four(of[0], of[ROWS > 1], of[ROWS > 2 ? 2 : ROWS - 1], of[ROWS - 1]);
-        _mm_store_ps(answers, _mm_mul_ps(four, factor));
+        _mm_store_ps(answers, _mm_mul_ps(four, _mm_set1_ps(factor)));
         std::memcpy(out + v * out_stride, answers, ROWS * sizeof(float));
     }
 }
 
-template <int SIDE, int VECTORS, bool NEAR, class Scales, class LastScales>
+// A row times one vector of whole numbers, element by element.
+float row_exactly(const Matrix& m, const Vectors& x, int64_t row, int64_t v) {
+    const auto* pairs = static_cast<const WholePair*>(x.data) + v * x.stride / (2 * UNIT);
+    const int shift = log2_of(m.block_size);
+    float sum = 0;
+    for (int64_t c = 0; c < m.columns; ++c) {
+        const int64_t at = row * m.columns + c, place = c % (2 * UNIT);
+        const uint8_t byte = m.data[at / 2];
+        const float weight = m.code[at & 1 ? byte & 15 : byte >> 4] * block_scale(m, at >> shift);
+        sum = add_exactly(sum, weight, pairs[c / (2 * UNIT)], (place % 4 ^ 1) * 32 + place / 4);
+    }
+    return sum;
+}
+
+template <class Pairs, int SIDE, int VECTORS, bool NEAR, class Scales, class LastScales>
 LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
                              int64_t out_stride) {
-    const __m512i table = table_of(rounded_code(m));
+    const __m512i table = Pairs::table(m);
+    const float factor = Pairs::factor(m);
     Scales scales(m);
     LastScales last_scales(m);
     // What memory is asked for goes from front to back, though rows lie side by side: two streams are slower.
     const Soon soon(m, x, last, SIDE);
     int64_t row = first;
-    for (; row + SIDE <= last && Scales::serves(m); row += SIDE, out += SIDE)
-        four_bit_rows<SIDE, VECTORS, NEAR>(m, x, row, soon.at(row), out, out_stride, table, scales);
-    for (; row < last; ++row, ++out)
-        four_bit_rows<1, VECTORS, NEAR>(m, x, row, soon.at(row), out, out_stride, table, last_scales);
+    for (; row + SIDE <= last && Scales::serves(m); row += SIDE)
+        four_bit_rows<Pairs, SIDE, VECTORS, NEAR>(m, x, row, soon.at(row), out + row - first, out_stride, table, factor,
+                                                  scales);
+    for (; row < last; ++row)
+        four_bit_rows<Pairs, 1, VECTORS, NEAR>(m, x, row, soon.at(row), out + row - first, out_stride, table, factor,
+                                               last_scales);
+    if constexpr (Pairs::LAYOUT == QUARTERED_WHOLE)
+        for (row = first; row < last; ++row)
+            for (int64_t v = 0; v < VECTORS; ++v) {
+                float& answer = out[v * out_stride + row - first];
+                if (!std::isfinite(answer)) answer = row_exactly(m, x, row, v);
+            }
 }
 
-template <int VECTORS, bool NEAR>
+template <class Pairs, int VECTORS, bool NEAR>
 RowsFunction four_bit_for(const Matrix& m) {
     constexpr int SIDE = side_of<VECTORS>;
-    if (m.nested_map) return four_bit_all<SIDE, VECTORS, NEAR, NestedScales<SIDE, NEAR>, NestedScales<1, NEAR>>;
+    if (m.nested_map) return four_bit_all<Pairs, SIDE, VECTORS, NEAR, NestedScales<SIDE, NEAR>, NestedScales<1, NEAR>>;
     if (m.absmax_dtype == BF16 && m.block_size == UNIT)
-        return four_bit_all<SIDE, VECTORS, NEAR, NarrowScales<SIDE, NEAR, false>, NarrowScales<1, NEAR, false>>;
+        return four_bit_all<Pairs, SIDE, VECTORS, NEAR, NarrowScales<SIDE, NEAR, false>, NarrowScales<1, NEAR, false>>;
     if (m.absmax_dtype == BF16)
-        return four_bit_all<SIDE, VECTORS, NEAR, NarrowScales<SIDE, NEAR, true>, NarrowScales<1, NEAR, true>>;
-    return four_bit_all<SIDE, VECTORS, NEAR, FloatScales<SIDE, NEAR>, FloatScales<1, NEAR>>;
+        return four_bit_all<Pairs, SIDE, VECTORS, NEAR, NarrowScales<SIDE, NEAR, true>, NarrowScales<1, NEAR, true>>;
+    return four_bit_all<Pairs, SIDE, VECTORS, NEAR, FloatScales<SIDE, NEAR>, FloatScales<1, NEAR>>;
 }
 
-template <int VECTORS>
+template <class Pairs, int VECTORS>
 void four_bit_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
-    RowsFunction all = four_bit_for<VECTORS, false>(m);
+    RowsFunction all = four_bit_for<Pairs, VECTORS, false>(m);
     if constexpr (VECTORS == 1)
-        if (Soon::is_near(m, x, side_of<1>)) all = four_bit_for<1, true>(m);
+        if (Soon::is_near(m, x, side_of<1>)) all = four_bit_for<Pairs, 1, true>(m);
     all(m, x, first, last, out, out_stride);
 }
 
@@ -153,7 +222,10 @@ LMX_AVX512 void four_bit_f32_of(const Matrix& m, const Vectors& x, int64_t first
 
 }  // namespace
 
-LMX_BY_COUNT(avx512_four_bit_bf16, four_bit_of<1>, four_bit_of<2>, four_bit_of<3>, four_bit_of<4>)
+LMX_BY_COUNT(avx512_four_bit_bf16, (four_bit_of<Bf16Pairs, 1>), (four_bit_of<Bf16Pairs, 2>),
+             (four_bit_of<Bf16Pairs, 3>), (four_bit_of<Bf16Pairs, 4>))
+LMX_BY_COUNT(avx512_four_bit_whole, (four_bit_of<WholePairs, 1>), (four_bit_of<WholePairs, 2>),
+             (four_bit_of<WholePairs, 3>), (four_bit_of<WholePairs, 4>))
 LMX_BY_COUNT(avx512_four_bit_f32, four_bit_f32_of<1>, four_bit_f32_of<2>, four_bit_f32_of<3>, four_bit_f32_of<4>)
 
 }  // namespace lmx

@@ -15,7 +15,7 @@ from lmx.quant.matmul import choose_product, dequantize
 from lmx.quant.native import stored_matrix
 
 pytestmark = needs_kernels
-needs_panels = pytest.mark.skipif(not has_panels(), reason="this CPU has no AVX-512 BF16: torch multiplies the rows")
+needs_panels = pytest.mark.usefixtures("panels")
 
 QUANTIZED = {name: of for name, of in QUANTIZERS.items() if "float" not in name}
 
@@ -30,6 +30,15 @@ def path(request):
     with forced_path(request.param) as there:
         if not there:
             pytest.skip(f"this CPU has no {request.param}")
+        yield request.param
+
+
+@pytest.fixture(params=("amx", "avx512"))
+def panels(request):
+    with forced_path(request.param) as there:
+        if not there:
+            pytest.skip(f"this CPU has no {request.param}: another path multiplies, or torch does")
+        assert has_panels()
         yield request.param
 
 

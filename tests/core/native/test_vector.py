@@ -115,6 +115,33 @@ def test_blocks_of_zeros_and_numbers_that_are_none(quantizer):
 
 
 @pytest.mark.usefixtures("path")
+def test_several_infinities_and_zeros_beside_them(quantizer):
+    w = random(24, 256)
+    w[4, :130] = 0
+    q = quantizer(w)
+    x = random(2, 256, seed=1).bfloat16()
+    x[0, 70], x[0, 71], x[0, 200] = torch.inf, -torch.inf, torch.inf
+    x[1, 5] = -torch.inf
+    expected = x.float() @ values(q).float().T
+    got = MatrixTable([stored_matrix(q)]).multiply(x).float()
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got[~got.isfinite() & ~got.isnan()], expected[~got.isfinite() & ~got.isnan()])
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-4, 1e4, 1e30])
+@pytest.mark.usefixtures("path")
+def test_vectors_of_any_size_and_with_outliers(quantizer, size):
+    """Elements hundreds of times the others, as some channels of a model have them, cost those no accuracy."""
+    q = quantizer(random(64, 512))
+    x = random(1, 512, seed=1)
+    x[0, 100], x[0, 400] = 500, -300
+    x = (x * size).bfloat16()
+    x[0, 128:256] = 0
+    expected = x.double() @ values(q).T
+    assert relative_error(MatrixTable([stored_matrix(q)]).multiply(x).double() / size, expected / size) < 3e-3
+
+
+@pytest.mark.usefixtures("path")
 def test_bytes_may_lie_anywhere(quantizer):
     q = quantizer(random(9, 256))
     matrix = stored_matrix(q)
