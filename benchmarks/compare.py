@@ -82,12 +82,12 @@ MODELS = {
         (
             Test("tg", LLAMA_CPP),
             Test("tg", TRANSFORMERS, turns=30),
-            Test("tg", SHALLOW, DEEP, turns=24),
+            Test("tg", SHALLOW, DEEP, turns=40),
             _prompt(LLAMA_CPP),
         ),
     ),
     "recurrent_gemma": Model(
-        "google/recurrentgemma-2b", "nf4", "nf4", (Test("tg"), Test("tg", SHALLOW, DEEP, turns=24), _prompt())
+        "google/recurrentgemma-2b", "nf4", "nf4", (Test("tg"), Test("tg", SHALLOW, DEEP, turns=40), _prompt())
     ),
     "olmoe-int8": Model("allenai/OLMoE-1B-7B-0924", "int8", "int8", (Test("tg"), _prompt())),
     "falcon_mamba-int8": Model("tiiuae/falcon-mamba-7b", "int8", "int8", (Test("tg", turns=24),)),

@@ -59,7 +59,7 @@ def c_function(name: str, *arguments: type, result: type | None = None) -> Calla
 
 
 def kernel_path() -> str:
-    """Which code multiplies on the CPU: "avx512", "avx2", "neon", "portable", or "torch" without the kernels."""
+    """Which code multiplies on the CPU: "amx", "avx512", "avx2", "neon", "portable", or "torch" without the kernels."""
     found = library()
     if found is None:
         return "torch"
