@@ -3,6 +3,7 @@
 
 #if defined(LMX_X86)
 #define LMX_TARGET LMX_AVX2
+#define LMX_FUSED _mm256_fmadd_ps
 namespace {
 constexpr int LANES = 8, REGISTERS = 16;
 }

@@ -3,6 +3,7 @@
 
 #if defined(LMX_X86)
 #define LMX_TARGET LMX_AVX512
+#define LMX_FUSED _mm512_fmadd_ps
 namespace {
 constexpr int LANES = 16, REGISTERS = 32;
 }

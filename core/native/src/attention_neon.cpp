@@ -3,6 +3,7 @@
 
 #if defined(LMX_NEON)
 #define LMX_TARGET
+#define LMX_FUSED(a, b, c) vfmaq_f32(c, a, b)
 namespace {
 constexpr int LANES = 4, REGISTERS = 32;
 }

@@ -1,7 +1,8 @@
 // The body of every attention path, in the compilers' generic vectors. Included by one file a path, which says how wide
-// its registers are (LANES), how many there are (REGISTERS), and for which CPU to compile (LMX_TARGET). Functions that
-// meet vectors must be compiled for that CPU themselves: a template shared by the paths would be lowered to the oldest
-// one before it is inlined.
+// its registers are (LANES), how many there are (REGISTERS), for which CPU to compile (LMX_TARGET), and what multiplies and
+// adds at once there, if anything does (LMX_FUSED). Functions that meet vectors must be compiled for that CPU themselves:
+// a template shared by the paths would be lowered to the oldest one before it is inlined.
+#include <algorithm>
 #include <cmath>
 
 #include "attention.h"
@@ -48,6 +49,18 @@ LMX_FORCE void load_last(const Stored* at, int64_t count, Floats& first, Floats&
 LMX_FORCE int64_t place(int64_t i, float) { return i; }
 LMX_FORCE int64_t place(int64_t i, bf16) { return i / 2 + (i & 1 ? LANES : 0); }
 
+// a * b + c, rounded once where the CPU can: where one head of keys serves many of queries, they are out of the cache, and
+// this is what takes the time.
+LMX_FORCE Floats fused(Floats a, Floats b, Floats c) {
+#if defined(LMX_FUSED)
+    return LMX_FUSED(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+LMX_FORCE Floats spread(float x) { return x - Floats{}; }
+
 // The upper half of the lanes onto the lower, until one is left.
 template <int COUNT>
 LMX_FORCE float sum_of(const float __attribute__((vector_size(4 * COUNT))) & lanes) {
@@ -76,8 +89,8 @@ LMX_TARGET void score(const float* queries, const Stored* keys, int64_t count, i
 #pragma GCC unroll 4
             for (int g = 0; g < COUNT; ++g) {
                 load_pair(queries + g * row + d, query[0], query[1]);
-                sums[g][0] += first * query[0];
-                sums[g][1] += second * query[1];
+                sums[g][0] = fused(first, query[0], sums[g][0]);
+                sums[g][1] = fused(second, query[1], sums[g][1]);
             }
         };
         for (int64_t d = 0; d < whole; d += PAIR) {
@@ -154,8 +167,8 @@ LMX_TARGET void blend(const float (*weights)[CHUNK], const Stored* values, int64
             else load_pair(value + i * PAIR, first, second);
 #pragma GCC unroll 4
             for (int g = 0; g < COUNT; ++g) {
-                sums[g][i][0] += first * weights[g][j];
-                sums[g][i][1] += second * weights[g][j];
+                sums[g][i][0] = fused(first, spread(weights[g][j]), sums[g][i][0]);
+                sums[g][i][1] = fused(second, spread(weights[g][j]), sums[g][i][1]);
             }
         }
     }
@@ -191,11 +204,13 @@ template <typename Stored>
 LMX_TARGET void chunk(const float* queries, int64_t group, const void* keys, const void* values, int64_t count,
                       int64_t stride, int64_t width, float* out, int64_t out_stride) {
     const auto *k = static_cast<const Stored*>(keys), *v = static_cast<const Stored*>(values);
-    for (int64_t g = 0; g < group;) {
-        const bool several = group - g >= GROUP;
-        const auto run = several ? chunk_of<Stored, GROUP> : chunk_of<Stored, 1>;
-        run(queries + g * padded_width(width), k, v, count, stride, width, out + g * out_stride, out_stride);
-        g += several ? GROUP : 1;
+    static constexpr decltype(&chunk_of<Stored, 1>) by_count[] = {chunk_of<Stored, 1>, chunk_of<Stored, 2>,
+                                                                  chunk_of<Stored, 3>, chunk_of<Stored, 4>};
+    static_assert(GROUP == 4, "one for each number of heads");
+    for (int64_t g = 0; g < group; g += GROUP) {
+        const int64_t several = std::min(group - g, GROUP);
+        by_count[several - 1](queries + g * padded_width(width), k, v, count, stride, width, out + g * out_stride,
+                              out_stride);
     }
 }
 
