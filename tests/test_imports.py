@@ -68,11 +68,14 @@ def seconds():
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 before = seconds()
+sum(i * i for i in range(3_000_000))
+yardstick = seconds() - before
+before = seconds()
 try:
     {code}
 except SystemExit:
     pass
-print(seconds() - before, *sorted({{name.partition('.')[0] for name in sys.modules}}), file=sys.stderr)
+print(seconds() - before, yardstick, *sorted({{name.partition('.')[0] for name in sys.modules}}), file=sys.stderr)
 """
 
 
@@ -82,7 +85,7 @@ print(seconds() - before, *sorted({{name.partition('.')[0] for name in sys.modul
     ids=["import lmx", "import lmx.api", "lmx --help"],
 )
 def test_starting_is_cheap_and_brings_no_torch(code: str) -> None:
-    """CPU time, which other programs do not change much; the best of three runs."""
+    """CPU time, beside that of a loop that takes some 0.2 s, since CPUs differ; the best of three runs."""
     best = 10.0
     for _ in range(3):
         ran = subprocess.run(
@@ -92,7 +95,7 @@ def test_starting_is_cheap_and_brings_no_torch(code: str) -> None:
             check=True,
             env={**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")},
         )
-        taken, *modules = ran.stderr.split()
-        best = min(best, float(taken))
+        taken, yardstick, *modules = ran.stderr.split()
+        best = min(best, float(taken) / float(yardstick))
         assert not {"torch", "transformers", "tokenizers", "huggingface_hub", "rich", "prompt_toolkit"} & set(modules)
-    assert best < 0.4
+    assert best < 2.5
