@@ -1,6 +1,4 @@
 // Matrices of int8, and of floats that were kept, times a few vectors with AVX-512 and its BF16 instructions.
-#include <cmath>
-
 #include "vector_avx512.h"
 
 #if defined(LMX_X86)
@@ -125,7 +123,7 @@ LMX_AVX512 LMX_INLINE void int8_rows(const Matrix& m, const Vectors& x, int64_t 
 }
 
 // The same by whole elements, for what is infinite: times the two parts of one element it can be infinity less infinity.
-float int8_row_whole(const Matrix& m, const Vectors& x, int64_t row, int v) {
+float int8_row_whole(const Matrix& m, const Vectors& x, int64_t row, int64_t v) {
     const bf16* vector = static_cast<const bf16*>(x.data) + v * x.stride;
     const uint8_t* weights = m.data + row * m.columns;
     float sum = 0;
@@ -151,11 +149,7 @@ LMX_AVX512 void int8_all(const Matrix& m, const Vectors& x, int64_t first, int64
         int8_rows<SIDE, VECTORS, NEAR>(m, x, row, soon.at(row).data, out + row - first, out_stride, lows, highs);
     for (; row < last; ++row)
         int8_rows<1, VECTORS, NEAR>(m, x, row, soon.at(row).data, out + row - first, out_stride, lows, highs);
-    for (row = first; row < last; ++row)
-        for (int v = 0; v < VECTORS; ++v) {
-            float& answer = out[v * out_stride + row - first];
-            if (!std::isfinite(answer)) answer = int8_row_whole(m, x, row, v);
-        }
+    compute_again(m, x, first, last, out, out_stride, int8_row_whole);
 }
 
 template <int VECTORS>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "exponential.h"
 #include "vector.h"
@@ -71,6 +72,18 @@ LMX_INLINE LMX_AVX512 __m128 sums_of_four(__m512 a, __m512 b, __m512 c, __m512 d
     const __m256 pairs = _mm256_hadd_ps(halved(a), halved(b)), others = _mm256_hadd_ps(halved(c), halved(d));
     const __m256 sums = _mm256_hadd_ps(pairs, others);
     return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+}
+
+// Answers that are not finite, once more by `exactly(m, x, row, vector)`: what a kernel splits or scales can be infinity less
+// infinity where the whole is not.
+template <typename Exactly>
+void compute_again(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride,
+                   const Exactly& exactly) {
+    for (int64_t row = first; row < last; ++row)
+        for (int64_t v = 0; v < x.count; ++v) {
+            float& answer = out[v * out_stride + row - first];
+            if (!std::isfinite(answer)) answer = exactly(m, x, row, v);
+        }
 }
 
 #define LMX_BY_COUNT(NAME, ONE, TWO, THREE, FOUR)                                                               \

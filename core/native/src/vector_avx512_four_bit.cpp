@@ -143,11 +143,7 @@ LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, i
         four_bit_rows<Pairs, 1, VECTORS, NEAR>(m, x, row, soon.at(row), out + row - first, out_stride, table, factor,
                                                last_scales);
     if constexpr (Pairs::LAYOUT == QUARTERED_WHOLE)
-        for (row = first; row < last; ++row)
-            for (int64_t v = 0; v < VECTORS; ++v) {
-                float& answer = out[v * out_stride + row - first];
-                if (!std::isfinite(answer)) answer = row_exactly(m, x, row, v);
-            }
+        compute_again(m, x, first, last, out, out_stride, row_exactly);
 }
 
 template <class Pairs, int VECTORS, bool NEAR>

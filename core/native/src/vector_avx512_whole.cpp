@@ -1,6 +1,4 @@
 // Matrices of int8 times a few vectors of 16-bit whole numbers with AVX-512.
-#include <cmath>
-
 #include "vector_avx512.h"
 #include "whole.h"
 
@@ -70,11 +68,7 @@ LMX_AVX512 void int8_all(const Matrix& m, const Vectors& x, int64_t first, int64
     for (; row + SIDE <= last; row += SIDE)
         int8_rows<SIDE, VECTORS, NEAR>(m, x, row, soon.at(row).data, out + row - first, out_stride);
     for (; row < last; ++row) int8_rows<1, VECTORS, NEAR>(m, x, row, soon.at(row).data, out + row - first, out_stride);
-    for (row = first; row < last; ++row)
-        for (int64_t v = 0; v < VECTORS; ++v) {
-            float& answer = out[v * out_stride + row - first];
-            if (!std::isfinite(answer)) answer = row_exactly(m, x, row, v);
-        }
+    compute_again(m, x, first, last, out, out_stride, row_exactly);
 }
 
 template <int VECTORS>
