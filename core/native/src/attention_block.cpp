@@ -2,6 +2,7 @@
 // number is rounded where the separate kernels round it.
 #include "affine.h"
 #include "attention_work.h"
+#include "deal.h"
 
 namespace lmx {
 namespace {
@@ -25,8 +26,9 @@ public:
     explicit AttentionBlockStep(const AttentionBlock& s)
         : s_(s), rows_(s.step->rows), wide_(s.query.matrix->rows), narrow_(s.key.matrix->rows),
           total_(wide_ + 2 * narrow_), parts_{Product(*s.query.matrix), Product(*s.key.matrix), Product(*s.value.matrix)},
-          output_(*s.output.matrix), states_(rows_ * total_), answers_(rows_ * wide_),
-          projected_(placed(s.projected)), work_(*s.step, projected_, s.cache) {}
+          output_(*s.output.matrix), projecting_(total_, UNIT), leaving_(s.hidden, UNIT), states_(rows_ * total_), answers_(rows_ * wide_),
+          projected_(placed(s.projected)), work_(*s.step, projected_, s.cache),
+          attending_(work_.pieces(), 1) {}
 
     void run() {
         constexpr int64_t WORTH_A_THREAD = 1 << 16;
@@ -47,17 +49,28 @@ private:
     void project(Share share) {
         Normed normed(s_.x, s_.norm_weight, s_.eps, s_.offset, rows_, s_.hidden);
         const bf16* biases[] = {s_.query.bias, s_.key.bias, s_.value.bias};
-        const auto [first, last] = share.of(total_, UNIT);
-        int64_t before = 0;
-        for (int i = 0; i < 3; before += parts_[i++].rows()) {
-            const Share::Range range{std::max(first - before, int64_t{0}), std::min(last - before, parts_[i].rows())};
-            if (range.first >= range.last) continue;
-            Scratch<uint8_t> laid(rows_ * parts_[i].bytes());
-            normed.lay(parts_[i], laid.data());
-            const bool ends = last <= before + parts_[i].rows();
-            const Ahead then = ends ? output_.from(share.of(s_.hidden, UNIT).first) : parts_[i + 1].from(0);
-            put(parts_[i], biases[i], laid.data(), rows_, range, nullptr, states_.data() + before, total_, then);
-        }
+        Scratch<uint8_t> laid[] = {Scratch<uint8_t>(rows_ * parts_[0].bytes()), Scratch<uint8_t>(rows_ * parts_[1].bytes()),
+                                   Scratch<uint8_t>(rows_ * parts_[2].bytes())};
+        for (int i = 0; i < 3; ++i) normed.lay(parts_[i], laid[i].data());
+        const Ahead output = output_.from(share.of(s_.hidden, UNIT).first);
+        projecting_.run(share, [&](Share::Range range, bool more) {
+            int64_t before = 0;
+            for (int i = 0; i < 3; before += parts_[i++].rows()) {
+                const int64_t first = std::max(range.first - before, int64_t{0});
+                const int64_t last = std::min(range.last - before, parts_[i].rows());
+                if (first >= last) continue;
+                const bool ends = range.last <= before + parts_[i].rows();
+                const Ahead next = ends ? (more ? from(range.last) : output) : parts_[i + 1].from(0);
+                put(parts_[i], biases[i], laid[i].data(), rows_, {first, last}, nullptr, states_.data() + before, total_, next);
+            }
+        });
+    }
+
+    // The rows of the three from `row` on.
+    Ahead from(int64_t row) const {
+        int i = 0;
+        while (i < 2 && row >= parts_[i].rows()) row -= parts_[i++].rows();
+        return parts_[i].from(row);
     }
 
     void shape(Share share) {
@@ -68,8 +81,9 @@ private:
     }
 
     void attend(Share share) {
-        const auto [first, last] = share.of(work_.pieces(), 1);
-        for (int64_t piece = first; piece < last; ++piece) work_.attend(piece);
+        attending_.run(share, [&](Share::Range range, bool) {
+            for (int64_t piece = range.first; piece < range.last; ++piece) work_.attend(piece);
+        });
     }
 
     void finish(Share share) {
@@ -80,15 +94,20 @@ private:
     void leave(Share share) {
         Scratch<uint8_t> laid(rows_ * output_.bytes());
         output_.lay_all(answers_.data(), rows_, laid.data());
-        put(output_, s_.output.bias, laid.data(), rows_, share.of(s_.hidden, UNIT), s_.x, s_.out, s_.hidden);
+        leaving_.run(share, [&](Share::Range range, bool more) {
+            const Ahead next = more ? output_.from(range.last) : Ahead{};
+            put(output_, s_.output.bias, laid.data(), rows_, range, s_.x, s_.out, s_.hidden, next);
+        });
     }
 
     const AttentionBlock& s_;
     const int64_t rows_, wide_, narrow_, total_;
     const Product parts_[3], output_;
+    Deal projecting_, leaving_;
     Scratch<bf16> states_, answers_;
     const Projected projected_;
     AttentionWork work_;
+    Deal attending_;
 };
 
 }  // namespace

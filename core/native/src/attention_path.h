@@ -75,14 +75,22 @@ LMX_FORCE float sum_of(const float __attribute__((vector_size(4 * COUNT))) & lan
     }
 }
 
-// scores[g][j] = queries[g] . keys[j]
+// Asks memory for a row of keys or values that is read later: hardware that looks ahead by itself gets less out of it.
+template <typename Stored>
+LMX_FORCE void ask_for(const Stored* row, int64_t width) {
+    constexpr int64_t LINE = 64 / sizeof(Stored);
+    for (int64_t d = 0; d < width; d += LINE) __builtin_prefetch(row + d, 0, 2);
+}
+
+// scores[g][j] = queries[g] . keys[j]; soon: as many rows that are read next.
 template <typename Stored, int COUNT>
-LMX_TARGET void score(const float* queries, const Stored* keys, int64_t count, int64_t stride, int64_t width,
-                      float (*scores)[CHUNK]) {
+LMX_TARGET void score(const float* queries, const Stored* keys, const Stored* soon, int64_t count, int64_t stride,
+                      int64_t width, float (*scores)[CHUNK]) {
     const int64_t row = padded_width(width), whole = width / PAIR * PAIR;
     Floats first, second, query[2];
     for (int64_t j = 0; j < count; ++j) {
         const Stored* key = keys + j * stride;
+        ask_for(soon + j * stride, width);
         Floats sums[COUNT][2];
         for (int g = 0; g < COUNT; ++g) sums[g][0] = sums[g][1] = Floats{};
         const auto add = [&](int64_t d) LMX_TARGET __attribute__((always_inline)) {
@@ -152,15 +160,16 @@ LMX_TARGET inline void weigh(float* scores, int64_t count, float scale, float* m
 }
 
 // out[g][0 .. PAIRS * PAIR) = sum_j weights[g][j] * values[j], from the same columns of every value; `last`: so many of
-// them are there where it is less than one pair.
+// them are there where it is less than one pair. soon: as many rows that are read next.
 template <typename Stored, int COUNT, int PAIRS>
-LMX_TARGET void blend(const float (*weights)[CHUNK], const Stored* values, int64_t count, int64_t stride, int64_t last,
-                      float* out, int64_t out_stride) {
+LMX_TARGET void blend(const float (*weights)[CHUNK], const Stored* values, const Stored* soon, int64_t count,
+                      int64_t stride, int64_t last, float* out, int64_t out_stride) {
     Floats sums[COUNT][PAIRS][2], first, second;
     for (int g = 0; g < COUNT; ++g)
         for (int i = 0; i < PAIRS; ++i) sums[g][i][0] = sums[g][i][1] = Floats{};
     for (int64_t j = 0; j < count; ++j) {
         const Stored* value = values + j * stride;
+        ask_for(soon + j * stride, PAIRS * PAIR);
 #pragma GCC unroll 4
         for (int i = 0; i < PAIRS; ++i) {
             if (last < PAIR) load_last(value, last, first, second);
@@ -179,25 +188,26 @@ LMX_TARGET void blend(const float (*weights)[CHUNK], const Stored* values, int64
 }
 
 template <typename Stored, int COUNT>
-LMX_TARGET void blend_all(const float (*weights)[CHUNK], const Stored* values, int64_t count, int64_t stride,
-                          int64_t width, float* out, int64_t out_stride) {
+LMX_TARGET void blend_all(const float (*weights)[CHUNK], const Stored* values, const Stored* soon, int64_t count,
+                          int64_t stride, int64_t width, float* out, int64_t out_stride) {
     constexpr int PAIRS = COUNT == 1 ? 4 : REGISTERS / 4 / COUNT;
     int64_t d = 0;
     for (; d + PAIRS * PAIR <= width; d += PAIRS * PAIR)
-        blend<Stored, COUNT, PAIRS>(weights, values + d, count, stride, PAIR, out + d, out_stride);
+        blend<Stored, COUNT, PAIRS>(weights, values + d, soon + d, count, stride, PAIR, out + d, out_stride);
     for (; d < width; d += PAIR)
-        blend<Stored, COUNT, 1>(weights, values + d, count, stride, width - d, out + d, out_stride);
+        blend<Stored, COUNT, 1>(weights, values + d, soon + d, count, stride, width - d, out + d, out_stride);
 }
 
 template <typename Stored, int COUNT>
 LMX_TARGET void chunk_of(const float* queries, const Stored* keys, const Stored* values, int64_t count, int64_t stride,
                          int64_t width, float* out, int64_t out_stride) {
     alignas(64) float scores[COUNT][CHUNK];
-    score<Stored, COUNT>(queries, keys, count, stride, width, scores);
+    score<Stored, COUNT>(queries, keys, values, count, stride, width, scores);
     const float scale = 1.0f / std::sqrt(static_cast<float>(width));
     for (int g = 0; g < COUNT; ++g)
         weigh(scores[g], count, scale, out + g * out_stride, out + g * out_stride + 1);
-    blend_all<Stored, COUNT>(scores, values, count, stride, width, out + PARTIAL_HEAD, out_stride);
+    // The next chunk of keys follows this one.
+    blend_all<Stored, COUNT>(scores, values, keys + count * stride, count, stride, width, out + PARTIAL_HEAD, out_stride);
 }
 
 template <typename Stored>

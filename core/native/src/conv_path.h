@@ -2,7 +2,7 @@
 namespace lmx {
 namespace {
 
-constexpr int64_t CONV_STEPS = 32, CONV_AHEAD = 16;
+constexpr int64_t CONV_STEPS = 32, CONV_AHEAD = 16, USUAL_KERNEL = 4;
 
 struct ConvTile {
     int64_t row, first, channels;
@@ -10,17 +10,27 @@ struct ConvTile {
     alignas(64) float inputs[MAX_KERNEL - 1 + CONV_STEPS][CHANNEL_GRAIN];
 };
 
-template <typename Stored>
+// KERNEL: the number of taps where it is known, so that a compiler can turn the loops into vector code; else 0.
+template <typename Stored, int64_t KERNEL>
 LMX_TARGET void enter_conv(const Conv& v, ConvTile& tile) {
-    const int64_t reach = v.kernel - 1;
+    const int64_t kernel = KERNEL ? KERNEL : v.kernel, reach = kernel - 1;
     const auto* weight = static_cast<const Stored*>(v.weight) + tile.first * v.kernel;
     const auto* state = static_cast<const Stored*>(v.state) + (tile.row * v.channels + tile.first) * reach;
     const auto* bias = static_cast<const Stored*>(v.bias) + tile.first;
     for (int64_t c = 0; c < tile.channels; ++c) {
-        for (int64_t j = 0; j < v.kernel; ++j) tile.taps[j][c] = value_of(weight[c * v.kernel + j]);
+        for (int64_t j = 0; j < kernel; ++j) tile.taps[j][c] = value_of(weight[c * kernel + j]);
         for (int64_t j = 0; j < reach; ++j) tile.inputs[j][c] = value_of(state[c * reach + j]);
-        tile.bias[c] = v.bias ? value_of(bias[c]) : 0;
     }
+    for (int64_t c = 0; c < tile.channels; ++c) tile.bias[c] = v.bias ? value_of(bias[c]) : 0;
+}
+
+// The inputs that the next call still needs.
+template <typename Stored, int64_t KERNEL>
+LMX_TARGET void leave_conv(const Conv& v, const ConvTile& tile) {
+    const int64_t reach = (KERNEL ? KERNEL : v.kernel) - 1;
+    auto* state = static_cast<Stored*>(v.new_state) + (tile.row * v.channels + tile.first) * reach;
+    for (int64_t c = 0; c < tile.channels; ++c)
+        for (int64_t j = 0; j < reach; ++j) set_value(tile.inputs[j][c], state + c * reach + j);
 }
 
 template <typename Stored>
@@ -45,18 +55,17 @@ LMX_TARGET void conv_steps(const Conv& v, ConvTile& tile, int64_t token, int64_t
 
 template <typename Stored>
 LMX_TARGET void conv_tiles(const Conv& v, int64_t first, int64_t last) {
-    const int64_t tiles = (v.channels + CHANNEL_GRAIN - 1) / CHANNEL_GRAIN, reach = v.kernel - 1;
+    const int64_t tiles = (v.channels + CHANNEL_GRAIN - 1) / CHANNEL_GRAIN;
+    const bool usual = v.kernel == USUAL_KERNEL;
     ConvTile tile;
     for (int64_t i = first; i < last; ++i) {
         tile.row = i / tiles;
         tile.first = i % tiles * CHANNEL_GRAIN;
         tile.channels = std::min(CHANNEL_GRAIN, v.channels - tile.first);
-        enter_conv<Stored>(v, tile);
+        usual ? enter_conv<Stored, USUAL_KERNEL>(v, tile) : enter_conv<Stored, 0>(v, tile);
         for (int64_t t = 0; t < v.length; t += CONV_STEPS)
             conv_steps<Stored>(v, tile, tile.row * v.length + t, std::min(CONV_STEPS, v.length - t));
-        auto* state = static_cast<Stored*>(v.new_state) + (tile.row * v.channels + tile.first) * reach;
-        for (int64_t c = 0; c < tile.channels; ++c)
-            for (int64_t j = 0; j < reach; ++j) set_value(tile.inputs[j][c], state + c * reach + j);
+        usual ? leave_conv<Stored, USUAL_KERNEL>(v, tile) : leave_conv<Stored, 0>(v, tile);
     }
 }
 

@@ -7,19 +7,21 @@
 namespace lmx {
 
 void ExpertAnswers::enter(Share share, const Choices& chosen, Prepared& x) {
+    const Ahead down = ahead_of(matrix(chosen, 0, 2), share.of(hidden_, UNIT).first);
+    entering_.run(share, [&](Share::Range range, bool more) {
+        enter(range, chosen, x, more ? stretch(chosen, range.last, 0) : down);
+    });
+}
+
+void ExpertAnswers::enter(Share::Range range, const Choices& chosen, Prepared& x, Ahead then) {
     const int64_t stretches = padded(inner_) / STRETCH;
-    const auto [first, last] = share.of(slots_ * stretches, 1);
-    const auto ahead = [&](int64_t at, int number) {
-        return ahead_of(matrix(chosen, at / stretches, number), at % stretches * STRETCH);
-    };
     Scratch<float> gate(padded(inner_)), up(padded(inner_));
     // As many rows of one matrix at a time as there are: every change of place sets the hardware's own look ahead back.
-    for (int64_t at = first, next; at < last; at = next) {
+    for (int64_t at = range.first, next; at < range.last; at = next) {
         const int64_t slot = at / stretches, row = at % stretches * STRETCH;
-        next = std::min((slot + 1) * stretches, last);
+        next = std::min((slot + 1) * stretches, range.last);
         const int64_t stop = std::min((next - slot * stretches) * STRETCH, inner_), count = stop - row;
-        const Ahead then = next < last ? ahead(next, 0) : ahead_of(matrix(chosen, 0, 2), share.of(hidden_, UNIT).first);
-        const Ahead aheads[] = {ahead(at, 1), then};
+        const Ahead aheads[] = {stretch(chosen, at, 1), next < range.last ? stretch(chosen, next, 0) : then};
         float* const sums[] = {gate.data(), up.data()};
         for (int i = 0; i < 2; ++i) {
             const Matrix& m = matrix(chosen, slot, i);

@@ -1,6 +1,7 @@
 // One step of Griffin's blocks (arXiv 2402.19427, figure 2): the recurrent one with its MLP in one call, and the MLP of the
 // attention layers by itself. Every number is rounded where the separate kernels round it.
 #include "affine.h"
+#include "deal.h"
 
 namespace lmx {
 namespace {
@@ -40,39 +41,47 @@ constexpr int64_t WORTH_A_THREAD = 1 << 16;
 class Mlp {
 public:
     explicit Mlp(const MlpStep& s)
-        : s_(s), gate_(*s.gate.matrix), up_(*s.up.matrix), down_(*s.down.matrix), gated_(s.rows * s.inner),
+        : s_(s), gate_(*s.gate.matrix), up_(*s.up.matrix), down_(*s.down.matrix),
+          entering_(s.inner, STRETCH), leaving_(s.hidden, UNIT), gated_(s.rows * s.inner),
           up_answers_(s.rows * s.inner), laid_(s.rows * down_.bytes()) {}
 
     int64_t worth() const { return (gate_.weights() + up_.weights()) / WORTH_A_THREAD; }
 
-    // Gate and up, each in one go: every change of place sets the hardware's own look ahead back.
+    // Gate and up, of many rows each in one go: every change of place sets the hardware's own look ahead back.
     void enter(Share share, const bf16* x) {
         Scratch<uint8_t> for_gate(s_.rows * gate_.bytes()), for_up(s_.rows * up_.bytes());
         Normed normed(x, s_.norm_weight, s_.eps, true, s_.rows, s_.hidden);
         normed.lay(gate_, for_gate.data());
         normed.lay(up_, for_up.data());
-        const Share::Range range = share.of(s_.inner, STRETCH);
         const Ahead down = down_.from(share.of(s_.hidden, UNIT).first);
-        put(gate_, s_.gate.bias, for_gate.data(), s_.rows, range, nullptr, gated_.data(), s_.inner, up_.from(range.first));
-        put(up_, s_.up.bias, for_up.data(), s_.rows, range, nullptr, up_answers_.data(), s_.inner, down);
-        for (int64_t v = 0; v < s_.rows && range.first < range.last; ++v) {
-            bf16* gate = gated_.data() + v * s_.inner + range.first;
-            const bf16* up = up_answers_.data() + v * s_.inner + range.first;
-            lanes().gate(Gate{gate, up, gate, range.last - range.first, s_.activation});
-        }
-        down_.lay(gated_.data(), s_.rows, range.first, range.last, laid_.data());
+        entering_.run(share, [&](Share::Range range, bool more) {
+            const auto [first, last] = range;
+            const Ahead next = more ? gate_.from(last) : down;
+            put(gate_, s_.gate.bias, for_gate.data(), s_.rows, range, nullptr, gated_.data(), s_.inner, up_.from(first));
+            put(up_, s_.up.bias, for_up.data(), s_.rows, range, nullptr, up_answers_.data(), s_.inner, next);
+            for (int64_t v = 0; v < s_.rows; ++v) {
+                bf16* gate = gated_.data() + v * s_.inner + first;
+                const bf16* up = up_answers_.data() + v * s_.inner + first;
+                lanes().gate(Gate{gate, up, gate, last - first, s_.activation});
+            }
+            down_.lay(gated_.data(), s_.rows, first, last, laid_.data());
+        });
     }
 
     // What a thread reads first.
     Ahead begin(Share share) const { return gate_.from(share.of(s_.inner, STRETCH).first); }
 
     void leave(Share share, const bf16* x, bf16* out) {
-        put(down_, s_.down.bias, laid_.data(), s_.rows, share.of(s_.hidden, UNIT), x, out, s_.hidden);
+        leaving_.run(share, [&](Share::Range range, bool more) {
+            const Ahead next = more ? down_.from(range.last) : Ahead{};
+            put(down_, s_.down.bias, laid_.data(), s_.rows, range, x, out, s_.hidden, next);
+        });
     }
 
 private:
     const MlpStep& s_;
     const Product gate_, up_, down_;
+    Deal entering_, leaving_;
     Scratch<bf16> gated_, up_answers_;
     Scratch<uint8_t> laid_;
 };
@@ -81,7 +90,7 @@ class Griffin {
 public:
     explicit Griffin(const GriffinStep& s)
         : s_(s), rows_(s.mlp.rows), hidden_(s.mlp.hidden), tiles_(s.heads * tiles_of(s.width / s.heads)),
-          y_(*s.linear_y.matrix), x_(*s.linear_x.matrix), out_(*s.linear_out.matrix), mlp_(s.mlp),
+          entering_(s.width, STRETCH), recurring_(tiles_, 1), leaving_(hidden_, UNIT), y_(*s.linear_y.matrix), x_(*s.linear_x.matrix), out_(*s.linear_out.matrix), mlp_(s.mlp),
           gate_(rows_ * s.width), branch_(rows_ * s.width), u_(rows_ * s.width), answers_(rows_ * s.width),
           between_(rows_ * hidden_) {}
 
@@ -101,19 +110,21 @@ private:
         Normed normed(s_.x, s_.norm_weight, s_.eps, true, rows_, hidden_);
         normed.lay(y_, for_y.data());
         normed.lay(x_, for_x.data());
-        const Share::Range range = share.of(s_.width, STRETCH);
         const Ahead out = out_.from(share.of(hidden_, UNIT).first);
-        put(y_, s_.linear_y.bias, for_y.data(), rows_, range, nullptr, gate_.data(), s_.width, x_.from(range.first));
-        put(x_, s_.linear_x.bias, for_x.data(), rows_, range, nullptr, branch_.data(), s_.width, out);
         const Conv conv{branch_.data(), s_.conv_weight, s_.conv_bias, s_.conv_state, s_.conv_state, u_.data(), rows_,
                         1, s_.width, s_.kernel, s_.width, 0};
         const int64_t all = (s_.width + CHANNEL_GRAIN - 1) / CHANNEL_GRAIN;
-        for (int64_t v = 0; v < rows_ && range.first < range.last; ++v) {
-            bf16* gate = gate_.data() + v * s_.width + range.first;
-            lanes().gate(Gate{gate, nullptr, gate, range.last - range.first, s_.activation});
-            lanes().conv(conv, BF16, v * all + range.first / CHANNEL_GRAIN,
-                         v * all + (range.last + CHANNEL_GRAIN - 1) / CHANNEL_GRAIN);
-        }
+        entering_.run(share, [&](Share::Range range, bool more) {
+            const auto [first, last] = range;
+            const Ahead next = more ? y_.from(last) : out;
+            put(y_, s_.linear_y.bias, for_y.data(), rows_, range, nullptr, gate_.data(), s_.width, x_.from(first));
+            put(x_, s_.linear_x.bias, for_x.data(), rows_, range, nullptr, branch_.data(), s_.width, next);
+            for (int64_t v = 0; v < rows_; ++v) {
+                bf16* gate = gate_.data() + v * s_.width + first;
+                lanes().gate(Gate{gate, nullptr, gate, last - first, s_.activation});
+                lanes().conv(conv, BF16, v * all + first / CHANNEL_GRAIN, v * all + (last + CHANNEL_GRAIN - 1) / CHANNEL_GRAIN);
+            }
+        });
     }
 
     void recur(Share share) {
@@ -121,20 +132,25 @@ private:
                               s_.recurrent_weight, s_.recurrent_bias, s_.rate, s_.state, s_.reset, s_.state,
                               answers_.data(), nullptr, rows_, 1, s_.heads, s_.width / s_.heads, s_.width, s_.width,
                               s_.reset_stride};
-        const auto [first, last] = share.of(tiles_, 1);
-        for (int64_t v = 0; v < rows_; ++v) lanes().recurrence(step, BF16, v * tiles_ + first, v * tiles_ + last);
+        recurring_.run(share, [&](Share::Range range, bool) {
+            for (int64_t v = 0; v < rows_; ++v)
+                lanes().recurrence(step, BF16, v * tiles_ + range.first, v * tiles_ + range.last);
+        });
     }
 
     // A head's answers may end within a stretch, so every thread lays out all of them.
     void leave(Share share) {
         Scratch<uint8_t> laid(rows_ * out_.bytes());
         out_.lay_all(answers_.data(), rows_, laid.data());
-        put(out_, s_.linear_out.bias, laid.data(), rows_, share.of(hidden_, UNIT), s_.x, between_.data(), hidden_,
-            mlp_.begin(share));
+        leaving_.run(share, [&](Share::Range range, bool more) {
+            const Ahead next = more ? out_.from(range.last) : mlp_.begin(share);
+            put(out_, s_.linear_out.bias, laid.data(), rows_, range, s_.x, between_.data(), hidden_, next);
+        });
     }
 
     const GriffinStep& s_;
     const int64_t rows_, hidden_, tiles_;
+    Deal entering_, recurring_, leaving_;
     const Product y_, x_, out_;
     Mlp mlp_;
     Scratch<bf16> gate_, branch_, u_, answers_, between_;

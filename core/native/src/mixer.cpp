@@ -1,7 +1,7 @@
 // One step of a Mamba block (arXiv 2312.00752, figure 3; FalconMamba's norms: arXiv 2410.05355) in one call: norm,
 // products, convolution, scan, gate and residual. Every number is rounded where the separate kernels round it.
+#include "deal.h"
 #include "lanes.h"
-#include "phases.h"
 #include "product.h"
 #include "scratch.h"
 
@@ -28,7 +28,8 @@ class Mamba {
 public:
     explicit Mamba(const MambaStep& s)
         : s_(s), in_(*s.in_proj), x_(*s.x_proj), dt_(*s.dt_proj), out_(*s.out_proj),
-          parameters_(s.rank + 2 * s.states), both_(s.rows * 2 * s.inner), u_(s.rows * s.inner), raw_(s.rows * s.inner),
+          parameters_(s.rank + 2 * s.states), entering_(s.inner, STRETCH), projecting_(parameters_, 16),
+          scanning_(s.inner, STRETCH), leaving_(s.hidden, UNIT), both_(s.rows * 2 * s.inner), u_(s.rows * s.inner), raw_(s.rows * s.inner),
           y_(s.rows * s.inner), dbc_(s.rows * parameters_), laid_u_(s.rows * x_.bytes()), laid_y_(s.rows * out_.bytes()) {}
 
     void run() {
@@ -39,9 +40,6 @@ public:
     }
 
 private:
-    // Channels belong to one thread from the first product to the scan's answer.
-    Share::Range channels(Share share) const { return share.of(s_.inner, STRETCH); }
-
     void norm(const void* x, Dtype x_dtype, int64_t x_stride, const bf16* weight, bf16* y, int64_t y_stride,
               int64_t width, float eps) const {
         lanes().norm(Norm{x, weight, y, x_stride, y_stride, width, x_dtype, eps, false}, BF16, 0, s_.rows);
@@ -53,27 +51,31 @@ private:
         norm(s_.x, static_cast<Dtype>(s_.x_dtype), s_.hidden, s_.norm_weight, normed.data(), s_.hidden, s_.hidden,
              s_.norm_eps);
         in_.lay_all(normed.data(), s_.rows, laid.data());
-        const auto [first, last] = channels(share);
         const auto take = [&](int64_t v, int64_t row, const float* sums, int64_t count) {
             const bf16* bias = s_.in_bias ? s_.in_bias + row : nullptr;
             lanes().finish(Finish{sums, bias, nullptr, both_.data() + v * 2 * s_.inner + row, count, BF16, BF16});
         };
         const Ahead next = x_.from(share.of(parameters_, 16).first);
-        in_.multiply(laid.data(), s_.rows, first, last, take, in_.from(s_.inner + first));
-        in_.multiply(laid.data(), s_.rows, s_.inner + first, s_.inner + last, take, next);
         const Conv conv{both_.data(), s_.conv_weight, s_.conv_bias, s_.conv_state, s_.conv_state, u_.data(), s_.rows,
                         1, s_.inner, s_.kernel, 2 * s_.inner, 1};
-        tiles(share, [&](int64_t from, int64_t to) { lanes().conv(conv, BF16, from, to); });
-        x_.lay(u_.data(), s_.rows, first, last, laid_u_.data());
+        entering_.run(share, [&](Share::Range range, bool more) {
+            const auto [first, last] = range;
+            in_.multiply(laid.data(), s_.rows, first, last, take, in_.from(s_.inner + first));
+            in_.multiply(laid.data(), s_.rows, s_.inner + first, s_.inner + last, take, more ? in_.from(last) : next);
+            tiles(range, [&](int64_t from, int64_t to) { lanes().conv(conv, BF16, from, to); });
+            x_.lay(u_.data(), s_.rows, first, last, laid_u_.data());
+        });
     }
 
     void parameters(Share share) {
-        const auto [first, last] = share.of(parameters_, 16);
         const auto take = [&](int64_t v, int64_t row, const float* sums, int64_t count) {
             bf16* out = dbc_.data() + v * parameters_ + row;
             lanes().finish(Finish{sums, nullptr, nullptr, out, count, BF16, BF16});
         };
-        x_.multiply(laid_u_.data(), s_.rows, first, last, take, dt_.from(channels(share).first));
+        const Ahead next = dt_.from(share.of(s_.inner, STRETCH).first);
+        projecting_.run(share, [&](Share::Range range, bool more) {
+            x_.multiply(laid_u_.data(), s_.rows, range.first, range.last, take, more ? x_.from(range.last) : next);
+        });
     }
 
     void scan(Share share) {
@@ -84,43 +86,49 @@ private:
             norm(given + at, BF16, parameters_, nullptr, normed.data() + at, parameters_, s_.states, s_.mixer_eps);
         Scratch<uint8_t> laid(s_.rows * dt_.bytes());
         dt_.lay_all(dt.data(), s_.rows, laid.data());
-        const auto [first, last] = channels(share);
         const auto take = [&](int64_t v, int64_t row, const float* sums, int64_t count) {
             lanes().finish(Finish{sums, nullptr, nullptr, raw_.data() + v * s_.inner + row, count, BF16, BF16});
         };
-        dt_.multiply(laid.data(), s_.rows, first, last, take, out_.from(share.of(s_.hidden, UNIT).first));
         const bf16 *B = normed.data() + s_.rank, *C = B + s_.states;
         const Scan scan{raw_.data(), s_.dt_bias, u_.data(), both_.data() + s_.inner, B, C, s_.D, s_.A, s_.state,
                         s_.state, y_.data(), nullptr, s_.rows, 1, s_.inner, s_.states, s_.inner, s_.inner,
                         2 * s_.inner, parameters_};
-        tiles(share, [&](int64_t from, int64_t to) { lanes().scan(scan, BF16, from, to); });
-        out_.lay(y_.data(), s_.rows, first, last, laid_y_.data());
+        const Ahead next = out_.from(share.of(s_.hidden, UNIT).first);
+        scanning_.run(share, [&](Share::Range range, bool more) {
+            const auto [first, last] = range;
+            dt_.multiply(laid.data(), s_.rows, first, last, take, more ? dt_.from(last) : next);
+            tiles(range, [&](int64_t from, int64_t to) { lanes().scan(scan, BF16, from, to); });
+            out_.lay(y_.data(), s_.rows, first, last, laid_y_.data());
+        });
     }
 
     void leave(Share share) {
-        const auto [first, last] = share.of(s_.hidden, UNIT);
         const auto x_dtype = static_cast<Dtype>(s_.x_dtype), out_dtype = static_cast<Dtype>(s_.out_dtype);
-        out_.multiply(laid_y_.data(), s_.rows, first, last, [&](int64_t v, int64_t row, const float* sums, int64_t count) {
+        const auto take = [&](int64_t v, int64_t row, const float* sums, int64_t count) {
             const int64_t at = v * s_.hidden + row;
             const bf16* bias = s_.out_bias ? s_.out_bias + row : nullptr;
             const auto* stream = static_cast<const uint8_t*>(s_.x) + at * size_of(x_dtype);
             auto* out = static_cast<uint8_t*>(s_.out) + at * size_of(out_dtype);
             lanes().finish(Finish{sums, bias, stream, out, count, x_dtype, out_dtype});
+        };
+        leaving_.run(share, [&](Share::Range range, bool more) {
+            const Ahead next = more ? out_.from(range.last) : Ahead{};
+            out_.multiply(laid_y_.data(), s_.rows, range.first, range.last, take, next);
         });
     }
 
-    // The thread's tiles of channels, a row at a time, by the numbers that the kernels have for them.
+    // The tiles of some channels, a row at a time, by the numbers that the kernels have for them.
     template <typename Body>
-    void tiles(Share share, const Body& body) const {
+    void tiles(Share::Range range, const Body& body) const {
         const int64_t all = (s_.inner + CHANNEL_GRAIN - 1) / CHANNEL_GRAIN;
-        const auto [first, last] = channels(share);
-        for (int64_t row = 0; row < s_.rows && first < last; ++row)
-            body(row * all + first / CHANNEL_GRAIN, row * all + (last + CHANNEL_GRAIN - 1) / CHANNEL_GRAIN);
+        for (int64_t row = 0; row < s_.rows; ++row)
+            body(row * all + range.first / CHANNEL_GRAIN, row * all + (range.last + CHANNEL_GRAIN - 1) / CHANNEL_GRAIN);
     }
 
     const MambaStep& s_;
     const Product in_, x_, dt_, out_;
     const int64_t parameters_;
+    Deal entering_, projecting_, scanning_, leaving_;
     Scratch<bf16> both_, u_, raw_, y_, dbc_;
     Scratch<uint8_t> laid_u_, laid_y_;
 };

@@ -31,7 +31,8 @@ void parallel_phases(int64_t most, const Phase&... phases) {
 #pragma omp parallel num_threads(static_cast<int>(parts))
         {
             const Share share{omp_get_thread_num(), omp_get_num_threads()};
-            ((phases(share), wait()), ...);
+            bool begun = false;
+            ((begun ? wait() : void(begun = true), phases(share)), ...);
         }
         return;
     }

@@ -13,7 +13,10 @@ LMX_TARGET void gate_products(const Stored* x, const Stored* weight, const Store
     for (int64_t i = 0; i < width; i += GATE_ROWS) {
         const int64_t rows = std::min(GATE_ROWS, width - i);
         float inputs[GATE_ROWS];
-        for (int64_t r = 0; r < rows; ++r) inputs[r] = value_of(x[i + r]);
+        for (int64_t r = 0; r < rows; ++r) {
+            inputs[r] = value_of(x[i + r]);
+            ask_for(weight + (i + r + 2 * GATE_ROWS) * width, channels * static_cast<int64_t>(sizeof(Stored)));
+        }
         for (int64_t c = 0; c < channels; c += LANES) {
             Floats sum = load(products + c);
             for (int64_t r = 0; r < rows; ++r)

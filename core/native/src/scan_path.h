@@ -16,8 +16,8 @@ struct ScanTile {
     alignas(64) float rates[GROUPED_STATES][CHANNEL_GRAIN], states[GROUPED_STATES][CHANNEL_GRAIN];
 };
 
-// Steps that are asked for ahead of the one that is computed.
-constexpr int64_t SCAN_AHEAD = 16;
+// Steps, or channels of one step, that are asked for ahead of the one that is computed.
+constexpr int64_t SCAN_AHEAD = 16, CHANNELS_AHEAD = 32;
 
 template <typename Stored>
 LMX_FORCE const Stored* at(const void* base, int64_t stride, int64_t token, int64_t column) {
@@ -131,6 +131,8 @@ LMX_TARGET void scan_step(const Scan& s, ScanTile& tile) {
     const float* states = s.state + place;
     float* new_states = s.new_state + place;
     for (int64_t c = 0; c < tile.channels; ++c) {
+        ask_for(A + (c + CHANNELS_AHEAD) * s.states, s.states * 4);
+        ask_for(states + (c + CHANNELS_AHEAD) * s.states, s.states * 4);
         Floats sum = {};
         for (int64_t n = 0; n < s.states; n += LANES) {
             const Floats decay = exp2_of(load(A + c * s.states + n) * LOG2_E * tile.delta[0][c]);

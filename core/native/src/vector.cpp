@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "deal.h"
 #include "prepared.h"
 
 namespace lmx {
@@ -19,11 +20,11 @@ int64_t grain(int64_t columns) { return std::max<int64_t>(16, WORTH_A_THREAD / c
 // Rows first .. last of a matrix into `out` [vectors, out_stride] of dtype: a unit at a time, so that it lies in the cache
 // for the second group of vectors.
 void multiply_rows(const Matrix& m, const Kernel& kernel, Prepared& x, int64_t first, int64_t last, Dtype dtype,
-                   uint8_t* out, int64_t out_stride) {
+                   uint8_t* out, int64_t out_stride, Ahead then) {
     float sums[MAX_VECTORS * UNIT];
     for (int64_t row = first; row < last; row += UNIT) {
         const int64_t stop = std::min(row + UNIT, last);
-        const Ahead ahead = stop < last ? ahead_of(m, stop) : Ahead{};
+        const Ahead ahead = stop < last ? ahead_of(m, stop) : then;
         for (int64_t v = 0; v < x.count(); v += MAX_VECTORS) {
             const Vectors some = x.some(kernel.layout, v, ahead);
             kernel.rows(m, some, row, stop, sums, UNIT);
@@ -53,17 +54,20 @@ static void multiply(const Matrix* matrices, int64_t count, const void* x, Dtype
     const int64_t columns = matrices[0].columns;
     Prepared prepared(x, type, vectors, columns);
     for (int64_t i = 0; i < count; ++i) prepared.want(choose_kernel(matrices[i], type).layout);
-    parallel_for(total_rows, grain(columns), [&](int64_t first, int64_t last) {
+    const auto rows = [&](Share::Range range, bool more) {
         int64_t before = 0;
         for (int64_t i = 0; i < count; before += matrices[i++].rows) {
             const Matrix& m = matrices[i];
-            const int64_t from = std::max(first - before, int64_t{0}), to = std::min(last - before, m.rows);
+            const int64_t from = std::max(range.first - before, int64_t{0}), to = std::min(range.last - before, m.rows);
             if (from >= to) continue;
             const Kernel kernel = choose_kernel(m, type);
             auto* at = static_cast<uint8_t*>(out) + before * size_of(type);
-            multiply_rows(m, kernel, prepared, from, to, type, at, total_rows);
+            multiply_rows(m, kernel, prepared, from, to, type, at, total_rows, more && to < m.rows ? ahead_of(m, to) : Ahead{});
         }
-    });
+    };
+    const int64_t unit = grain(columns);
+    Deal deal(total_rows, unit);
+    parallel_phases((total_rows + unit - 1) / unit, [&](Share share) { deal.run(share, rows); });
 }
 
 }  // namespace lmx

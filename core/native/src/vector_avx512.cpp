@@ -52,9 +52,10 @@ LMX_AVX512 void plain_row(const Matrix& m, const Vectors& x, int64_t row, float*
     }
 }
 
-// bf16 times bf16.
-template <int VECTORS>
-LMX_AVX512 void bf16_row(const Matrix& m, const Vectors& x, int64_t row, float* out, int64_t out_stride) {
+// bf16 times bf16. soon: what is read later, as much as a row.
+template <int VECTORS, bool NEAR>
+LMX_AVX512 void bf16_row(const Matrix& m, const Vectors& x, int64_t row, const uint8_t* soon, float* out,
+                         int64_t out_stride) {
     const bf16* vectors = static_cast<const bf16*>(x.data);
     const bf16* weights = reinterpret_cast<const bf16*>(m.data) + row * m.columns;
     __m512 sums[VECTORS][4];
@@ -64,6 +65,7 @@ LMX_AVX512 void bf16_row(const Matrix& m, const Vectors& x, int64_t row, float* 
     for (; c + 128 <= m.columns; c += 128)
         for (int part = 0; part < 4; ++part) {
             const bf16* at = weights + c + 32 * part;
+            prefetch<NEAR>(soon + 2 * (c + 32 * part));
             const __m512bh values = (__m512bh)_mm512_loadu_si512(at);
             for (int v = 0; v < VECTORS; ++v) {
                 const __m512bh vector = (__m512bh)_mm512_loadu_si512(vectors + v * x.stride + c + 32 * part);
@@ -159,9 +161,17 @@ void int8_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, flo
     int8_all<VECTORS == 1 ? 4 : 2, VECTORS, false>(m, x, first, last, out, out_stride);
 }
 
+template <int VECTORS, bool NEAR>
+void bf16_all(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
+    const Soon soon(m, x, last, 1);
+    for (int64_t row = first; row < last; ++row)
+        bf16_row<VECTORS, NEAR>(m, x, row, soon.at(row).data, out + row - first, out_stride);
+}
+
 template <int VECTORS>
 void bf16_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
-    for (int64_t row = first; row < last; ++row) bf16_row<VECTORS>(m, x, row, out + row - first, out_stride);
+    const auto all = Soon::is_near(m, x, 1) ? bf16_all<VECTORS, true> : bf16_all<VECTORS, false>;
+    all(m, x, first, last, out, out_stride);
 }
 
 template <Kind KIND, int VECTORS>
