@@ -26,9 +26,9 @@ public:
     explicit AttentionBlockStep(const AttentionBlock& s)
         : s_(s), rows_(s.step->rows), wide_(s.query.matrix->rows), narrow_(s.key.matrix->rows),
           total_(wide_ + 2 * narrow_), parts_{Product(*s.query.matrix), Product(*s.key.matrix), Product(*s.value.matrix)},
-          output_(*s.output.matrix), projecting_(total_, UNIT), leaving_(s.hidden, UNIT), states_(rows_ * total_), answers_(rows_ * wide_),
-          projected_(placed(s.projected)), work_(*s.step, projected_, s.cache),
-          attending_(work_.pieces(), 1) {}
+          output_(*s.output.matrix), projecting_(total_, UNIT), leaving_(s.hidden, UNIT),
+          states_(rows_ * total_), answers_(rows_ * wide_), projected_(placed(s.projected)),
+          work_(*s.step, projected_, s.cache), attending_(work_.pieces(), 1) {}
 
     void run() {
         constexpr int64_t WORTH_A_THREAD = 1 << 16;

@@ -11,6 +11,7 @@ namespace lmx {
 
 // Whether there are tiles of bf16, and the system lets this process have them: their 8 KB are nobody's who does not ask
 // (Linux, Documentation/arch/x86/xstate.rst).
+#if defined(LMX_X86)
 static bool may_use_tiles() {
 #if defined(LMX_AMX)
     constexpr unsigned TILES = 1u << 24, BF16_TILES = 1u << 22;  // bits of EDX, leaf 7
@@ -22,6 +23,7 @@ static bool may_use_tiles() {
     return false;
 #endif
 }
+#endif
 
 static Level best_level() {
 #if defined(LMX_X86)

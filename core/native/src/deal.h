@@ -26,7 +26,8 @@ public:
             const Share owner{(share.index + i) % share.parts, share.parts};
             const Share::Range all = owner.of(count_, grain_);
             const auto units = static_cast<uint32_t>((all.last - all.first + grain_ - 1) / grain_);
-            for (Units some = claim(taken_[owner.index], units, i == 0); some.count; some = claim(taken_[owner.index], units, i == 0)) {
+            const auto next = [&] { return claim(taken_[owner.index], units, i == 0); };
+            for (Units some = next(); some.count; some = next()) {
                 const int64_t first = all.first + some.first * grain_;
                 const int64_t last = std::min(first + some.count * grain_, all.last);
                 body(Share::Range{first, last}, i == 0 && last < all.last);

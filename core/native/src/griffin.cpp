@@ -90,7 +90,8 @@ class Griffin {
 public:
     explicit Griffin(const GriffinStep& s)
         : s_(s), rows_(s.mlp.rows), hidden_(s.mlp.hidden), tiles_(s.heads * tiles_of(s.width / s.heads)),
-          entering_(s.width, STRETCH), recurring_(tiles_, 1), leaving_(hidden_, UNIT), y_(*s.linear_y.matrix), x_(*s.linear_x.matrix), out_(*s.linear_out.matrix), mlp_(s.mlp),
+          entering_(s.width, STRETCH), recurring_(tiles_, 1), leaving_(hidden_, UNIT),
+          y_(*s.linear_y.matrix), x_(*s.linear_x.matrix), out_(*s.linear_out.matrix), mlp_(s.mlp),
           gate_(rows_ * s.width), branch_(rows_ * s.width), u_(rows_ * s.width), answers_(rows_ * s.width),
           between_(rows_ * hidden_) {}
 

@@ -29,8 +29,9 @@ public:
     explicit Mamba(const MambaStep& s)
         : s_(s), in_(*s.in_proj), x_(*s.x_proj), dt_(*s.dt_proj), out_(*s.out_proj),
           parameters_(s.rank + 2 * s.states), entering_(s.inner, STRETCH), projecting_(parameters_, 16),
-          scanning_(s.inner, STRETCH), leaving_(s.hidden, UNIT), both_(s.rows * 2 * s.inner), u_(s.rows * s.inner), raw_(s.rows * s.inner),
-          y_(s.rows * s.inner), dbc_(s.rows * parameters_), laid_u_(s.rows * x_.bytes()), laid_y_(s.rows * out_.bytes()) {}
+          scanning_(s.inner, STRETCH), leaving_(s.hidden, UNIT), both_(s.rows * 2 * s.inner),
+          u_(s.rows * s.inner), raw_(s.rows * s.inner), y_(s.rows * s.inner), dbc_(s.rows * parameters_),
+          laid_u_(s.rows * x_.bytes()), laid_y_(s.rows * out_.bytes()) {}
 
     void run() {
         const int64_t worth = in_.weights() / (1 << 16);

@@ -51,6 +51,20 @@ def test_product_is_torchs(quantizer, shape):
         assert relative_error(got, x.double() @ values(q).T) < TOLERANCE[dtype]
 
 
+def test_rows_belong_to_whoever_takes_them(quantizer):
+    """Of many threads on few cores most have nothing to do but take rows from others; the most of all do not."""
+    matrices = [quantizer(random(rows, 512, seed=rows)) for rows in (4501, 77)]
+    table = MatrixTable([stored_matrix(matrix) for matrix in matrices])
+    x = random(2, 512, seed=2).bfloat16()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = table.multiply(x)
+    for threads in (2, 3, 7, 70):
+        torch.set_num_threads(threads)
+        assert all(torch.equal(table.multiply(x), alone) for _ in range(10))
+    torch.set_num_threads(before)
+
+
 @pytest.mark.usefixtures("path")
 def test_vectors_do_not_know_of_each_other(quantizer):
     table = MatrixTable([stored_matrix(quantizer(random(70, 384)))])
