@@ -1,8 +1,8 @@
 // A linear layer in the middle of a fused step, and the rows that it takes.
 #pragma once
 
+#include "deal.h"
 #include "lanes.h"
-#include "phases.h"
 #include "product.h"
 #include "scratch.h"
 
@@ -29,14 +29,21 @@ private:
     Scratch<bf16> y_;
 };
 
-// out [rows, stride] = the rows first .. last of a product and its bias, and of the stream [rows, stride], if any.
-inline void put(const Product& product, const bf16* bias, const uint8_t* laid, int64_t rows, Share::Range range,
-                const bf16* stream, bf16* out, int64_t stride, Ahead then = {}) {
-    const auto take = [&](int64_t v, int64_t row, const float* sums, int64_t count) {
+// Takes sums: out [rows, stride] = they and the bias, and the stream [rows, stride], if any.
+inline auto into(const bf16* bias, const bf16* stream, bf16* out, int64_t stride) {
+    return [=](int64_t v, int64_t row, const float* sums, int64_t count) {
         const int64_t at = v * stride + row;
         lanes().finish(Finish{sums, bias ? bias + row : nullptr, stream ? stream + at : nullptr, out + at, count, BF16, BF16});
     };
-    product.multiply(laid, rows, range.first, range.last, take, then);
+}
+
+// All rows of a product, by whichever thread takes them. then: what this one reads next.
+template <typename Take>
+void multiply_all(Deal& deal, Share share, const Product& product, const uint8_t* laid, int64_t count, const Take& take,
+                  Ahead then = {}) {
+    deal.run(share, [&](Share::Range range, bool more) {
+        product.multiply(laid, count, range.first, range.last, take, more ? product.from(range.last) : then);
+    });
 }
 
 }  // namespace lmx

@@ -2,7 +2,6 @@
 // number is rounded where the separate kernels round it.
 #include "affine.h"
 #include "attention_work.h"
-#include "deal.h"
 
 namespace lmx {
 namespace {
@@ -51,7 +50,7 @@ private:
         const bf16* biases[] = {s_.query.bias, s_.key.bias, s_.value.bias};
         Scratch<uint8_t> laid[] = {Scratch<uint8_t>(rows_ * parts_[0].bytes()), Scratch<uint8_t>(rows_ * parts_[1].bytes()),
                                    Scratch<uint8_t>(rows_ * parts_[2].bytes())};
-        for (int i = 0; i < 3; ++i) normed.lay(parts_[i], laid[i].data());
+        bool is_laid[3] = {};
         const Ahead output = output_.from(share.of(s_.hidden, UNIT).first);
         projecting_.run(share, [&](Share::Range range, bool more) {
             int64_t before = 0;
@@ -61,7 +60,10 @@ private:
                 if (first >= last) continue;
                 const bool ends = range.last <= before + parts_[i].rows();
                 const Ahead next = ends ? (more ? from(range.last) : output) : parts_[i + 1].from(0);
-                put(parts_[i], biases[i], laid[i].data(), rows_, {first, last}, nullptr, states_.data() + before, total_, next);
+                if (!is_laid[i]) normed.lay(parts_[i], laid[i].data());
+                is_laid[i] = true;
+                const auto take = into(biases[i], nullptr, states_.data() + before, total_);
+                parts_[i].multiply(laid[i].data(), rows_, first, last, take, next);
             }
         });
     }
@@ -94,10 +96,7 @@ private:
     void leave(Share share) {
         Scratch<uint8_t> laid(rows_ * output_.bytes());
         output_.lay_all(answers_.data(), rows_, laid.data());
-        leaving_.run(share, [&](Share::Range range, bool more) {
-            const Ahead next = more ? output_.from(range.last) : Ahead{};
-            put(output_, s_.output.bias, laid.data(), rows_, range, s_.x, s_.out, s_.hidden, next);
-        });
+        multiply_all(leaving_, share, output_, laid.data(), rows_, into(s_.output.bias, s_.x, s_.out, s_.hidden));
     }
 
     const AttentionBlock& s_;

@@ -39,8 +39,10 @@ LMX_TARGET void conv_steps(const Conv& v, ConvTile& tile, int64_t token, int64_t
         const Stored* x = static_cast<const Stored*>(v.x) + (token + t) * v.x_stride + tile.first;
         Stored* y = static_cast<Stored*>(v.y) + (token + t) * v.channels + tile.first;
         const int64_t bytes = tile.channels * static_cast<int64_t>(sizeof(Stored));
-        ask_for(x + CONV_AHEAD * v.x_stride, bytes);
-        ask_for(y + CONV_AHEAD * v.channels, bytes);
+        if (v.length > CONV_AHEAD) {
+            ask_for(x + CONV_AHEAD * v.x_stride, bytes);
+            ask_for(y + CONV_AHEAD * v.channels, bytes);
+        }
         for (int64_t c = 0; c < tile.channels; c += LANES) {
             const int64_t left = tile.channels - c;
             store(load_some(x + c, left), tile.inputs[t + v.kernel - 1] + c);

@@ -9,7 +9,7 @@ namespace lmx {
 
 // [0, count) in units of `grain`. Each thread has the range that share.of gives it and takes from its front, half of what is
 // left at a time, so that most of it is read in one go. Who has none left takes from the ends of the others' ranges, by halves
-// too: a core that others slow down costs the time of its last unit, not of its share.
+// too: a core that others slow down costs the time of its last unit, not of its share. For one run.
 class Deal {
 public:
     Deal(int64_t count, int64_t grain) : count_(count), grain_(grain) {}

@@ -67,7 +67,8 @@ private:
     void route_rows(Share share) {
         Scratch<uint8_t> laid(s_.rows * router_.bytes());
         normed().lay(router_, laid.data());
-        put(router_, nullptr, laid.data(), s_.rows, share.of(s_.experts, 16), nullptr, logits_.data(), s_.experts);
+        const auto [first, last] = share.of(s_.experts, 16);
+        router_.multiply(laid.data(), s_.rows, first, last, into(nullptr, nullptr, logits_.data(), s_.experts));
     }
 
     // Every thread chooses for itself, which takes no longer than waiting for another one's choice.

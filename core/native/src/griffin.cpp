@@ -1,7 +1,6 @@
 // One step of Griffin's blocks (arXiv 2402.19427, figure 2): the recurrent one with its MLP in one call, and the MLP of the
 // attention layers by itself. Every number is rounded where the separate kernels round it.
 #include "affine.h"
-#include "deal.h"
 
 namespace lmx {
 namespace {
@@ -54,11 +53,13 @@ public:
         normed.lay(gate_, for_gate.data());
         normed.lay(up_, for_up.data());
         const Ahead down = down_.from(share.of(s_.hidden, UNIT).first);
+        const auto to_gate = into(s_.gate.bias, nullptr, gated_.data(), s_.inner);
+        const auto to_up = into(s_.up.bias, nullptr, up_answers_.data(), s_.inner);
         entering_.run(share, [&](Share::Range range, bool more) {
             const auto [first, last] = range;
             const Ahead next = more ? gate_.from(last) : down;
-            put(gate_, s_.gate.bias, for_gate.data(), s_.rows, range, nullptr, gated_.data(), s_.inner, up_.from(first));
-            put(up_, s_.up.bias, for_up.data(), s_.rows, range, nullptr, up_answers_.data(), s_.inner, next);
+            gate_.multiply(for_gate.data(), s_.rows, first, last, to_gate, up_.from(first));
+            up_.multiply(for_up.data(), s_.rows, first, last, to_up, next);
             for (int64_t v = 0; v < s_.rows; ++v) {
                 bf16* gate = gated_.data() + v * s_.inner + first;
                 const bf16* up = up_answers_.data() + v * s_.inner + first;
@@ -72,10 +73,7 @@ public:
     Ahead begin(Share share) const { return gate_.from(share.of(s_.inner, STRETCH).first); }
 
     void leave(Share share, const bf16* x, bf16* out) {
-        leaving_.run(share, [&](Share::Range range, bool more) {
-            const Ahead next = more ? down_.from(range.last) : Ahead{};
-            put(down_, s_.down.bias, laid_.data(), s_.rows, range, x, out, s_.hidden, next);
-        });
+        multiply_all(leaving_, share, down_, laid_.data(), s_.rows, into(s_.down.bias, x, out, s_.hidden));
     }
 
 private:
@@ -112,14 +110,16 @@ private:
         normed.lay(y_, for_y.data());
         normed.lay(x_, for_x.data());
         const Ahead out = out_.from(share.of(hidden_, UNIT).first);
+        const auto to_gate = into(s_.linear_y.bias, nullptr, gate_.data(), s_.width);
+        const auto to_branch = into(s_.linear_x.bias, nullptr, branch_.data(), s_.width);
         const Conv conv{branch_.data(), s_.conv_weight, s_.conv_bias, s_.conv_state, s_.conv_state, u_.data(), rows_,
                         1, s_.width, s_.kernel, s_.width, 0};
         const int64_t all = (s_.width + CHANNEL_GRAIN - 1) / CHANNEL_GRAIN;
         entering_.run(share, [&](Share::Range range, bool more) {
             const auto [first, last] = range;
             const Ahead next = more ? y_.from(last) : out;
-            put(y_, s_.linear_y.bias, for_y.data(), rows_, range, nullptr, gate_.data(), s_.width, x_.from(first));
-            put(x_, s_.linear_x.bias, for_x.data(), rows_, range, nullptr, branch_.data(), s_.width, next);
+            y_.multiply(for_y.data(), rows_, first, last, to_gate, x_.from(first));
+            x_.multiply(for_x.data(), rows_, first, last, to_branch, next);
             for (int64_t v = 0; v < rows_; ++v) {
                 bf16* gate = gate_.data() + v * s_.width + first;
                 lanes().gate(Gate{gate, nullptr, gate, last - first, s_.activation});
@@ -143,10 +143,8 @@ private:
     void leave(Share share) {
         Scratch<uint8_t> laid(rows_ * out_.bytes());
         out_.lay_all(answers_.data(), rows_, laid.data());
-        leaving_.run(share, [&](Share::Range range, bool more) {
-            const Ahead next = more ? out_.from(range.last) : mlp_.begin(share);
-            put(out_, s_.linear_out.bias, laid.data(), rows_, range, s_.x, between_.data(), hidden_, next);
-        });
+        const auto take = into(s_.linear_out.bias, s_.x, between_.data(), hidden_);
+        multiply_all(leaving_, share, out_, laid.data(), rows_, take, mlp_.begin(share));
     }
 
     const GriffinStep& s_;

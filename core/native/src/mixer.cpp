@@ -1,9 +1,6 @@
 // One step of a Mamba block (arXiv 2312.00752, figure 3; FalconMamba's norms: arXiv 2410.05355) in one call: norm,
 // products, convolution, scan, gate and residual. Every number is rounded where the separate kernels round it.
-#include "deal.h"
-#include "lanes.h"
-#include "product.h"
-#include "scratch.h"
+#include "affine.h"
 
 namespace lmx {
 namespace {
@@ -52,10 +49,7 @@ private:
         norm(s_.x, static_cast<Dtype>(s_.x_dtype), s_.hidden, s_.norm_weight, normed.data(), s_.hidden, s_.hidden,
              s_.norm_eps);
         in_.lay_all(normed.data(), s_.rows, laid.data());
-        const auto take = [&](int64_t v, int64_t row, const float* sums, int64_t count) {
-            const bf16* bias = s_.in_bias ? s_.in_bias + row : nullptr;
-            lanes().finish(Finish{sums, bias, nullptr, both_.data() + v * 2 * s_.inner + row, count, BF16, BF16});
-        };
+        const auto take = into(s_.in_bias, nullptr, both_.data(), 2 * s_.inner);
         const Ahead next = x_.from(share.of(parameters_, 16).first);
         const Conv conv{both_.data(), s_.conv_weight, s_.conv_bias, s_.conv_state, s_.conv_state, u_.data(), s_.rows,
                         1, s_.inner, s_.kernel, 2 * s_.inner, 1};
@@ -69,14 +63,9 @@ private:
     }
 
     void parameters(Share share) {
-        const auto take = [&](int64_t v, int64_t row, const float* sums, int64_t count) {
-            bf16* out = dbc_.data() + v * parameters_ + row;
-            lanes().finish(Finish{sums, nullptr, nullptr, out, count, BF16, BF16});
-        };
+        const auto take = into(nullptr, nullptr, dbc_.data(), parameters_);
         const Ahead next = dt_.from(share.of(s_.inner, STRETCH).first);
-        projecting_.run(share, [&](Share::Range range, bool more) {
-            x_.multiply(laid_u_.data(), s_.rows, range.first, range.last, take, more ? x_.from(range.last) : next);
-        });
+        multiply_all(projecting_, share, x_, laid_u_.data(), s_.rows, take, next);
     }
 
     void scan(Share share) {
@@ -87,9 +76,7 @@ private:
             norm(given + at, BF16, parameters_, nullptr, normed.data() + at, parameters_, s_.states, s_.mixer_eps);
         Scratch<uint8_t> laid(s_.rows * dt_.bytes());
         dt_.lay_all(dt.data(), s_.rows, laid.data());
-        const auto take = [&](int64_t v, int64_t row, const float* sums, int64_t count) {
-            lanes().finish(Finish{sums, nullptr, nullptr, raw_.data() + v * s_.inner + row, count, BF16, BF16});
-        };
+        const auto take = into(nullptr, nullptr, raw_.data(), s_.inner);
         const bf16 *B = normed.data() + s_.rank, *C = B + s_.states;
         const Scan scan{raw_.data(), s_.dt_bias, u_.data(), both_.data() + s_.inner, B, C, s_.D, s_.A, s_.state,
                         s_.state, y_.data(), nullptr, s_.rows, 1, s_.inner, s_.states, s_.inner, s_.inner,
@@ -112,10 +99,7 @@ private:
             auto* out = static_cast<uint8_t*>(s_.out) + at * size_of(out_dtype);
             lanes().finish(Finish{sums, bias, stream, out, count, x_dtype, out_dtype});
         };
-        leaving_.run(share, [&](Share::Range range, bool more) {
-            const Ahead next = more ? out_.from(range.last) : Ahead{};
-            out_.multiply(laid_y_.data(), s_.rows, range.first, range.last, take, next);
-        });
+        multiply_all(leaving_, share, out_, laid_y_.data(), s_.rows, take);
     }
 
     // The tiles of some channels, a row at a time, by the numbers that the kernels have for them.

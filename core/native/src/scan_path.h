@@ -32,10 +32,12 @@ LMX_TARGET void enter_steps(const Scan& s, ScanTile& tile, int64_t token, int64_
         const Stored* raw = at<Stored>(s.raw, s.raw_stride, token + t, tile.first);
         const Stored* x = at<Stored>(s.x, s.x_stride, token + t, tile.first);
         const int64_t bytes = tile.channels * static_cast<int64_t>(sizeof(Stored));
-        ask_for(raw + SCAN_AHEAD * s.raw_stride, bytes);
-        ask_for(x + SCAN_AHEAD * s.x_stride, bytes);
-        ask_for(at<Stored>(s.gate, s.gate_stride, token + t + SCAN_AHEAD, tile.first), bytes);
-        ask_for(static_cast<Stored*>(s.y) + (token + t + SCAN_AHEAD) * s.inner + tile.first, bytes);
+        if (s.length > SCAN_AHEAD) {
+            ask_for(raw + SCAN_AHEAD * s.raw_stride, bytes);
+            ask_for(x + SCAN_AHEAD * s.x_stride, bytes);
+            ask_for(at<Stored>(s.gate, s.gate_stride, token + t + SCAN_AHEAD, tile.first), bytes);
+            ask_for(static_cast<Stored*>(s.y) + (token + t + SCAN_AHEAD) * s.inner + tile.first, bytes);
+        }
         for (int64_t c = 0; c < tile.channels; c += LANES) {
             const int64_t left = tile.channels - c;
             const Floats delta = softplus_of(load_some(raw + c, left) + load_some(bias + c, left));

@@ -55,13 +55,14 @@ def test_rows_belong_to_whoever_takes_them(quantizer):
     """Of many threads on few cores most have nothing to do but take rows from others; the most of all do not."""
     matrices = [quantizer(random(rows, 512, seed=rows)) for rows in (4501, 77)]
     table = MatrixTable([stored_matrix(matrix) for matrix in matrices])
-    x = random(2, 512, seed=2).bfloat16()
+    # Others each time: memory that comes again must not hold the right answers already.
+    vectors = [random(2, 512, seed=seed).bfloat16() for seed in range(10)]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = table.multiply(x)
+    alone = [table.multiply(x) for x in vectors]
     for threads in (2, 3, 7, 70):
         torch.set_num_threads(threads)
-        assert all(torch.equal(table.multiply(x), alone) for _ in range(10))
+        assert all(torch.equal(table.multiply(x), answer) for x, answer in zip(vectors, alone, strict=True))
     torch.set_num_threads(before)
 
 
