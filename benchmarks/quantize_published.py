@@ -10,8 +10,9 @@ Mixtral-8x7B unless --model or --config says otherwise. The 93 GB of its source 
 bfloat16 numbers, mapped as a checkpoint is, and every fifth tensor of the same shape is the same part of it. So
 pages are touched, counted and let go as with the real files. With --cold the file's pages are also dropped from the
 cache after each use, and each matrix is read from the disk anew.
-The output is a real one, synced; it is removed at the end unless --keep is given. Before and after, as many bytes as it
-takes (4 GB at most) are written to the same disk and synced: a quantizer can be no faster than that.
+The output is a real one, synced; it is removed at the end unless --keep is given, which adds the demo's tokenizer.
+Before and after, as many bytes as it takes (4 GB at most) are written to the same disk and synced: a quantizer can be
+no faster than that.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from typing import BinaryIO, Literal
 
 import torch
 
+from lmx.api import demo_path
 from lmx.core.jsonfile import JSON, read_json
 from lmx.core.loader import build, hub_shapes
 from lmx.core.mapped import Advice, FileMap
@@ -184,7 +186,7 @@ def main() -> None:
     parser.add_argument("--scheme", choices=("nf4", "fp4", "int8"), default="nf4")
     parser.add_argument("--double-quant", action="store_true")
     parser.add_argument("--cold", action="store_true", help="read every matrix from the disk anew")
-    parser.add_argument("--keep", action="store_true", help="leave the output in DIR/quantized")
+    parser.add_argument("--keep", action="store_true", help="leave the output in DIR/quantized, to be run")
     parser.add_argument("--dry-run", action="store_true", help="only predict bytes and memory")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -197,6 +199,9 @@ def main() -> None:
         spec = QuantSpec(arguments.scheme, double_quant=arguments.double_quant)
         work = foretell if arguments.dry_run else run
         print(json.dumps(work(source, target, spec, Options(force=True)), indent=2))
+        if arguments.keep and not arguments.dry_run:
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(demo_path() / name, target)
     finally:
         file.unlink(missing_ok=True)
         if not arguments.keep:
