@@ -6,10 +6,11 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from lmx.core.errors import ResourceError
 from lmx.core.large_pages import lasting_zeros
+from lmx.core.native import read
+from lmx.core.native.compiled import library
 
 READ_BYTES = 1 << 30
 """Much more than any cache holds."""
@@ -46,7 +47,8 @@ def measure_ceilings(
 ) -> Ceilings:
     """Measure both, the best of some rounds each. Raises ResourceError where there is no memory to do it in.
 
-    Read: the sum, and the largest, of float32 numbers; nothing is written. Multiply: 512 vectors by a square matrix, in
+    Read: the sum, and the largest, of float32 numbers, and on the CPU all bits of them in eight pages side by side, where
+    the kernels are there; nothing is written. Multiply: 512 vectors by a square matrix, in
     bfloat16 and in float32, which is the quicker one on a CPU without instructions for the other. On CUDA: two square
     matrices of normal numbers in bfloat16 (equal numbers would cost less power, and so run faster than a model can).
     None: as much as the device is worth.
@@ -76,11 +78,14 @@ def bandwidth_beside(device: torch.device) -> float:
 
 
 def _bandwidth(device: torch.device, nbytes: int, rounds: int) -> float:
+    on_host = device.type == "cpu"
+    count = nbytes // read.BLOCK_BYTES * read.BLOCK_BYTES // 4
     # In the large pages that weights lie in: less than they can have would be no ceiling.
-    count, on_host = nbytes // 4, device.type == "cpu"
     numbers = lasting_zeros((count,), torch.float32) if on_host else torch.empty(count, device=device)
     numbers.fill_(1)
-    readers: tuple[Callable[[], Tensor], ...] = (numbers.sum, numbers.amax)
+    readers: list[Callable[[], object]] = [numbers.sum, numbers.amax]
+    if on_host and library() is not None:
+        readers.append(lambda: read.read(numbers))
     return numbers.nbytes / min(best_seconds(reader, device, rounds) for reader in readers)
 
 

@@ -52,46 +52,53 @@ LMX_AVX512 void plain_row(const Matrix& m, const Vectors& x, int64_t row, float*
     }
 }
 
-// bf16 times bf16. soon: what is read later, as much as a row.
-template <int VECTORS, bool NEAR>
-LMX_AVX512 void bf16_row(const Matrix& m, const Vectors& x, int64_t row, const uint8_t* soon, float* out,
-                         int64_t out_stride) {
+// bf16 times bf16.
+template <int ROWS, int VECTORS, bool NEAR>
+LMX_AVX512 LMX_INLINE void bf16_rows(const Matrix& m, const Vectors& x, int64_t row, int64_t step, Soon soon, float* out,
+                                     int64_t out_stride) {
     const bf16* vectors = static_cast<const bf16*>(x.data);
     const bf16* weights = reinterpret_cast<const bf16*>(m.data) + row * m.columns;
-    __m512 sums[VECTORS][4];
-    for (auto& of_vector : sums)
-        for (auto& sum : of_vector) sum = _mm512_setzero_ps();
+    const int64_t apart = step * m.columns;
+    __m512 sums[ROWS][VECTORS][4];
+    for (auto& of_row : sums)
+        for (auto& of_vector : of_row)
+            for (auto& sum : of_vector) sum = _mm512_setzero_ps();
     int64_t c = 0;
     for (; c + 128 <= m.columns; c += 128)
-        for (int part = 0; part < 4; ++part) {
-            const bf16* at = weights + c + 32 * part;
-            prefetch<NEAR>(soon + 2 * (c + 32 * part));
-            const __m512bh values = (__m512bh)_mm512_loadu_si512(at);
-            for (int v = 0; v < VECTORS; ++v) {
-                const __m512bh vector = (__m512bh)_mm512_loadu_si512(vectors + v * x.stride + c + 32 * part);
-                sums[v][part] = _mm512_dpbf16_ps(sums[v][part], values, vector);
+        for (int part = 0; part < 4; ++part, soon.data += soon.turn) {
+            __m512bh some[VECTORS];
+            for (int v = 0; v < VECTORS; ++v)
+                some[v] = (__m512bh)_mm512_loadu_si512(vectors + v * x.stride + c + 32 * part);
+            for (int r = 0; r < ROWS; ++r) {
+                prefetch<NEAR>(soon.data + r * soon.row);
+                const __m512bh values = (__m512bh)_mm512_loadu_si512(weights + r * apart + c + 32 * part);
+                for (int v = 0; v < VECTORS; ++v) sums[r][v][part] = _mm512_dpbf16_ps(sums[r][v][part], values, some[v]);
             }
         }
     for (; c < m.columns; c += 32) {
         const int64_t left = m.columns - c;
         const __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
-        const __m512bh values = (__m512bh)_mm512_maskz_loadu_epi16(mask, weights + c);
-        for (int v = 0; v < VECTORS; ++v) {
-            const __m512bh vector = (__m512bh)_mm512_loadu_si512(vectors + v * x.stride + c);
-            sums[v][0] = _mm512_dpbf16_ps(sums[v][0], values, vector);
+        for (int r = 0; r < ROWS; ++r) {
+            const __m512bh values = (__m512bh)_mm512_maskz_loadu_epi16(mask, weights + r * apart + c);
+            for (int v = 0; v < VECTORS; ++v) {
+                const __m512bh vector = (__m512bh)_mm512_loadu_si512(vectors + v * x.stride + c);
+                sums[r][v][0] = _mm512_dpbf16_ps(sums[r][v][0], values, vector);
+            }
         }
     }
-    for (int v = 0; v < VECTORS; ++v) {
-        const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[v][0], sums[v][1]), _mm512_add_ps(sums[v][2], sums[v][3]));
-        out[v * out_stride] = _mm512_reduce_add_ps(sum);
-    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) {
+            const auto& of = sums[r][v];
+            const __m512 sum = _mm512_add_ps(_mm512_add_ps(of[0], of[1]), _mm512_add_ps(of[2], of[3]));
+            out[v * out_stride + r * step] = _mm512_reduce_add_ps(sum);
+        }
 }
 
 // int8 times bf16, by its nibbles: a byte is 16 h + l, and both parts come out of tables, exact in bf16. Converting to
 // float takes no longer, but reads four times the bytes of x, and they do not stay in the nearest cache. Rows side by side
 // share the loads of x, and their sums wait for each other less.
 template <int ROWS, int VECTORS, bool NEAR>
-LMX_AVX512 LMX_INLINE void int8_rows(const Matrix& m, const Vectors& x, int64_t row, const uint8_t* soon, float* out,
+LMX_AVX512 LMX_INLINE void int8_rows(const Matrix& m, const Vectors& x, int64_t row, int64_t step, Soon soon, float* out,
                                      int64_t out_stride, __m512i low, __m512i high) {
     const bf16* vectors = static_cast<const bf16*>(x.data);
     const uint8_t* weights = m.data + row * m.columns;
@@ -101,14 +108,14 @@ LMX_AVX512 LMX_INLINE void int8_rows(const Matrix& m, const Vectors& x, int64_t 
     for (int64_t c = 0; c < m.columns; c += UNIT) {
         __m512bh values[ROWS][4];
         for (int r = 0; r < ROWS; ++r) {
-            prefetch<NEAR>(soon + r * UNIT);
-            const __m512i words = load_in_order(weights + r * m.columns + c);
+            prefetch<NEAR>(soon.data + r * soon.row);
+            const __m512i words = load_in_order(weights + r * step * m.columns + c);
             values[r][0] = (__m512bh)_mm512_permutexvar_epi16(words, low);
             values[r][1] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), high);
             values[r][2] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), low);
             values[r][3] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), high);
         }
-        soon += ROWS * UNIT;
+        soon.data += soon.turn;
         for (int v = 0; v < VECTORS; ++v)
             for (int half = 0; half < 2; ++half) {  // the even elements, the odd ones
                 const __m512bh vector = (__m512bh)_mm512_loadu_si512(vectors + v * x.stride + c + half * (UNIT / 2));
@@ -118,9 +125,9 @@ LMX_AVX512 LMX_INLINE void int8_rows(const Matrix& m, const Vectors& x, int64_t 
             }
     }
     for (int r = 0; r < ROWS; ++r) {
-        const float scale = static_cast<const float*>(m.absmax)[row + r] * INVERSE_127;
+        const float scale = static_cast<const float*>(m.absmax)[row + r * step] * INVERSE_127;
         for (int v = 0; v < VECTORS; ++v)
-            out[v * out_stride + r] = scale * _mm512_reduce_add_ps(_mm512_add_ps(sums[r][v][0], sums[r][v][1]));
+            out[v * out_stride + r * step] = scale * _mm512_reduce_add_ps(_mm512_add_ps(sums[r][v][0], sums[r][v][1]));
     }
 }
 
@@ -145,32 +152,34 @@ LMX_AVX512 void int8_all(const Matrix& m, const Vectors& x, int64_t first, int64
         high[i] = float_to_bf16(16.0f * static_cast<float>(i < 8 ? i : i - 16));
     }
     const __m512i lows = table_of(low), highs = table_of(high);
-    const Soon soon(m, x, last, SIDE);
-    int64_t row = first;
-    for (; row + SIDE <= last; row += SIDE)
-        int8_rows<SIDE, VECTORS, NEAR>(m, x, row, soon.at(row).data, out + row - first, out_stride, lows, highs);
-    for (; row < last; ++row)
-        int8_rows<1, VECTORS, NEAR>(m, x, row, soon.at(row).data, out + row - first, out_stride, lows, highs);
+    for_rows<SIDE>(m, x, first, last, [&](auto side, int64_t row, int64_t step, Soon soon) LMX_AVX512 {
+        int8_rows<side(), VECTORS, NEAR>(m, x, row, step, soon, out + row - first, out_stride, lows, highs);
+    });
     compute_again(m, x, first, last, out, out_stride, int8_row_whole);
 }
 
 template <int VECTORS>
 void int8_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
-    if (VECTORS == 1 && Soon::is_near(m, x, 4)) return int8_all<4, VECTORS, true>(m, x, first, last, out, out_stride);
-    if (VECTORS == 1 && Soon::is_near(m, x, 2)) return int8_all<2, VECTORS, true>(m, x, first, last, out, out_stride);
+    if (VECTORS == 1 && Order::is_near(m, x, 4)) return int8_all<4, VECTORS, true>(m, x, first, last, out, out_stride);
+    if (VECTORS == 1 && Order::is_near(m, x, 2)) return int8_all<2, VECTORS, true>(m, x, first, last, out, out_stride);
     int8_all<VECTORS == 1 ? 4 : 2, VECTORS, false>(m, x, first, last, out, out_stride);
 }
 
-template <int VECTORS, bool NEAR>
-void bf16_all(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
-    const Soon soon(m, x, last, 1);
-    for (int64_t row = first; row < last; ++row)
-        bf16_row<VECTORS, NEAR>(m, x, row, soon.at(row).data, out + row - first, out_stride);
+template <int SIDE, int VECTORS, bool NEAR>
+LMX_AVX512 void bf16_all(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
+    for_rows<SIDE>(m, x, first, last, [&](auto side, int64_t row, int64_t step, Soon soon) LMX_AVX512 {
+        bf16_rows<side(), VECTORS, NEAR>(m, x, row, step, soon, out + row - first, out_stride);
+    });
 }
 
 template <int VECTORS>
 void bf16_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
-    const auto all = Soon::is_near(m, x, 1) ? bf16_all<VECTORS, true> : bf16_all<VECTORS, false>;
+    constexpr int SIDE = VECTORS == 1 ? 4 : 1;
+    if (SIDE > 1 && Order::in_pages()) {
+        const auto all = Order::is_near(m, x, SIDE) ? bf16_all<SIDE, VECTORS, true> : bf16_all<SIDE, VECTORS, false>;
+        return all(m, x, first, last, out, out_stride);
+    }
+    const auto all = Order::is_near(m, x, 1) ? bf16_all<1, VECTORS, true> : bf16_all<1, VECTORS, false>;
     all(m, x, first, last, out, out_stride);
 }
 
@@ -191,7 +200,7 @@ Kernel avx512_kernel(const Matrix& m, Dtype dtype) {
     const bool whole = level() == AMX && dtype == BF16 && m.columns % (2 * UNIT) == 0;
     switch (m.kind) {
         case FOUR_BIT:
-            if (whole) return {QUARTERED_WHOLE, avx512_four_bit_whole};
+            if (whole && m.columns <= MOST_WHOLE_COLUMNS) return {QUARTERED_WHOLE, avx512_four_bit_whole};
             if (dtype == BF16 && m.columns % (2 * UNIT) == 0) return {QUARTERED_BF16, avx512_four_bit_bf16};
             return {SPLIT_F32, avx512_four_bit_f32};
         case INT8:

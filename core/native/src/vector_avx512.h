@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "exponential.h"
 #include "vector.h"
@@ -27,36 +28,73 @@ LMX_INLINE LMX_AVX512 void prefetch(const uint8_t* at) {
     else asm volatile("prefetcht1 %0" : : "m"(*at));
 }
 
-// What is asked for beside rows that are read: those a few KB later, in whole groups of `side` rows, or what follows the
-// last row of the call; themselves again where nothing does, which costs nothing.
+// What is asked for beside rows that are read: `data` for the first of them, each later one's by `row` bytes on, and by
+// `turn` bytes when 64 of each were read; their scales one after the other.
+struct Soon {
+    const uint8_t *data, *scales;
+    int64_t row, turn;
+};
+
+// The order in which a call reads its rows, and what it asks for meanwhile: rows that come a few KB later, or what follows
+// the last one; themselves again where nothing does, which costs nothing. That goes into the first cache where a group of
+// rows, what is asked for and x have room in it, else into the second and further ahead: the wrong one of both costs from a
+// twentieth to a half.
 //
-// Into the first cache where a group of rows, what is asked for and x have room in it, else into the second and further
-// ahead: the wrong one of both costs from a twentieth to a half.
-class Soon {
+// `side` rows are read side by side. Where CPUs have AMX these lie `step` apart, each in a page of its own, and so do those
+// that are asked for: Intel's look ahead in each page of 4 KB by themselves, and in one page at a time two cores get three
+// quarters of what they get in eight (benchmarks/large_pages.py). Elsewhere they follow each other, and what is asked for
+// goes from front to back: two streams are slower there.
+class Order {
 public:
-    Soon(const Matrix& m, const Vectors& x, int64_t last, int64_t side)
-        : bytes_(bytes_of_row(m)), scales_(bytes_of_scales(m)),
-          rows_(side * std::max<int64_t>(1, (is_near(m, x, side) ? near_ahead(m) : FAR_AHEAD) / (side * bytes_))),
+    Order(const Matrix& m, const Vectors& x, int64_t last, int64_t side)
+        : side_(side), bytes_(bytes_of_row(m)), scales_(bytes_of_scales(m)), apart_(in_pages()),
+          groups_(std::max<int64_t>(1, (is_near(m, x, side) ? near_ahead(m) : FAR_AHEAD) / (side * bytes_))),
           last_(last), own_(ahead_of(m, 0)), then_(x.ahead) {}
 
+    // Whether rows side by side lie in pages of their own.
+    static bool in_pages() { return level() == AMX; }
     static bool is_near(const Matrix& m, const Vectors& x, int64_t side) {
-        return x.count == 1 && side * bytes_of_row(m) <= NEAR_GROUP;
+        return x.count == 1 && side * bytes_of_row(m) <= (in_pages() ? 16384 : 6144);
     }
 
-    LMX_INLINE Ahead at(int64_t row) const {
-        const int64_t behind = row + rows_ - last_;
-        if (behind < 0) return {own_.data + (row + rows_) * bytes_, own_.scales + (row + rows_) * scales_};
-        return {then_.data ? then_.data + behind * bytes_ : own_.data + row * bytes_,
-                then_.scales ? then_.scales + behind * scales_ : own_.scales + row * scales_};
+    // Of the block of side * step rows that begins at `row`; 0 where fewer than `side` are left.
+    LMX_INLINE int64_t step(int64_t row) const {
+        return std::min(apart_ ? (PAGE + bytes_ - 1) / bytes_ : 1, (last_ - row) / side_);
+    }
+
+    // For group `group` of the block at `row`.
+    LMX_INLINE Soon soon(int64_t row, int64_t group, int64_t step) const {
+        const int64_t later = group + groups_, ahead = row + later / step * side_ * step + later % step;
+        const int64_t scales_ahead = row + group * side_ + side_ * std::max(step, groups_);
+        return {place(own_.data, then_.data, row, ahead, bytes_), place(own_.scales, then_.scales, row, scales_ahead, scales_),
+                apart_ ? step * bytes_ : LINE, apart_ ? LINE : side_ * LINE};
     }
 
 private:
-    static constexpr int64_t NEAR_GROUP = 6144, FAR_AHEAD = 24576;
+    static constexpr int64_t PAGE = 4096, LINE = 64, FAR_AHEAD = 24576;
     // Bytes of int8 are done with sooner than bytes of codes.
     static int64_t near_ahead(const Matrix& m) { return m.kind == INT8 ? 8192 : 5120; }
-    const int64_t bytes_, scales_, rows_, last_;
+    LMX_INLINE const uint8_t* place(const uint8_t* own, const uint8_t* then, int64_t row, int64_t ahead, int64_t bytes) const {
+        if (ahead < last_) return own + ahead * bytes;
+        return then ? then + (ahead - last_) * bytes : own + row * bytes;
+    }
+    const int64_t side_, bytes_, scales_;
+    const bool apart_;
+    const int64_t groups_, last_;
     const Ahead own_, then_;
 };
+
+// Calls rows(side, row, step, soon) for groups of SIDE rows, and of one where fewer are left; `side` is a constant.
+template <int SIDE, typename Rows>
+LMX_INLINE LMX_AVX512 void for_rows(const Matrix& m, const Vectors& x, int64_t first, int64_t last, const Rows& rows) {
+    const Order order(m, x, last, SIDE), last_order(m, x, last, 1);
+    int64_t row = first;
+    for (int64_t step; (step = order.step(row)); row += SIDE * step)
+        for (int64_t i = 0; i < step; ++i)
+            rows(std::integral_constant<int, SIDE>(), row + i, step, order.soon(row, i, step));
+    if constexpr (SIDE > 1)
+        for (; row < last; ++row) rows(std::integral_constant<int, 1>(), row, 1, last_order.soon(row, 0, 1));
+}
 
 // 16 values, twice.
 LMX_INLINE LMX_AVX512 __m512i table_of(const bf16* values) {
@@ -85,6 +123,9 @@ void compute_again(const Matrix& m, const Vectors& x, int64_t first, int64_t las
             if (!std::isfinite(answer)) answer = exactly(m, x, row, v);
         }
 }
+
+// Of a four-bit matrix that is multiplied in whole numbers: its kernel keeps the scales of x in 4 KB.
+constexpr int64_t MOST_WHOLE_COLUMNS = 1024 * UNIT;
 
 #define LMX_BY_COUNT(NAME, ONE, TWO, THREE, FOUR)                                                               \
     void NAME(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) { \

@@ -19,6 +19,7 @@ constexpr int64_t AHEAD = 24576;
 // What the values of the 16 codes are multiplied in, and by which factor the sums are then too large.
 struct Bf16Pairs {
     static constexpr Layout LAYOUT = QUARTERED_BF16;
+    static constexpr bool SCALED = false;
     static constexpr int64_t BYTES_OF_ELEMENT = 2;
     using Sum = __m512;
     static float factor(const Matrix& m) { return code_scale(m); }
@@ -27,12 +28,13 @@ struct Bf16Pairs {
     LMX_INLINE LMX_AVX512 static Sum add(Sum sum, __m512i values, __m512i x) {
         return _mm512_dpbf16_ps(sum, (__m512bh)values, (__m512bh)x);
     }
-    LMX_INLINE LMX_AVX512 static __m512 times_scale(Sum sum, const uint8_t*) { return sum; }
+    LMX_INLINE LMX_AVX512 static __m512 floats(Sum sum) { return sum; }
 };
 
 // 14 bits of a value times 16 of an element, and eight of them in each 32 bits of a sum.
 struct WholePairs {
     static constexpr Layout LAYOUT = QUARTERED_WHOLE;
+    static constexpr bool SCALED = true;
     static constexpr int64_t BYTES_OF_ELEMENT = 4;
     static constexpr float MOST = 8191;
     static_assert(MOST * WholePair::MOST * 8 < 2147483648.0, "a sum overflows");
@@ -52,10 +54,9 @@ struct WholePairs {
     LMX_INLINE LMX_AVX512 static Sum add(Sum sum, __m512i values, __m512i x) {
         return _mm512_dpwssd_epi32(sum, values, x);
     }
-    LMX_INLINE LMX_AVX512 static __m512 times_scale(Sum sum, const uint8_t* x) {
-        const float scale = reinterpret_cast<const WholePair*>(x)->scale;
-        return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(scale));
-    }
+    LMX_INLINE LMX_AVX512 static __m512 floats(Sum sum) { return _mm512_cvtepi32_ps(sum); }
+    // Of the elements of x in a pair of units.
+    LMX_INLINE static float scale(const uint8_t* pair) { return reinterpret_cast<const WholePair*>(pair)->scale; }
 };
 
 // Four bits times pairs of 16 bits, 128 elements at a time: 64 bytes are 32 words of four codes each. The 16 values stand
@@ -63,14 +64,13 @@ struct WholePairs {
 // and what lies above needs no mask. The first half of the lanes belongs to one unit, the second to the next: sums in
 // float, then times their blocks' scales.
 //
-// Rows side by side share the loads of x, which are most of all loads and else the bottleneck.
+// Rows side by side, `step` from each to the next, share the loads of x, which are most of all loads and else the bottleneck.
 template <class Pairs, int ROWS, int VECTORS, bool NEAR, class Scales>
-LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int64_t row, Ahead ahead, float* out,
-                                         int64_t out_stride, __m512i table, float factor, Scales& scales) {
+LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int64_t row, int64_t step, Soon soon,
+                                         float* out, int64_t out_stride, __m512i table, float factor, Scales& scales) {
     const int64_t units = m.columns / UNIT, width = units * BYTES;
     const uint8_t* bytes = m.data + row * width;
-    const uint8_t* soon = ahead.data;
-    scales.ask_for(ahead.scales);
+    scales.begin(step, soon.scales);
     const auto* vectors = static_cast<const uint8_t*>(x.data);
     typename Scales::Sums sums[ROWS][VECTORS];
     for (auto& of_row : sums)
@@ -79,15 +79,15 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
         if ((unit & (scales.run() - 1)) == 0) scales.enter(row, unit);
         __m512i values[ROWS][4];
         for (int r = 0; r < ROWS; ++r) {
-            const uint8_t* at = bytes + r * width + unit * BYTES;
-            prefetch<NEAR>(soon + r * 2 * BYTES);
+            const uint8_t* at = bytes + r * step * width + unit * BYTES;
+            prefetch<NEAR>(soon.data + r * soon.row);
             const __m512i words = load_in_order(at);
             values[r][0] = _mm512_permutexvar_epi16(words, table);
             values[r][1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
             values[r][2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
             values[r][3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
         }
-        soon += ROWS * 2 * BYTES;
+        soon.data += soon.turn;
         __m512 parts[ROWS][VECTORS];
         for (int v = 0; v < VECTORS; ++v) {
             const uint8_t* pair = vectors + (v * x.stride + unit * UNIT) * Pairs::BYTES_OF_ELEMENT;
@@ -97,7 +97,10 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
                 for (int r = 0; r < ROWS; ++r)
                     of_pair[r] = Pairs::add(i ? of_pair[r] : Pairs::zero(), values[r][i], vector);
             }
-            for (int r = 0; r < ROWS; ++r) parts[r][v] = Pairs::times_scale(of_pair[r], pair);
+            for (int r = 0; r < ROWS; ++r) {
+                parts[r][v] = Pairs::floats(of_pair[r]);
+                if constexpr (Pairs::SCALED && !Scales::OF_X) parts[r][v] = _mm512_mul_ps(parts[r][v], _mm512_set1_ps(Pairs::scale(pair)));
+            }
         }
         for (int r = 0; r < ROWS; ++r)
             for (int v = 0; v < VECTORS; ++v) scales.add(r, parts[r][v], sums[r][v]);
@@ -108,7 +111,7 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
         for (int r = 0; r < ROWS; ++r) of[r] = sums[r][v].sum();
         const __m128 four = sums_of_four(of[0], of[ROWS > 1], of[ROWS > 2 ? 2 : ROWS - 1], of[ROWS - 1]);
         _mm_store_ps(answers, _mm_mul_ps(four, _mm_set1_ps(factor)));
-        std::memcpy(out + v * out_stride, answers, ROWS * sizeof(float));
+        for (int r = 0; r < ROWS; ++r) out[v * out_stride + r * step] = answers[r];
     }
 }
 
@@ -131,17 +134,21 @@ LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, i
                              int64_t out_stride) {
     const __m512i table = Pairs::table(m);
     const float factor = Pairs::factor(m);
-    Scales scales(m);
-    LastScales last_scales(m);
-    // What memory is asked for goes from front to back, though rows lie side by side: two streams are slower.
-    const Soon soon(m, x, last, SIDE);
-    int64_t row = first;
-    for (; row + SIDE <= last && Scales::serves(m); row += SIDE)
-        four_bit_rows<Pairs, SIDE, VECTORS, NEAR>(m, x, row, soon.at(row), out + row - first, out_stride, table, factor,
-                                                  scales);
-    for (; row < last; ++row)
-        four_bit_rows<Pairs, 1, VECTORS, NEAR>(m, x, row, soon.at(row), out + row - first, out_stride, table, factor,
-                                               last_scales);
+    float of_x[Scales::OF_X ? MOST_WHOLE_COLUMNS / UNIT : 1];
+    if constexpr (Scales::OF_X)
+        for (int64_t unit = 0; unit < m.columns / UNIT; ++unit)
+            of_x[unit] = static_cast<const WholePair*>(x.data)[unit / 2].scale;
+    Scales scales(m, of_x);
+    LastScales last_scales(m, of_x);
+    const auto rows = [&](auto side, int64_t row, int64_t step, Soon soon) LMX_AVX512 {
+        float* at = out + row - first;
+        if constexpr (side() > 1)
+            four_bit_rows<Pairs, SIDE, VECTORS, NEAR>(m, x, row, step, soon, at, out_stride, table, factor, scales);
+        else
+            four_bit_rows<Pairs, 1, VECTORS, NEAR>(m, x, row, step, soon, at, out_stride, table, factor, last_scales);
+    };
+    if (Scales::serves(m)) for_rows<SIDE>(m, x, first, last, rows);
+    else for_rows<1>(m, x, first, last, rows);
     if constexpr (Pairs::LAYOUT == QUARTERED_WHOLE)
         compute_again(m, x, first, last, out, out_stride, row_exactly);
 }
@@ -150,10 +157,12 @@ template <class Pairs, int VECTORS, bool NEAR>
 RowsFunction four_bit_for(const Matrix& m) {
     constexpr int SIDE = side_of<VECTORS>;
     if (m.nested_map) return four_bit_all<Pairs, SIDE, VECTORS, NEAR, NestedScales<SIDE, NEAR>, NestedScales<1, NEAR>>;
+    constexpr bool OF_X = Pairs::SCALED && VECTORS == 1;
     if (m.absmax_dtype == BF16 && m.block_size == UNIT)
-        return four_bit_all<Pairs, SIDE, VECTORS, NEAR, NarrowScales<SIDE, NEAR, false>, NarrowScales<1, NEAR, false>>;
+        return four_bit_all<Pairs, SIDE, VECTORS, NEAR, NarrowScales<SIDE, NEAR, false, OF_X>,
+                            NarrowScales<1, NEAR, false, OF_X>>;
     if (m.absmax_dtype == BF16)
-        return four_bit_all<Pairs, SIDE, VECTORS, NEAR, NarrowScales<SIDE, NEAR, true>, NarrowScales<1, NEAR, true>>;
+        return four_bit_all<Pairs, SIDE, VECTORS, NEAR, NarrowScales<SIDE, NEAR, true, OF_X>, NarrowScales<1, NEAR, true, OF_X>>;
     return four_bit_all<Pairs, SIDE, VECTORS, NEAR, FloatScales<SIDE, NEAR>, FloatScales<1, NEAR>>;
 }
 
@@ -161,7 +170,7 @@ template <class Pairs, int VECTORS>
 void four_bit_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
     RowsFunction all = four_bit_for<Pairs, VECTORS, false>(m);
     if constexpr (VECTORS == 1)
-        if (Soon::is_near(m, x, side_of<1>)) all = four_bit_for<Pairs, 1, true>(m);
+        if (Order::is_near(m, x, side_of<1>)) all = four_bit_for<Pairs, 1, true>(m);
     all(m, x, first, last, out, out_stride);
 }
 

@@ -34,11 +34,12 @@ template <int ROWS, bool NEAR>
 class FloatScales {
 public:
     using Sums = TwoSums;
-    explicit FloatScales(const Matrix& m)
+    static constexpr bool OF_X = false;
+    FloatScales(const Matrix& m, const float*)
         : absmax_(static_cast<const float*>(m.absmax)), units_(m.columns / UNIT), shift_(log2_of(m.block_size / UNIT)) {}
     static bool serves(const Matrix&) { return true; }
-    // What the rows that are now read ask for.
-    LMX_INLINE void ask_for(const uint8_t* soon) { soon_ = soon; }
+    // Rows `step` apart are read now, and what to ask for meanwhile.
+    LMX_INLINE void begin(int64_t step, const uint8_t* soon) { apart_ = step * units_, soon_ = soon; }
     LMX_INLINE int64_t run() const { return 16; }
     LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) {
         at_ = row * units_ + unit;
@@ -49,28 +50,34 @@ public:
     LMX_INLINE void next() { at_ += 2; }
 
 private:
-    LMX_INLINE float scale(int r, int second) const { return absmax_[(at_ + r * units_ + second) >> shift_]; }
+    LMX_INLINE float scale(int r, int second) const { return absmax_[(at_ + r * apart_ + second) >> shift_]; }
     const float* const absmax_;
     const uint8_t* soon_ = nullptr;
+    int64_t apart_ = 0;
     const int64_t units_;
     const int shift_;
     int64_t at_ = 0;
 };
 
 // The same in bf16: a run of them is made floats at once, and one permutation gives a pair. WIDE: units share them.
-template <int ROWS, bool NEAR, bool WIDE>
+// TIMES_X: and multiplied by the scales of x then, one a unit.
+template <int ROWS, bool NEAR, bool WIDE, bool TIMES_X>
 class NarrowScales {
 public:
     using Sums = OneSum;
-    explicit NarrowScales(const Matrix& m)
-        : absmax_(static_cast<const bf16*>(m.absmax)), units_(m.columns / UNIT),
+    static constexpr bool OF_X = TIMES_X;
+    NarrowScales(const Matrix& m, const float* of_x)
+        : absmax_(static_cast<const bf16*>(m.absmax)), of_x_(of_x), units_(m.columns / UNIT),
           shift_(WIDE ? log2_of(m.block_size / UNIT) : 0) {}
     static bool serves(const Matrix&) { return true; }
-    LMX_INLINE void ask_for(const uint8_t* soon) { soon_ = soon; }
+    LMX_INLINE void begin(int64_t step, const uint8_t* soon) { apart_ = step * units_, soon_ = soon; }
     LMX_INLINE int64_t run() const { return RUN; }
     LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) {
         const int64_t at = row * units_ + unit, count = std::min<int64_t>(units_ - unit, RUN);
-        for (int r = 0; r < ROWS; ++r) run_[r] = floats(at + r * units_, count);
+        for (int r = 0; r < ROWS; ++r) {
+            run_[r] = floats(at + r * apart_, count);
+            if constexpr (TIMES_X) run_[r] = _mm512_mul_ps(run_[r], _mm512_loadu_ps(of_x_ + unit));
+        }
         pair_ = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
         for (int i = 0; i < ROWS * RUN * int{sizeof(bf16)}; i += 64) prefetch<NEAR>(soon_ + i);
         soon_ += ROWS * RUN * sizeof(bf16);
@@ -92,7 +99,9 @@ private:
         return _mm512_permutexvar_ps(_mm512_srl_epi32(units, _mm_cvtsi32_si128(shift_)), each);
     }
     const bf16* const absmax_;
+    const float* const of_x_;
     const uint8_t* soon_ = nullptr;
+    int64_t apart_ = 0;
     const int64_t units_;
     const int shift_;
     __m512 run_[ROWS];
@@ -105,20 +114,23 @@ template <int ROWS, bool NEAR>
 class NestedScales {
 public:
     using Sums = TwoSums;
-    explicit NestedScales(const Matrix& m)
+    static constexpr bool OF_X = false;
+    NestedScales(const Matrix& m, const float*)
         : m_(m), codes_(static_cast<const uint8_t*>(m.absmax)), units_(m.columns / UNIT),
-          shift_(log2_of(m.block_size / UNIT)), run_(std::min<int64_t>(units_ & -units_, 16)),
-          mask_((ROWS - 1) * units_ < GROUP ? 1 : TABLES - 1) {
+          shift_(log2_of(m.block_size / UNIT)), run_(std::min<int64_t>(units_ & -units_, 16)) {
         std::fill_n(groups_, TABLES, -1);
     }
     static bool serves(const Matrix& m) { return ROWS == 1 || m.columns <= GROUP * UNIT; }
-    LMX_INLINE void ask_for(const uint8_t* soon) { soon_ = soon; }
+    LMX_INLINE void begin(int64_t step, const uint8_t* soon) {
+        apart_ = step * units_, soon_ = soon;
+        mask_ = (ROWS - 1) * apart_ < GROUP ? 1 : TABLES - 1;
+    }
     // Lies in one group of 256 whole, wherever it begins.
     LMX_INLINE int64_t run() const { return run_; }
     LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) {
         at_ = row * units_ + unit;
         for (int r = 0; r < ROWS; ++r) {
-            const int64_t group = ((at_ + r * units_) >> shift_) / GROUP;
+            const int64_t group = ((at_ + r * apart_) >> shift_) / GROUP;
             current_[r] = tables_[group & mask_];
             if (groups_[group & mask_] != group) decode(group);
         }
@@ -130,7 +142,7 @@ public:
 
 private:
     LMX_INLINE float scale(int r, int second) const {
-        return current_[r][codes_[(at_ + r * units_ + second) >> shift_]];
+        return current_[r][codes_[(at_ + r * apart_ + second) >> shift_]];
     }
     LMX_INLINE LMX_AVX512 void decode(int64_t group) {
         groups_[group & mask_] = group;
@@ -140,15 +152,16 @@ private:
         for (int64_t i = 0; i < GROUP; i += 16)
             _mm512_store_ps(table + i, _mm512_fmadd_ps(_mm512_loadu_ps(m_.nested_map + i), absmax, offset));
     }
-    // Rows side by side that are no longer than a group are in groups that follow each other, two or four at most. No more
-    // tables than needed: each is written anew for its next group, and must still be in the first cache then.
+    // Rows side by side that are no farther apart than a group is long are in groups that follow each other, two or four at
+    // most. No more tables than needed: each is written anew for its next group, and must still be in the first cache then.
     static constexpr int64_t GROUP = 256, TABLES = 4, GROUPS_AHEAD = 4;
     const Matrix& m_;
     const uint8_t* const codes_;
     const uint8_t* soon_ = nullptr;
+    int64_t apart_ = 0, mask_ = 0;
     const int64_t units_;
     const int shift_;
-    const int64_t run_, mask_;
+    const int64_t run_;
     int64_t at_ = 0;
     alignas(64) float tables_[TABLES][GROUP];
     const float* current_[ROWS] = {};

@@ -17,19 +17,19 @@ LMX_INLINE LMX_AVX512 __m512i widened_in_order(const uint8_t* at) {
 }
 
 template <int ROWS, int VECTORS, bool NEAR>
-LMX_AVX512 LMX_INLINE void int8_rows(const Matrix& m, const Vectors& x, int64_t row, const uint8_t* soon, float* out,
+LMX_AVX512 LMX_INLINE void int8_rows(const Matrix& m, const Vectors& x, int64_t row, int64_t step, Soon soon, float* out,
                                      int64_t out_stride) {
     const auto* vectors = static_cast<const WholePair*>(x.data);
     const uint8_t* weights = m.data + row * m.columns;
     __m512 sums[ROWS][VECTORS];
     for (auto& of_row : sums)
         for (auto& sum : of_row) sum = _mm512_setzero_ps();
-    for (int64_t c = 0; c < m.columns; c += PAIR, soon += ROWS * PAIR) {
+    for (int64_t c = 0; c < m.columns; c += PAIR, soon.data += 2 * soon.turn) {
         __m512i values[ROWS][4];
         for (int r = 0; r < ROWS; ++r) {
-            prefetch<NEAR>(soon + r * PAIR);
-            prefetch<NEAR>(soon + r * PAIR + UNIT);
-            for (int i = 0; i < 4; ++i) values[r][i] = widened_in_order(weights + r * m.columns + c + 32 * i);
+            prefetch<NEAR>(soon.data + r * soon.row);
+            prefetch<NEAR>(soon.data + r * soon.row + soon.turn);
+            for (int i = 0; i < 4; ++i) values[r][i] = widened_in_order(weights + r * step * m.columns + c + 32 * i);
         }
         for (int v = 0; v < VECTORS; ++v) {
             const WholePair& pair = vectors[(v * x.stride + c) / PAIR];
@@ -45,8 +45,8 @@ LMX_AVX512 LMX_INLINE void int8_rows(const Matrix& m, const Vectors& x, int64_t 
         }
     }
     for (int r = 0; r < ROWS; ++r) {
-        const float scale = static_cast<const float*>(m.absmax)[row + r] * INVERSE_127;
-        for (int v = 0; v < VECTORS; ++v) out[v * out_stride + r] = scale * _mm512_reduce_add_ps(sums[r][v]);
+        const float scale = static_cast<const float*>(m.absmax)[row + r * step] * INVERSE_127;
+        for (int v = 0; v < VECTORS; ++v) out[v * out_stride + r * step] = scale * _mm512_reduce_add_ps(sums[r][v]);
     }
 }
 
@@ -63,18 +63,16 @@ float row_exactly(const Matrix& m, const Vectors& x, int64_t row, int64_t v) {
 template <int SIDE, int VECTORS, bool NEAR>
 LMX_AVX512 void int8_all(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
                          int64_t out_stride) {
-    const Soon soon(m, x, last, SIDE);
-    int64_t row = first;
-    for (; row + SIDE <= last; row += SIDE)
-        int8_rows<SIDE, VECTORS, NEAR>(m, x, row, soon.at(row).data, out + row - first, out_stride);
-    for (; row < last; ++row) int8_rows<1, VECTORS, NEAR>(m, x, row, soon.at(row).data, out + row - first, out_stride);
+    for_rows<SIDE>(m, x, first, last, [&](auto side, int64_t row, int64_t step, Soon soon) LMX_AVX512 {
+        int8_rows<side(), VECTORS, NEAR>(m, x, row, step, soon, out + row - first, out_stride);
+    });
     compute_again(m, x, first, last, out, out_stride, row_exactly);
 }
 
 template <int VECTORS>
 void int8_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
     constexpr int SIDE = VECTORS == 1 ? 4 : 2;
-    if (Soon::is_near(m, x, SIDE)) return int8_all<SIDE, VECTORS, true>(m, x, first, last, out, out_stride);
+    if (Order::is_near(m, x, SIDE)) return int8_all<SIDE, VECTORS, true>(m, x, first, last, out, out_stride);
     int8_all<SIDE, VECTORS, false>(m, x, first, last, out, out_stride);
 }
 
