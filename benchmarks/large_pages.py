@@ -2,9 +2,9 @@
 
     python benchmarks/large_pages.py [--threads 2] [--megabytes 1024] [--file /somewhere/on/the/disk]
 
-GB/s, medians of rounds in turn: torch's sum of numbers, and one vector times an NF4 matrix by lmx's kernels. --file
-names a file to make, read and remove again; without it only memory is read. The first column says how much of each
-really lies in large pages: 0% where the system has none to give.
+GB/s, medians of rounds in turn: torch's sum of numbers, and by lmx's kernels all their bits, eight pages of 4 KB side
+by side, and one vector times an NF4 matrix. --file names a file to make, read and remove again; without it only memory
+is read. The first column says how much of each really lies in large pages: 0% where the system has none to give.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lmx.core.large_pages import advise_large
+from lmx.core.native.read import read
 from lmx.core.native.vector import Kind, MatrixTable, StoredMatrix
 
 COLUMNS = 4096
@@ -41,13 +41,13 @@ def main() -> None:
     readers = {name: _readers(pages, nbytes) for name, pages in ways.items()}
     seconds: dict[tuple[str, int], list[float]] = {}
     for _ in range(options.rounds):
-        for name, pair in readers.items():
-            for i, reader in enumerate(pair):
+        for name, several in readers.items():
+            for i, reader in enumerate(several):
                 seconds.setdefault((name, i), []).append(_time(reader))
-    print(f"{'GB/s':22}{'large':>8}{'sum':>8}{'NF4':>8}")
+    print(f"{'GB/s':22}{'large':>8}{'sum':>8}{'eight':>8}{'NF4':>8}")
     for name, pages in ways.items():
-        speeds = [nbytes / statistics.median(seconds[name, i]) / 1e9 for i in range(2)]
-        print(f"{name:22}{_large_share(pages, nbytes):8.0%}{speeds[0]:8.1f}{speeds[1]:8.1f}")
+        speeds = [nbytes / statistics.median(seconds[name, i]) / 1e9 for i in range(3)]
+        print(f"{name:22}{_large_share(pages, nbytes):8.0%}" + "".join(f"{speed:8.1f}" for speed in speeds))
 
 
 def _options() -> argparse.Namespace:
@@ -91,18 +91,18 @@ def _advise(pages: mmap.mmap, *, large: bool) -> None:
         pages.madvise(mmap.MADV_NOHUGEPAGE)
 
 
-def _readers(pages: mmap.mmap, nbytes: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """The sum of all of it; a product with its first eight ninths as codes and the rest as scales."""
+def _readers(pages: mmap.mmap, nbytes: int) -> tuple[Callable[[], object], ...]:
+    """The sum of all of it; all its bits; a product with its first eight ninths as codes and the rest as scales."""
     numbers = torch.frombuffer(pages, dtype=torch.int64)
     rows = nbytes // (COLUMNS // 2 + COLUMNS // BLOCK * 4)
     codes = torch.frombuffer(pages, dtype=torch.uint8, count=rows * COLUMNS // 2)
     scales = torch.frombuffer(pages, dtype=torch.float32, count=rows * COLUMNS // BLOCK, offset=codes.nbytes)
     matrix = StoredMatrix(Kind.FOUR_BIT, codes, rows, COLUMNS, absmax=scales, code=torch.linspace(-1, 1, 16))
     table, x = MatrixTable([matrix]), torch.ones(COLUMNS, dtype=torch.bfloat16)
-    return numbers.sum, lambda: table.multiply(x)
+    return numbers.sum, lambda: read(numbers), lambda: table.multiply(x)
 
 
-def _time(work: Callable[[], Tensor]) -> float:
+def _time(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

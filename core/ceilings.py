@@ -47,11 +47,11 @@ def measure_ceilings(
 ) -> Ceilings:
     """Measure both, the best of some rounds each. Raises ResourceError where there is no memory to do it in.
 
-    Read: the sum, and the largest, of float32 numbers, and on the CPU all bits of them in eight pages side by side, where
-    the kernels are there; nothing is written. Multiply: 512 vectors by a square matrix, in
-    bfloat16 and in float32, which is the quicker one on a CPU without instructions for the other. On CUDA: two square
-    matrices of normal numbers in bfloat16 (equal numbers would cost less power, and so run faster than a model can).
-    None: as much as the device is worth.
+    Read: the sum, and the largest, of float32 numbers, and on the CPU, where the kernels are there, all their bits in
+    eight pages side by side; nothing is written. Multiply: 512 vectors by a square matrix, in bfloat16 and in float32,
+    which is the quicker one on a CPU without instructions for the other. On CUDA: two square matrices of normal numbers
+    in bfloat16 (equal numbers would cost less power, and so run faster than a model can). None: as much as the device
+    is worth.
     """
     try:
         if device.type == "cuda":

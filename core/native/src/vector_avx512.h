@@ -54,7 +54,7 @@ public:
     // Whether rows side by side lie in pages of their own.
     static bool in_pages() { return level() == AMX; }
     static bool is_near(const Matrix& m, const Vectors& x, int64_t side) {
-        return x.count == 1 && side * bytes_of_row(m) <= (in_pages() ? 16384 : 6144);
+        return x.count == 1 && side * bytes_of_row(m) <= (in_pages() ? NEAR_GROUP_IN_PAGES : NEAR_GROUP);
     }
 
     // Of the block of side * step rows that begins at `row`; 0 where fewer than `side` are left.
@@ -71,7 +71,7 @@ public:
     }
 
 private:
-    static constexpr int64_t PAGE = 4096, LINE = 64, FAR_AHEAD = 24576;
+    static constexpr int64_t PAGE = 4096, LINE = 64, FAR_AHEAD = 24576, NEAR_GROUP = 6144, NEAR_GROUP_IN_PAGES = 16384;
     // Bytes of int8 are done with sooner than bytes of codes.
     static int64_t near_ahead(const Matrix& m) { return m.kind == INT8 ? 8192 : 5120; }
     LMX_INLINE const uint8_t* place(const uint8_t* own, const uint8_t* then, int64_t row, int64_t ahead, int64_t bytes) const {
