@@ -13,6 +13,10 @@ constexpr int64_t BYTES = UNIT / 2;  // a unit in four bits
 // Rows that are read side by side.
 template <int VECTORS>
 constexpr int side_of = VECTORS == 1 ? 4 : 2;
+// Where each lies in a page of its own, eight are quicker than four and than sixteen, if they have so many bytes at most:
+// else the first cache does not hold what is asked for.
+constexpr int MANY = 8;
+constexpr int64_t MOST_BYTES_OF_MANY = 4096;
 // How far ahead of themselves rows in float are asked for.
 constexpr int64_t AHEAD = 24576;
 
@@ -68,6 +72,7 @@ struct WholePairs {
 template <class Pairs, int ROWS, int VECTORS, bool NEAR, class Scales>
 LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int64_t row, int64_t step, Soon soon,
                                          float* out, int64_t out_stride, __m512i table, float factor, Scales& scales) {
+    constexpr int TOGETHER = std::min(ROWS, 4);  // more would not leave registers enough
     const int64_t units = m.columns / UNIT, width = units * BYTES;
     const uint8_t* bytes = m.data + row * width;
     scales.begin(step, soon.scales);
@@ -75,44 +80,48 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
     typename Scales::Sums sums[ROWS][VECTORS];
     for (auto& of_row : sums)
         for (auto& sum : of_row) sum.clear();
-    for (int64_t unit = 0; unit < units; unit += 2, scales.next()) {
+    for (int64_t unit = 0; unit < units; unit += 2, soon.data += soon.turn, scales.next()) {
         if ((unit & (scales.run() - 1)) == 0) scales.enter(row, unit);
-        __m512i values[ROWS][4];
-        for (int r = 0; r < ROWS; ++r) {
-            const uint8_t* at = bytes + r * step * width + unit * BYTES;
-            prefetch<NEAR>(soon.data + r * soon.row);
-            const __m512i words = load_in_order(at);
-            values[r][0] = _mm512_permutexvar_epi16(words, table);
-            values[r][1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
-            values[r][2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
-            values[r][3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
-        }
-        soon.data += soon.turn;
-        __m512 parts[ROWS][VECTORS];
-        for (int v = 0; v < VECTORS; ++v) {
-            const uint8_t* pair = vectors + (v * x.stride + unit * UNIT) * Pairs::BYTES_OF_ELEMENT;
-            typename Pairs::Sum of_pair[ROWS];
-            for (int i = 0; i < 4; ++i) {
-                const __m512i vector = _mm512_load_si512(pair + 64 * i);
-                for (int r = 0; r < ROWS; ++r)
-                    of_pair[r] = Pairs::add(i ? of_pair[r] : Pairs::zero(), values[r][i], vector);
+        for (int first = 0; first < ROWS; first += TOGETHER) {
+            __m512i values[TOGETHER][4];
+            for (int r = 0; r < TOGETHER; ++r) {
+                const uint8_t* at = bytes + (first + r) * step * width + unit * BYTES;
+                prefetch<NEAR>(soon.data + (first + r) * soon.row);
+                const __m512i words = load_in_order(at);
+                values[r][0] = _mm512_permutexvar_epi16(words, table);
+                values[r][1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
+                values[r][2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
+                values[r][3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
             }
-            for (int r = 0; r < ROWS; ++r) {
-                parts[r][v] = Pairs::floats(of_pair[r]);
-                if constexpr (Pairs::SCALED && !Scales::OF_X) parts[r][v] = _mm512_mul_ps(parts[r][v], _mm512_set1_ps(Pairs::scale(pair)));
+            __m512 parts[TOGETHER][VECTORS];
+            for (int v = 0; v < VECTORS; ++v) {
+                const uint8_t* pair = vectors + (v * x.stride + unit * UNIT) * Pairs::BYTES_OF_ELEMENT;
+                typename Pairs::Sum of_pair[TOGETHER];
+                for (int i = 0; i < 4; ++i) {
+                    const __m512i vector = _mm512_load_si512(pair + 64 * i);
+                    for (int r = 0; r < TOGETHER; ++r)
+                        of_pair[r] = Pairs::add(i ? of_pair[r] : Pairs::zero(), values[r][i], vector);
+                }
+                for (int r = 0; r < TOGETHER; ++r) {
+                    parts[r][v] = Pairs::floats(of_pair[r]);
+                    if constexpr (Pairs::SCALED && !Scales::OF_X)
+                        parts[r][v] = _mm512_mul_ps(parts[r][v], _mm512_set1_ps(Pairs::scale(pair)));
+                }
             }
+            for (int r = 0; r < TOGETHER; ++r)
+                for (int v = 0; v < VECTORS; ++v) scales.add(first + r, parts[r][v], sums[first + r][v]);
         }
-        for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < VECTORS; ++v) scales.add(r, parts[r][v], sums[r][v]);
     }
-    for (int v = 0; v < VECTORS; ++v) {
-        alignas(16) float answers[4];
-        __m512 of[ROWS];
-        for (int r = 0; r < ROWS; ++r) of[r] = sums[r][v].sum();
-        const __m128 four = sums_of_four(of[0], of[ROWS > 1], of[ROWS > 2 ? 2 : ROWS - 1], of[ROWS - 1]);
-        _mm_store_ps(answers, _mm_mul_ps(four, _mm_set1_ps(factor)));
-        for (int r = 0; r < ROWS; ++r) out[v * out_stride + r * step] = answers[r];
-    }
+    for (int v = 0; v < VECTORS; ++v)
+        for (int first = 0; first < ROWS; first += TOGETHER) {
+            alignas(16) float answers[4];
+            __m512 of[TOGETHER];
+            for (int r = 0; r < TOGETHER; ++r) of[r] = sums[first + r][v].sum();
+            const __m128 four =
+                sums_of_four(of[0], of[TOGETHER > 1], of[TOGETHER > 2 ? 2 : TOGETHER - 1], of[TOGETHER - 1]);
+            _mm_store_ps(answers, _mm_mul_ps(four, _mm_set1_ps(factor)));
+            for (int r = 0; r < TOGETHER; ++r) out[v * out_stride + (first + r) * step] = answers[r];
+        }
 }
 
 // A row times one vector of whole numbers, element by element.
@@ -153,15 +162,17 @@ LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, i
         compute_again(m, x, first, last, out, out_stride, row_exactly);
 }
 
+bool has_narrow_scales(const Matrix& m) { return !m.nested_map && m.absmax_dtype == BF16; }
+
 template <class Pairs, int VECTORS, bool NEAR>
 RowsFunction four_bit_for(const Matrix& m) {
     constexpr int SIDE = side_of<VECTORS>;
     if (m.nested_map) return four_bit_all<Pairs, SIDE, VECTORS, NEAR, NestedScales<SIDE, NEAR>, NestedScales<1, NEAR>>;
     constexpr bool OF_X = Pairs::SCALED && VECTORS == 1;
-    if (m.absmax_dtype == BF16 && m.block_size == UNIT)
+    if (has_narrow_scales(m) && m.block_size == UNIT)
         return four_bit_all<Pairs, SIDE, VECTORS, NEAR, NarrowScales<SIDE, NEAR, false, OF_X>,
                             NarrowScales<1, NEAR, false, OF_X>>;
-    if (m.absmax_dtype == BF16)
+    if (has_narrow_scales(m))
         return four_bit_all<Pairs, SIDE, VECTORS, NEAR, NarrowScales<SIDE, NEAR, true, OF_X>, NarrowScales<1, NEAR, true, OF_X>>;
     return four_bit_all<Pairs, SIDE, VECTORS, NEAR, FloatScales<SIDE, NEAR>, FloatScales<1, NEAR>>;
 }
@@ -171,6 +182,9 @@ void four_bit_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last,
     RowsFunction all = four_bit_for<Pairs, VECTORS, false>(m);
     if constexpr (VECTORS == 1)
         if (Order::is_near(m, x, side_of<1>)) all = four_bit_for<Pairs, 1, true>(m);
+    if constexpr (VECTORS == 1 && Pairs::SCALED)
+        if (Order::in_pages() && bytes_of_row(m) <= MOST_BYTES_OF_MANY && has_narrow_scales(m) && m.block_size == UNIT)
+            all = four_bit_all<Pairs, MANY, 1, true, NarrowScales<MANY, true, false, true>, NarrowScales<1, true, false, true>>;
     all(m, x, first, last, out, out_stride);
 }
 
