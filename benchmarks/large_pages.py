@@ -62,17 +62,17 @@ def _options() -> argparse.Namespace:
 def _memory(nbytes: int, *, large: bool) -> mmap.mmap:
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     _advise(pages, large=large)
-    torch.frombuffer(pages, dtype=torch.uint8).fill_(0x5A)
+    torch.frombuffer(pages, dtype=torch.uint8).fill_(ord("Z"))
     return pages
 
 
 def _file(path: Path, nbytes: int, *, large: bool) -> mmap.mmap:
     """A file that is no longer in the page cache when it is mapped, as lmx maps a checkpoint's."""
-    noise = os.urandom(1 << 20)
+    numbers = b"Z" * (1 << 20)  # as in memory: finite ones, as scales and as codes
     try:
         with path.open("wb") as file:
             for _ in range(nbytes >> 20):
-                file.write(noise)
+                file.write(numbers)
             file.flush()
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
