@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from lmx.core.errors import ResourceError
 from lmx.core.large_pages import lasting_zeros
-from lmx.core.native import read
 from lmx.core.native.compiled import library
+from lmx.core.native.read import BLOCK_BYTES, read
 
 READ_BYTES = 1 << 30
 """Much more than any cache holds."""
@@ -79,13 +79,13 @@ def bandwidth_beside(device: torch.device) -> float:
 
 def _bandwidth(device: torch.device, nbytes: int, rounds: int) -> float:
     on_host = device.type == "cpu"
-    count = nbytes // read.BLOCK_BYTES * read.BLOCK_BYTES // 4
+    count = nbytes // BLOCK_BYTES * BLOCK_BYTES // 4
     # In the large pages that weights lie in: less than they can have would be no ceiling.
     numbers = lasting_zeros((count,), torch.float32) if on_host else torch.empty(count, device=device)
     numbers.fill_(1)
     readers: list[Callable[[], object]] = [numbers.sum, numbers.amax]
     if on_host and library() is not None:
-        readers.append(lambda: read.read(numbers))
+        readers.append(lambda: read(numbers))
     return numbers.nbytes / min(best_seconds(reader, device, rounds) for reader in readers)
 
 

@@ -87,13 +87,15 @@ private:
 // Calls rows(side, row, step, soon) for groups of SIDE rows, and of one where fewer are left; `side` is a constant.
 template <int SIDE, typename Rows>
 LMX_INLINE LMX_AVX512 void for_rows(const Matrix& m, const Vectors& x, int64_t first, int64_t last, const Rows& rows) {
-    const Order order(m, x, last, SIDE), last_order(m, x, last, 1);
+    const Order order(m, x, last, SIDE);
     int64_t row = first;
     for (int64_t step; (step = order.step(row)); row += SIDE * step)
         for (int64_t i = 0; i < step; ++i)
             rows(std::integral_constant<int, SIDE>(), row + i, step, order.soon(row, i, step));
-    if constexpr (SIDE > 1)
+    if constexpr (SIDE > 1) {
+        const Order last_order(m, x, last, 1);
         for (; row < last; ++row) rows(std::integral_constant<int, 1>(), row, 1, last_order.soon(row, 0, 1));
+    }
 }
 
 // 16 values, twice.

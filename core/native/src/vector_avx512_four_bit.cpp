@@ -13,10 +13,9 @@ constexpr int64_t BYTES = UNIT / 2;  // a unit in four bits
 // Rows that are read side by side.
 template <int VECTORS>
 constexpr int side_of = VECTORS == 1 ? 4 : 2;
-// Where each lies in a page of its own, eight are quicker than four and than sixteen, if they have so many bytes at most:
-// else the first cache does not hold what is asked for.
+// Where each lies in a page of its own and what is asked for has room in the first cache, eight are quicker than four and
+// than sixteen, but for scales that take as much work as the codes.
 constexpr int MANY = 8;
-constexpr int64_t MOST_BYTES_OF_MANY = 4096;
 // How far ahead of themselves rows in float are asked for.
 constexpr int64_t AHEAD = 24576;
 
@@ -158,23 +157,22 @@ LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, i
     };
     if (Scales::serves(m)) for_rows<SIDE>(m, x, first, last, rows);
     else for_rows<1>(m, x, first, last, rows);
-    if constexpr (Pairs::LAYOUT == QUARTERED_WHOLE)
-        compute_again(m, x, first, last, out, out_stride, row_exactly);
+    if constexpr (Pairs::SCALED) compute_again(m, x, first, last, out, out_stride, row_exactly);
 }
-
-bool has_narrow_scales(const Matrix& m) { return !m.nested_map && m.absmax_dtype == BF16; }
 
 template <class Pairs, int VECTORS, bool NEAR>
 RowsFunction four_bit_for(const Matrix& m) {
     constexpr int SIDE = side_of<VECTORS>;
     if (m.nested_map) return four_bit_all<Pairs, SIDE, VECTORS, NEAR, NestedScales<SIDE, NEAR>, NestedScales<1, NEAR>>;
+    if (m.absmax_dtype != BF16)
+        return four_bit_all<Pairs, SIDE, VECTORS, NEAR, FloatScales<SIDE, NEAR>, FloatScales<1, NEAR>>;
     constexpr bool OF_X = Pairs::SCALED && VECTORS == 1;
-    if (has_narrow_scales(m) && m.block_size == UNIT)
-        return four_bit_all<Pairs, SIDE, VECTORS, NEAR, NarrowScales<SIDE, NEAR, false, OF_X>,
-                            NarrowScales<1, NEAR, false, OF_X>>;
-    if (has_narrow_scales(m))
+    if (m.block_size != UNIT)
         return four_bit_all<Pairs, SIDE, VECTORS, NEAR, NarrowScales<SIDE, NEAR, true, OF_X>, NarrowScales<1, NEAR, true, OF_X>>;
-    return four_bit_all<Pairs, SIDE, VECTORS, NEAR, FloatScales<SIDE, NEAR>, FloatScales<1, NEAR>>;
+    // CPUs that multiply by whole numbers are those whose rows lie in pages of their own (Order).
+    constexpr int NARROW_SIDE = OF_X && NEAR ? MANY : SIDE;
+    return four_bit_all<Pairs, NARROW_SIDE, VECTORS, NEAR, NarrowScales<NARROW_SIDE, NEAR, false, OF_X>,
+                        NarrowScales<1, NEAR, false, OF_X>>;
 }
 
 template <class Pairs, int VECTORS>
@@ -182,9 +180,6 @@ void four_bit_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last,
     RowsFunction all = four_bit_for<Pairs, VECTORS, false>(m);
     if constexpr (VECTORS == 1)
         if (Order::is_near(m, x, side_of<1>)) all = four_bit_for<Pairs, 1, true>(m);
-    if constexpr (VECTORS == 1 && Pairs::SCALED)
-        if (Order::in_pages() && bytes_of_row(m) <= MOST_BYTES_OF_MANY && has_narrow_scales(m) && m.block_size == UNIT)
-            all = four_bit_all<Pairs, MANY, 1, true, NarrowScales<MANY, true, false, true>, NarrowScales<1, true, false, true>>;
     all(m, x, first, last, out, out_stride);
 }
 
