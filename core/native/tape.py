@@ -5,15 +5,17 @@ lay, and what passes between the kernels may lie there again. Where nothing but 
 again in order is the whole step.
 """
 
+import ctypes
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lmx.core.native.compiled import Kernel
+from lmx.core.native.compiled import LONG, POINTER, Kernel, c_function
 
 _aten = torch.ops.aten
 # What touches no number: it makes tensors that kernels then fill, or looks at others from another side.
@@ -26,6 +28,16 @@ _HARMLESS = frozenset(
     )
 )
 
+_Noted = tuple[Kernel, tuple[object, ...]]
+
+
+# The structure of src/play.cpp.
+class _Call(ctypes.Structure):
+    _fields_ = (("kernel", POINTER), ("structure", POINTER))
+
+
+_play = c_function("lmx_play", POINTER, LONG)
+
 
 class Tape:
     """Kernels in the order of their calls, with all that their addresses point to."""
@@ -33,7 +45,8 @@ class Tape:
     def __init__(self) -> None:
         self.foreign: str | None = None
         """The first operation that was none of ours: what it computed would be missing."""
-        self._calls: list[tuple[Kernel, tuple[object, ...]]] = []
+        self._calls: list[_Noted] = []
+        self._played: list[_Noted] | None = None
         self._kept: list[object] = []
 
     def __len__(self) -> int:
@@ -42,20 +55,41 @@ class Tape:
     def note(self, kernel: Kernel, arguments: tuple[object, ...]) -> None:
         """Remember a call."""
         self._calls.append((kernel, arguments))
+        self._played = None
 
     def append(self, tape: "Tape") -> None:
         """Let the calls of another tape follow."""
         self._calls += tape._calls
         self._kept.append(tape)
+        self._played = None
 
     def keep(self, made: object) -> None:
         """Let something live as long as the tape."""
         self._kept.append(made)
 
     def replay(self) -> None:
-        """Call all kernels again, on what now lies where their arguments lay."""
-        for kernel, arguments in self._calls:
+        """Call all kernels again, on what now lies where their arguments lay.
+
+        Those that take one structure in one call for all that follow each other: between two of them the interpreter
+        would have to come back into caches that the weights have just passed.
+        """
+        if self._played is None:
+            self._played = list(_joined(self._calls))
+        for kernel, arguments in self._played:
             kernel(*arguments)
+
+
+def _joined(calls: Sequence[_Noted]) -> Iterator[_Noted]:
+    for by_structure, some in groupby(calls, _takes_one_structure):
+        if not by_structure:
+            yield from some
+            continue
+        addresses = [(ctypes.cast(kernel, POINTER), ctypes.addressof(structure)) for kernel, (structure,) in some]
+        yield _play(), ((_Call * len(addresses))(*addresses), len(addresses))
+
+
+def _takes_one_structure(noted: _Noted) -> bool:
+    return len(noted[1]) == 1 and isinstance(noted[1][0], ctypes.Structure)
 
 
 class _Local(threading.local):

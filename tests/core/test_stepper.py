@@ -7,6 +7,7 @@ from support import needs_kernels
 
 from lmx.core.layers.rope import rotary_addresses, rotary_row, rotary_tables
 from lmx.core.model import LanguageModel
+from lmx.core.native import tape
 from lmx.core.native.compiled import forced_path
 from lmx.core.stepper import Stepper
 from lmx.presets import build_dummy
@@ -69,6 +70,25 @@ def test_most_steps_call_kernels_alone(family: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(type(model.decoder), "run_layers", lambda *_: pytest.fail("a layer was called"))
     stepper.feed(ids(1, 1))
     assert state.length == 8
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", TAPED)
+def test_all_layers_of_a_step_are_one_call(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    played, play = [], tape._play
+
+    def counted(calls: object, count: int) -> None:
+        played.append(count)
+        play()(calls, count)
+
+    monkeypatch.setattr(tape, "_play", lambda: counted)
+    model = small(family, "nf4")
+    one, other = fresh(model, ids(1, 5)), fresh(model, ids(1, 5))
+    stepper = model.stepper(one)
+    for seed in range(6):
+        assert torch.equal(stepper.feed(ids(1, 1, seed)), called(model, ids(1, 1, seed), other))
+    assert 3 <= len(played) <= 5, "once a step, but for those that were noted"
+    assert min(played) >= len(model.decoder.layers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -112,4 +112,6 @@ private:
 }  // namespace
 }  // namespace lmx
 
-LMX_EXPORT void lmx_attention_block(const lmx::AttentionBlock* block) { lmx::AttentionBlockStep(*block).run(); }
+LMX_EXPORT void lmx_attention_block(const void* block) {
+    lmx::AttentionBlockStep(*static_cast<const lmx::AttentionBlock*>(block)).run();
+}

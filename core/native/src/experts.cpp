@@ -132,4 +132,4 @@ LMX_EXPORT int lmx_experts(const Expert* bank, int64_t experts, const void* x, i
     return 0;
 }
 
-LMX_EXPORT void lmx_expert_block(const ExpertBlock* step) { ExpertBlockStep(*step).run(); }
+LMX_EXPORT void lmx_expert_block(const void* step) { ExpertBlockStep(*static_cast<const ExpertBlock*>(step)).run(); }

@@ -160,13 +160,13 @@ private:
 
 using namespace lmx;
 
-LMX_EXPORT void lmx_griffin_step(const GriffinStep* step) { Griffin(*step).run(); }
+LMX_EXPORT void lmx_griffin_step(const void* step) { Griffin(*static_cast<const GriffinStep*>(step)).run(); }
 
-LMX_EXPORT void lmx_mlp_step(const MlpStep* step) {
-    Mlp mlp(*step);
+LMX_EXPORT void lmx_mlp_step(const void* step) {
+    const auto& s = *static_cast<const MlpStep*>(step);
+    Mlp mlp(s);
     parallel_phases(
-        mlp.worth(), [&](Share share) { mlp.enter(share, step->x); },
-        [&](Share share) { mlp.leave(share, step->x, step->out); });
+        mlp.worth(), [&](Share share) { mlp.enter(share, s.x); }, [&](Share share) { mlp.leave(share, s.x, s.out); });
 }
 
 // x[i] = cap tanh(x[i] / cap), in place.

@@ -121,4 +121,4 @@ private:
 }  // namespace
 }  // namespace lmx
 
-LMX_EXPORT void lmx_mamba_step(const lmx::MambaStep* step) { lmx::Mamba(*step).run(); }
+LMX_EXPORT void lmx_mamba_step(const void* step) { lmx::Mamba(*static_cast<const lmx::MambaStep*>(step)).run(); }
