@@ -1,5 +1,6 @@
 // Attention of one new token a row, from its projections to the heads' answers, the cache written on the way.
 #include <algorithm>
+#include <new>
 
 #include "attention_work.h"
 #include "prepare.h"
@@ -29,14 +30,13 @@ int64_t most_chunks(const Step& step) {
 AttentionWork::AttentionWork(const Step& step, const Projected& projected, const Cache& cache)
     : step_(step), projected_(projected), cache_(cache), dtype_(static_cast<Dtype>(projected.dtype)),
       path_(choose(dtype_)), chunks_(most_chunks(step)), row_size_(padded_width(projected.width)),
-      memory_(step.rows * projected.heads * (row_size_ + chunks_ * partial_size())) {}
+      partials_(step.rows * projected.heads * chunks_ * partial_size()), left_(step.rows * projected.kv_heads) {
+    for (int64_t head = 0; head < step.rows * projected.kv_heads; ++head)
+        new (left_.data() + head) std::atomic<int64_t>(chunks_of(head / projected.kv_heads));
+}
 
 int64_t AttentionWork::pieces_a_thread() const {
     return std::max<int64_t>(1, WORTH_A_THREAD / (CHUNK * projected_.width));
-}
-
-int64_t AttentionWork::heads_a_thread() const {
-    return std::max<int64_t>(1, WORTH_A_THREAD / (chunks_ * projected_.width));
 }
 
 uint8_t* AttentionWork::slot(void* buffer, int64_t row, int64_t head, int64_t slot) const {
@@ -51,49 +51,91 @@ AttentionWork::Piece AttentionWork::piece(int64_t number) const {
             slot(cache_.values, row, kv_head, first)};
 }
 
-void AttentionWork::begin(int64_t number) {
-    const Projected& p = projected_;
-    const int64_t row = number / 2, narrow = p.kv_heads * p.width, into = step_.slots[row];
-    if (number % 2 == 0) {
-        Scratch<float> memory(p.heads * p.width);
-        path_.shape_queries(p, step_, row, query(row, 0), memory.data());
-        return;
-    }
-    if (into < 0) return;
-    Scratch<float> memory(2 * narrow);
-    float *key = memory.data(), *value = key + narrow;
-    path_.shape_keys(p, step_, row, key, value);
-    for (int64_t head = 0; head < p.kv_heads; ++head) {
-        store(key + head * p.width, p.width, dtype_, slot(cache_.keys, row, head, into));
-        store(value + head * p.width, p.width, dtype_, slot(cache_.values, row, head, into));
+void AttentionWork::ask_for(int64_t first, int64_t last) const {
+    constexpr int64_t LINE = 64, ROOM = 1 << 18;
+    for (int64_t number = first, asked = 0; number < last && asked < ROOM; ++number) {
+        const Piece p = piece(number);
+        const int64_t bytes = p.count * cache_.slot_stride * size_of(dtype_);
+        for (const uint8_t* from : {p.keys, p.values})
+            for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(from + at, 0, 2);
+        asked += 2 * bytes;
     }
 }
 
-void AttentionWork::attend(int64_t number) {
-    const Projected& p = projected_;
-    const auto [row, kv_head, chunk, count, keys, values] = piece(number);
+Attendant::Attendant(AttentionWork& work)
+    : work_(work), factors_(2 * work.step_.rows), queries_(work.group() * work.row_size_),
+      states_((work.group() + 1) * work.row_size_) {
+    const Projected& p = work.projected_;
+    for (int64_t row = 0; row < work.step_.rows; ++row) {
+        float* factors = factors_.data() + 2 * row;
+        const auto of = [&](const void* states, int64_t stride, int64_t heads, const void* norm, float eps) {
+            const auto* from = static_cast<const uint8_t*>(states) + row * stride * size_of(work.dtype_);
+            return norm ? work.path_.factor(from, heads * p.width, eps) : 1.0f;
+        };
+        factors[0] = of(p.query, p.query_stride, p.heads, p.query_norm, p.query_eps);
+        factors[1] = of(p.key, p.key_stride, p.kv_heads, p.key_norm, p.key_eps);
+    }
+}
+
+void Attendant::attend(int64_t number, void* out) {
+    const auto [row, kv_head, chunk, count, keys, values] = work_.piece(number);
     if (count <= 0) return;
-    const int64_t group = p.heads / p.kv_heads, head = kv_head * group;
-    path_.chunk(query(row, head), group, keys, values, count, cache_.slot_stride, p.width, partial(row, head, chunk),
-                chunks_ * partial_size());
+    take_queries(row, kv_head);
+    const int64_t into = work_.step_.slots[row];
+    if (into >= 0 && std::min(into / CHUNK, work_.chunks_of(row) - 1) == chunk) write(row, kv_head);
+    work_.path_.chunk(queries_.data(), work_.group(), keys, values, count, work_.cache_.slot_stride,
+                      work_.projected_.width, work_.partial(row, kv_head * work_.group(), chunk),
+                      work_.chunks_ * work_.partial_size());
+    auto& left = work_.left_.data()[row * work_.projected_.kv_heads + kv_head];
+    if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) finish(row, kv_head, out);
 }
 
-void AttentionWork::ask_for(int64_t number) const {
-    constexpr int64_t LINE = 64;
-    const Piece p = piece(number);
-    const int64_t bytes = p.count * cache_.slot_stride * size_of(dtype_);
-    for (const uint8_t* from : {p.keys, p.values})
-        for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(from + at, 0, 2);
+Heads Attendant::heads(const void* states, int64_t stride, const void* norm, float factor, int64_t row, int64_t first,
+                       int64_t count) const {
+    const int64_t size = size_of(work_.dtype_), width = work_.projected_.width, angles = row * work_.step_.table_stride;
+    const auto* scales = static_cast<const uint8_t*>(norm);
+    return {static_cast<const uint8_t*>(states) + (row * stride + first * width) * size,
+            scales ? scales + first * width * size : nullptr,
+            factor,
+            work_.projected_.limit,
+            count,
+            width,
+            work_.step_.cos + angles,
+            work_.step_.sin + angles,
+            work_.step_.half};
 }
 
-void AttentionWork::finish(int64_t number, void* out) {
-    const Projected& p = projected_;
-    const int64_t row = number / p.heads, head = number % p.heads;
-    Scratch<float> answer(p.width);
-    const int64_t chunks = (step_.counts[row] + CHUNK - 1) / CHUNK;
-    // The head's query is no longer needed.
-    path_.combine(partial(row, head, 0), chunks, p.width, query(row, head), answer.data());
-    store(answer.data(), p.width, dtype_, static_cast<uint8_t*>(out) + number * p.width * size_of(dtype_));
+void Attendant::take_queries(int64_t row, int64_t kv_head) {
+    const Projected& p = work_.projected_;
+    if (at_ == row * p.kv_heads + kv_head) return;
+    at_ = row * p.kv_heads + kv_head;
+    const int64_t group = work_.group();
+    const float factor = factors_.data()[2 * row];
+    work_.path_.shape(heads(p.query, p.query_stride, p.query_norm, factor, row, kv_head * group, group), states_.data());
+    work_.path_.lay_out(states_.data(), group, p.width, queries_.data());
+}
+
+void Attendant::write(int64_t row, int64_t kv_head) {
+    const Projected& p = work_.projected_;
+    const int64_t into = work_.step_.slots[row];
+    const auto put = [&](const Heads& head, void* buffer) {
+        work_.path_.shape(head, states_.data());
+        store(states_.data(), p.width, work_.dtype_, work_.slot(buffer, row, kv_head, into));
+    };
+    put(heads(p.key, p.key_stride, p.key_norm, factors_.data()[2 * row + 1], row, kv_head, 1), work_.cache_.keys);
+    Heads value = heads(p.value, p.value_stride, nullptr, 1, row, kv_head, 1);
+    value.cos = nullptr;
+    put(value, work_.cache_.values);
+}
+
+void Attendant::finish(int64_t row, int64_t kv_head, void* out) {
+    const int64_t width = work_.projected_.width, first = kv_head * work_.group();
+    float *sums = states_.data(), *answer = sums + work_.row_size_;
+    for (int64_t head = first; head < first + work_.group(); ++head) {
+        work_.path_.combine(work_.partial(row, head, 0), work_.chunks_of(row), width, sums, answer);
+        const int64_t at = (row * work_.projected_.heads + head) * width;
+        store(answer, width, work_.dtype_, static_cast<uint8_t*>(out) + at * size_of(work_.dtype_));
+    }
 }
 
 }  // namespace lmx
@@ -103,11 +145,8 @@ using namespace lmx;
 // out [rows, heads * width] of the projections' dtype; `slots` of the cache take the new keys and values.
 LMX_EXPORT void lmx_attend_step(const Step* step, const Projected* projected, const Cache* cache, void* out) {
     AttentionWork work(*step, *projected, *cache);
-    for (int64_t number = 0; number < work.beginnings(); ++number) work.begin(number);
     parallel_for(work.pieces(), work.pieces_a_thread(), [&](int64_t first, int64_t last) {
-        for (int64_t piece = first; piece < last; ++piece) work.attend(piece);
-    });
-    parallel_for(work.heads(), work.heads_a_thread(), [&](int64_t first, int64_t last) {
-        for (int64_t head = first; head < last; ++head) work.finish(head, out);
+        Attendant attendant(work);
+        for (int64_t piece = first; piece < last; ++piece) attendant.attend(piece, out);
     });
 }

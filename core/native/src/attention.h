@@ -42,11 +42,23 @@ struct Cache {
     int64_t row_stride, head_stride, slot_stride;
 };
 
-// One row's heads, in float but rounded to dtype wherever torch rounds: queries and keys normalised, clipped and turned,
-// values clipped. queries [heads, padded width] in the path's own order; query [heads * width] is scratch; key and value
-// [kv_heads * width].
-using QueryFunction = void (*)(const Projected&, const Step&, int64_t row, float* queries, float* query);
-using KeyFunction = void (*)(const Projected&, const Step&, int64_t row, float* key, float* value);
+// Some heads of one row's projection, and how they are shaped.
+struct Heads {
+    const void *states, *norm;  // of these heads; norm: scales of an RMS norm over the whole projection, or null
+    float factor, limit;        // what the norm multiplies by
+    int64_t count, width;
+    const float *cos, *sin;  // of `half` angles; null: the heads are not turned
+    int64_t half;
+};
+
+// What an RMS norm of `count` states multiplies by.
+using FactorFunction = float (*)(const void* states, int64_t count, float eps);
+
+// x [count, width] in float, but rounded to dtype wherever torch rounds: normalised, clipped and turned.
+using ShapeFunction = void (*)(const Heads& heads, float* x);
+
+// x [count, width] in the order that the path takes queries, zeros behind each: out [count, padded width].
+using LayFunction = void (*)(const float* x, int64_t count, int64_t width, float* out);
 
 // out[g] = {max, sum, sum of weighted values [padded width]} of `count` keys for each of `group` queries.
 using ChunkFunction = void (*)(const float* queries, int64_t group, const void* keys, const void* values, int64_t count,
@@ -56,8 +68,9 @@ using ChunkFunction = void (*)(const float* queries, int64_t group, const void* 
 using CombineFunction = void (*)(const float* partials, int64_t chunks, int64_t width, float* sums, float* answer);
 
 struct AttentionPath {
-    QueryFunction shape_queries;
-    KeyFunction shape_keys;
+    FactorFunction factor;
+    ShapeFunction shape;
+    LayFunction lay_out;
     ChunkFunction chunk;
     CombineFunction combine;
 };

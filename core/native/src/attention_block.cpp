@@ -33,8 +33,7 @@ public:
         constexpr int64_t WORTH_A_THREAD = 1 << 16;
         parallel_phases(
             total_ * s_.hidden / WORTH_A_THREAD, [this](Share share) { project(share); },
-            [this](Share share) { shape(share); }, [this](Share share) { attend(share); },
-            [this](Share share) { finish(share); }, [this](Share share) { leave(share); });
+            [this](Share share) { attend(share); }, [this](Share share) { leave(share); });
     }
 
 private:
@@ -66,6 +65,8 @@ private:
                 parts_[i].multiply(laid[i].data(), rows_, first, last, take, next);
             }
         });
+        const Share::Range pieces = share.of(work_.pieces(), 1);
+        work_.ask_for(pieces.first, pieces.last);
     }
 
     // The rows of the three from `row` on.
@@ -75,22 +76,11 @@ private:
         return parts_[i].from(row);
     }
 
-    void shape(Share share) {
-        const auto [first, last] = share.of(work_.beginnings(), 1);
-        for (int64_t number = first; number < last; ++number) work_.begin(number);
-        const Share::Range pieces = share.of(work_.pieces(), 1);
-        if (pieces.first < pieces.last) work_.ask_for(pieces.first);
-    }
-
     void attend(Share share) {
+        Attendant attendant(work_);
         attending_.run(share, [&](Share::Range range, bool) {
-            for (int64_t piece = range.first; piece < range.last; ++piece) work_.attend(piece);
+            for (int64_t piece = range.first; piece < range.last; ++piece) attendant.attend(piece, answers_.data());
         });
-    }
-
-    void finish(Share share) {
-        const auto [first, last] = share.of(work_.heads(), 1);
-        for (int64_t head = first; head < last; ++head) work_.finish(head, answers_.data());
     }
 
     void leave(Share share) {

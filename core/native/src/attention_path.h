@@ -5,24 +5,13 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention.h"
 #include "exponential.h"
+#include "shape_path.h"
 
 namespace lmx {
 namespace {
 
-#define LMX_FORCE LMX_TARGET inline __attribute__((always_inline))
-
-using Floats = float __attribute__((vector_size(4 * LANES)));
-using Words = uint32_t __attribute__((vector_size(4 * LANES)));
 using Integers = int32_t __attribute__((vector_size(4 * LANES)));
-
-// Elements are taken in pairs of vectors. Of bf16 the first vector has the even ones and the second the odd ones, as
-// they come out of 32-bit words without a shuffle; queries and answers stand in that order between the calls.
-constexpr int64_t PAIR = 2 * LANES;
-static_assert(PAIR <= WIDEST_PAIR, "rows of queries and answers are padded to whole pairs");
-
-LMX_FORCE void load(const float* at, Floats& out) { std::memcpy(&out, at, sizeof out); }
 
 LMX_FORCE void load_pair(const float* at, Floats& first, Floats& second) {
     load(at, first);
@@ -45,10 +34,6 @@ LMX_FORCE void load_last(const Stored* at, int64_t count, Floats& first, Floats&
     load_pair(last, first, second);
 }
 
-// Where element i of a pair stands.
-LMX_FORCE int64_t place(int64_t i, float) { return i; }
-LMX_FORCE int64_t place(int64_t i, bf16) { return i / 2 + (i & 1 ? LANES : 0); }
-
 // a * b + c, rounded once where the CPU can: where one head of keys serves many of queries, they are out of the cache, and
 // this is what takes the time.
 LMX_FORCE Floats fused(Floats a, Floats b, Floats c) {
@@ -60,20 +45,6 @@ LMX_FORCE Floats fused(Floats a, Floats b, Floats c) {
 }
 
 LMX_FORCE Floats spread(float x) { return x - Floats{}; }
-
-// The upper half of the lanes onto the lower, until one is left.
-template <int COUNT>
-LMX_FORCE float sum_of(const float __attribute__((vector_size(4 * COUNT))) & lanes) {
-    if constexpr (COUNT == 4) {
-        return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
-    } else {
-        float __attribute__((vector_size(2 * COUNT))) low, high;
-        std::memcpy(&low, &lanes, sizeof low);
-        std::memcpy(&high, reinterpret_cast<const char*>(&lanes) + sizeof low, sizeof high);
-        low += high;
-        return sum_of<COUNT / 2>(low);
-    }
-}
 
 // Asks memory for a row of keys or values that is read later: hardware that looks ahead by itself gets less out of it.
 template <typename Stored>
@@ -238,7 +209,8 @@ LMX_TARGET void chunk(const float* queries, int64_t group, const void* keys, con
 }
 
 template <typename Stored>
-LMX_TARGET void combine(const float* partials, int64_t chunks, int64_t width, float* sums, float* answer) {
+LMX_TARGET void combine(const float* __restrict partials, int64_t chunks, int64_t width, float* __restrict sums,
+                        float* __restrict answer) {
     const int64_t row = padded_width(width), stride = PARTIAL_HEAD + row;
     float largest = -INFINITY, sum = 0;
     for (int64_t c = 0; c < chunks; ++c) largest = partials[c * stride] > largest ? partials[c * stride] : largest;
@@ -250,96 +222,15 @@ LMX_TARGET void combine(const float* partials, int64_t chunks, int64_t width, fl
         for (int64_t d = 0; d < row; ++d) sums[d] += weight * partial[PARTIAL_HEAD + d];
     }
     const float scale = 1.0f / sum;
-    for (int64_t d = 0; d < width; ++d) answer[d] = scale * sums[d / PAIR * PAIR + place(d % PAIR, Stored{})];
-}
-
-LMX_FORCE float rounded(float x, float) { return x; }
-
-LMX_FORCE float rounded(float x, bf16) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const uint32_t up = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
-    bits = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : up;  // without a branch, for the vectoriser
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-
-LMX_FORCE float value_of(float x) { return x; }
-LMX_FORCE float value_of(bf16 x) { return bf16_to_float(x); }
-
-// x [count] in float; normalised over all of it if there is a scale, then kept within the limit.
-template <typename Stored>
-LMX_TARGET void shape_states(const void* states, int64_t count, const void* norm, float eps, float limit, float* x) {
-    const auto *from = static_cast<const Stored*>(states), *scale = static_cast<const Stored*>(norm);
-    for (int64_t i = 0; i < count; ++i) x[i] = value_of(from[i]);
-    if (scale) {
-        Floats sums = {}, part;
-        int64_t i = 0;
-        for (; i + LANES <= count; i += LANES) {
-            load(x + i, part);
-            sums += part * part;
-        }
-        float square = sum_of<LANES>(sums);
-        for (; i < count; ++i) square += x[i] * x[i];
-        const float factor = 1.0f / std::sqrt(square / static_cast<float>(count) + eps);
-        for (i = 0; i < count; ++i)
-            x[i] = rounded(value_of(scale[i]) * rounded(x[i] * factor, Stored{}), Stored{});
-    }
-    if (limit == INFINITY) return;
-    for (int64_t i = 0; i < count; ++i) {  // NaN stays
-        const float low = x[i] < -limit ? -limit : x[i];
-        x[i] = rounded(low > limit ? limit : low, Stored{});
-    }
-}
-
-// Pair (i, i + half) of every head turns by the angle i; channels behind both halves stay.
-template <typename Stored>
-LMX_TARGET void turn(float* x, int64_t heads, int64_t width, const float* cos, const float* sin, int64_t half) {
-    for (int64_t h = 0; h < heads; ++h) {
-        float *left = x + h * width, *right = left + half;
-        for (int64_t i = 0; i < half; ++i) {
-            const float a = left[i], b = right[i];
-            left[i] = rounded(a * cos[i] - b * sin[i], Stored{});
-            right[i] = rounded(b * cos[i] + a * sin[i], Stored{});
-        }
-    }
-}
-
-// Every head in the order that its path takes it, with zeros behind it.
-template <typename Stored>
-LMX_TARGET void lay_out(const float* x, int64_t heads, int64_t width, float* out) {
-    const int64_t row = padded_width(width);
-    for (int64_t h = 0; h < heads; ++h, x += width, out += row) {
-        for (int64_t d = width; d < row; ++d) out[d / PAIR * PAIR + place(d % PAIR, Stored{})] = 0;
-        for (int64_t d = 0; d < width; ++d) out[d / PAIR * PAIR + place(d % PAIR, Stored{})] = x[d];
-    }
-}
-
-template <typename Stored>
-LMX_TARGET const void* row_of(const void* states, int64_t stride, int64_t row) {
-    return static_cast<const Stored*>(states) + row * stride;
-}
-
-template <typename Stored>
-LMX_TARGET void shape_queries(const Projected& p, const Step& step, int64_t row, float* queries, float* query) {
-    const void* states = row_of<Stored>(p.query, p.query_stride, row);
-    shape_states<Stored>(states, p.heads * p.width, p.query_norm, p.query_eps, p.limit, query);
-    const int64_t angles = row * step.table_stride;
-    turn<Stored>(query, p.heads, p.width, step.cos + angles, step.sin + angles, step.half);
-    lay_out<Stored>(query, p.heads, p.width, queries);
-}
-
-template <typename Stored>
-LMX_TARGET void shape_keys(const Projected& p, const Step& step, int64_t row, float* key, float* value) {
-    const int64_t narrow = p.kv_heads * p.width, angles = row * step.table_stride;
-    shape_states<Stored>(row_of<Stored>(p.key, p.key_stride, row), narrow, p.key_norm, p.key_eps, p.limit, key);
-    shape_states<Stored>(row_of<Stored>(p.value, p.value_stride, row), narrow, nullptr, 0, p.limit, value);
-    turn<Stored>(key, p.kv_heads, p.width, step.cos + angles, step.sin + angles, step.half);
+    for (int64_t d = 0; d < row; ++d) sums[d] *= scale;
+    const int64_t whole = width / PAIR * PAIR;
+    for (int64_t d = 0; d < whole; d += PAIR) take_pair(sums + d, answer + d, Stored{});
+    for (int64_t d = whole; d < width; ++d) answer[d] = sums[whole + place(d - whole, Stored{})];
 }
 
 AttentionPath path_of(Dtype dtype) {
-    if (dtype == BF16) return {shape_queries<bf16>, shape_keys<bf16>, chunk<bf16>, combine<bf16>};
-    return {shape_queries<float>, shape_keys<float>, chunk<float>, combine<float>};
+    if (dtype == BF16) return {factor<bf16>, shape<bf16>, lay_out<bf16>, chunk<bf16>, combine<bf16>};
+    return {factor<float>, shape<float>, lay_out<float>, chunk<float>, combine<float>};
 }
 
 }  // namespace
