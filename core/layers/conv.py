@@ -37,7 +37,7 @@ def causal_conv(
     if x.shape[1] == 0:
         return x, state
     if lengths is None and can_convolve(x, weight, bias, state):
-        return convolve(x, weight, bias, state, silu)
+        return convolve(x, weight, bias, state, silu, overwrite)
     if gpu.can_convolve(x, weight, bias, state):
         return gpu.convolve(x, weight, bias, state, lengths, silu, overwrite)
     y, recent = _in_torch(x, weight, bias, state, lengths)

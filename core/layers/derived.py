@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lmx.core.large_pages import lasting
+
 
 @dataclass(frozen=True)
 class _Kept:
@@ -33,5 +35,6 @@ class Derived:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
             return self._compute(weight)
         if self._kept is None or not self._kept.is_of(weight):
-            self._kept = _Kept(weight.detach(), weight._version, self._compute(weight))
+            # Not among the temporaries of a prompt, which would then leave holes behind.
+            self._kept = _Kept(weight.detach(), weight._version, lasting(self._compute(weight)))
         return self._kept.result

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from lmx.core.layers.projection import Projection
 from lmx.core.native.mixer import Affine
+from lmx.core.native.temporary import temporary
 from lmx.core.native.vector import MatrixTable, StoredMatrix, are_few, can_multiply, multiply_kept
 
 
@@ -16,9 +17,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     (`benchmarks/products.py` times both). A sum with a bias is then rounded twice.
     """
     if not _is_ours(x, weight):
-        return F.linear(x, weight, bias)
+        return _by_torch(x, weight) if bias is None else F.linear(x, weight, bias)
     out = multiply_kept(weight, x)
     return out if bias is None else out.add_(bias)
+
+
+def _by_torch(x: Tensor, weight: Tensor) -> Tensor:
+    """The same product, into memory that is used again where nobody else asks for anything."""
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if watched or not x.is_cpu or x.dtype != weight.dtype or x.dim() < 2 or not x.numel():
+        return F.linear(x, weight)
+    out = temporary((*x.shape[:-1], len(weight)), x.dtype)
+    torch.mm(x.flatten(0, -2), weight.t(), out=out.view(-1, len(weight)))
+    return out
 
 
 def _is_ours(x: Tensor, weight: Tensor) -> bool:

@@ -53,8 +53,11 @@ class RMSNorm(nn.Module):
 
     def of_rounded(self, x: Tensor) -> Tensor:
         """The same of x rounded to the weight's dtype: of a stream that is kept in float32."""
-        if stream.can_normalise(x, self.weight) and not is_watched(self):
-            return stream.rms_norm(x, self.weight, self.eps)
+        if not is_watched(self):
+            if can_normalise(x, self.weight):
+                return rms_norm(x, self.weight, self.eps)
+            if stream.can_normalise(x, self.weight):
+                return stream.rms_norm(x, self.weight, self.eps)
         return self(x.to(self.weight.dtype))
 
 

@@ -7,6 +7,7 @@ from lmx.core.native.compiled import INT, LONG, POINTER, c_function
 from lmx.core.native.norm import serves
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.tape import call
+from lmx.core.native.temporary import temporary
 
 _add = c_function("lmx_add", POINTER, INT, POINTER, INT, LONG, POINTER, INT, LONG, LONG)
 
@@ -20,7 +21,7 @@ def can_add(x: Tensor, y: Tensor) -> bool:
 
 def add(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """`x + y` [..., width] in `dtype`, which is x's or wider: summed in float32 and rounded once."""
-    out = torch.empty_like(x, dtype=dtype)
+    out = temporary(x.shape, dtype)
     width = x.shape[-1]
     stride = width if y.dim() == x.dim() else 0
     right = y.data_ptr(), DTYPE_CODES[y.dtype], stride

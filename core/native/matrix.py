@@ -6,6 +6,7 @@ from torch import Tensor
 from lmx.core.native.compiled import INT, LONG, POINTER, c_function, library
 from lmx.core.native.operation import DTYPE_CODES, define
 from lmx.core.native.tape import call
+from lmx.core.native.temporary import temporary
 from lmx.core.native.vector import ACTIVATION_CODES, ExpertTable, MatrixTable
 
 _multiply_many = c_function("lmx_multiply_many", POINTER, POINTER, LONG, LONG, POINTER)
@@ -48,7 +49,7 @@ def dequantize_rows(table: MatrixTable, first: int, last: int, dtype: torch.dtyp
 def _multiply_cpu(table: Tensor, x: Tensor, rows: int) -> Tensor:
     if x.stride(-1) != 1:
         x = x.contiguous()
-    out = x.new_empty(len(x), rows)
+    out = temporary((len(x), rows), x.dtype)
     call(_multiply_many(), table.data_ptr(), x.data_ptr(), x.stride(0), len(x), out.data_ptr())
     return out
 
@@ -59,7 +60,7 @@ def _answer_cpu(table: Tensor, x: Tensor, ids: Tensor, weights: Tensor, activati
         raise IndexError(f"experts {int(flat.min())} to {int(flat.max())} of a bank of {len(table)}")
     order = flat.argsort(stable=True)  # [tokens * top_k], by expert
     counts = torch.bincount(flat, minlength=len(table))
-    out = torch.empty_like(x)
+    out = temporary(x.shape, x.dtype)
     inputs = table.data_ptr(), len(table), x.data_ptr(), len(x)
     chosen = order.data_ptr(), counts.data_ptr(), weights.data_ptr(), ids.shape[1]
     call(_experts_many(), *inputs, *chosen, activation, out.data_ptr())

@@ -8,6 +8,7 @@ from torch import Tensor
 from lmx.core.native.compiled import FLOAT, INT, LONG, POINTER, c_function, library
 from lmx.core.native.operation import DTYPE_CODES, define
 from lmx.core.native.tape import call
+from lmx.core.native.temporary import temporary
 
 # What the kernels of this file and of scan.py and recurrence.py compute with.
 WORKING_DTYPES = (torch.float32, torch.bfloat16)
@@ -52,7 +53,7 @@ def rms_norm_parts(x: Tensor, sizes: Sequence[int], eps: float) -> Tensor:
 
 
 def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
-    out = torch.empty_like(x, dtype=weight.dtype)
+    out = temporary(x.shape, weight.dtype)
     width = x.shape[-1]
     given, made = DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype]
     places = x.data_ptr(), given, width, weight.data_ptr(), out.data_ptr(), made, width

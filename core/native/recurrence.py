@@ -10,6 +10,7 @@ from lmx.core.native.norm import serves
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.scan import token_rows
 from lmx.core.native.tape import call
+from lmx.core.native.temporary import temporary
 
 # Rows of a one-token step beyond which torch's batched product is quicker than reading the weights for each.
 MAX_ROWS = 4
@@ -84,7 +85,7 @@ def _run(
     x, x_stride = token_rows(x)
     opened, gate_stride = (None, 0) if gate is None else token_rows(gate)
     state, reset = state.contiguous(), reset.contiguous()
-    y, new_state = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(state)
+    y, new_state = temporary(x.shape, x.dtype), torch.empty_like(state)
     products, weights = gates[:2], gates[2:]
     places = x.data_ptr(), *products, None if opened is None else opened.data_ptr(), *weights
     states = rate.data_ptr(), state.data_ptr(), reset.data_ptr(), new_state.data_ptr(), y.data_ptr()

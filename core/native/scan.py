@@ -9,6 +9,7 @@ from lmx.core.native.compiled import INT, LONG, POINTER, c_function
 from lmx.core.native.norm import serves
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.tape import call
+from lmx.core.native.temporary import temporary
 
 # As in src/lanes.h.
 MAX_STATES, MAX_KERNEL = 64, 8
@@ -49,11 +50,13 @@ def can_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) 
     return weight.shape[1] <= MAX_KERNEL and x.numel() > 0 and _alike(*tensors)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool, overwrite: bool
+) -> tuple[Tensor, Tensor]:
     """`layers.conv.causal_conv` without padding, and then silu if asked for, before anything is rounded."""
     x, stride = token_rows(x)
     weight, state = weight.contiguous(), state.contiguous()
-    y, new_state = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(state)
+    y, new_state = temporary(x.shape, x.dtype), state if overwrite else torch.empty_like(state)
     biases = None if bias is None else bias.data_ptr()
     places = x.data_ptr(), weight.data_ptr(), biases, state.data_ptr(), new_state.data_ptr(), y.data_ptr()
     call(_convolution(), _Conv(*places, *x.shape, weight.shape[1], stride, silu), DTYPE_CODES[x.dtype])
@@ -90,7 +93,7 @@ def gated_scan(
     (B, b_stride), (C, c_stride) = token_rows(B), token_rows(C)
     if b_stride != c_stride:
         B, C, b_stride = B.contiguous(), C.contiguous(), B.shape[2]
-    state, A, y = state.contiguous(), A.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+    state, A, y = state.contiguous(), A.contiguous(), temporary(x.shape, x.dtype)
     new_state = torch.empty_like(state) if new_state is None else new_state
     tensors = raw, bias, x, gate, B, C, D, A, state, new_state, y
     places = [tensor.data_ptr() for tensor in tensors]

@@ -84,8 +84,12 @@ def _joined(calls: Sequence[_Noted]) -> Iterator[_Noted]:
         if not by_structure:
             yield from some
             continue
-        addresses = [(ctypes.cast(kernel, POINTER), ctypes.addressof(structure)) for kernel, (structure,) in some]
-        yield _play(), ((_Call * len(addresses))(*addresses), len(addresses))
+        entries = [_entry(kernel, structure) for kernel, (structure,) in some]
+        yield _play(), ((_Call * len(entries))(*entries), len(entries))
+
+
+def _entry(kernel: Any, structure: Any) -> _Call:
+    return _Call(ctypes.cast(kernel, POINTER), ctypes.addressof(structure))
 
 
 def _takes_one_structure(noted: _Noted) -> bool:

@@ -110,7 +110,7 @@ def test_threads_do_not_change_a_bit(length):
     before, answers = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        answers.append((*gated_scan(*inputs, None), *convolve(x, weight, None, state, True)))
+        answers.append((*gated_scan(*inputs, None), *convolve(x, weight, None, state, True, False)))
     torch.set_num_threads(before)
     for one, two, three in zip(*answers, strict=True):
         assert torch.equal(one, two)
@@ -127,6 +127,10 @@ def test_convolution_is_torchs(silu, kernel, length, dtype, monkeypatch):
     inputs = x, weight.to(dtype), bias.to(dtype), state.to(dtype)
     assert can_convolve(*inputs)
     y, end = causal_conv(*inputs, silu=silu)
+    place = inputs[3].clone()
+    for one, other in zip(causal_conv(*inputs[:3], place, silu=silu, overwrite=True), (y, end), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(place, end), "the old state's place holds the new one"
     without, _ = causal_conv(*inputs[:2], None, inputs[3])
     monkeypatch.setattr(conv, "can_convolve", lambda *tensors: False)
     expected, last = causal_conv(*(t.double() for t in inputs), silu=silu)
