@@ -2,6 +2,10 @@
 
 import copy
 import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from lmx.quant.native import stored_matrix
 
 pytestmark = needs_kernels
 
+TESTS = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rounding of the answer, and in bf16 that of the table of values.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}
@@ -49,6 +54,14 @@ def test_product_is_torchs(quantizer, shape):
         got = table.multiply(x)
         assert got.dtype == dtype
         assert relative_error(got, x.double() @ values(q).T) < TOLERANCE[dtype]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is made unreadable by Linux's mprotect")
+@pytest.mark.parametrize(("beyond", "end"), [([], 0), (["over"], -signal.SIGSEGV)], ids=["as it is", "a row too many"])
+def test_nothing_is_read_behind_a_matrix(beyond, end):
+    """The second run shows that the first would find it."""
+    command = [sys.executable, "guarded_matrices.py", *beyond]
+    assert subprocess.run(command, cwd=TESTS, timeout=240).returncode == end
 
 
 def test_rows_belong_to_whoever_takes_them(quantizer):
