@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lmx.core.layers.projection import Projection
 from lmx.core.native.mixer import Affine
-from lmx.core.native.temporary import temporary
+from lmx.core.native.temporary import LEAST_BYTES, temporary
 from lmx.core.native.vector import MatrixTable, StoredMatrix, are_few, can_multiply, multiply_kept
 
 
@@ -23,9 +23,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _by_torch(x: Tensor, weight: Tensor) -> Tensor:
-    """The same product, into memory that is used again where nobody else asks for anything."""
+    """The same product; of a prompt into memory that is used again, where nobody else asks for anything."""
     watched = torch.is_grad_enabled() or torch.compiler.is_compiling()
     if watched or not x.is_cpu or x.dtype != weight.dtype or x.dim() < 2 or not x.numel():
+        return F.linear(x, weight)
+    if x.numel() // x.shape[-1] * len(weight) * x.element_size() < LEAST_BYTES:
         return F.linear(x, weight)
     out = temporary((*x.shape[:-1], len(weight)), x.dtype)
     torch.mm(x.flatten(0, -2), weight.t(), out=out.view(-1, len(weight)))

@@ -37,6 +37,20 @@ def test_few_vectors_and_16_bits_take_the_kernels(used, dtype):
     assert used == [96, 96, 4 * 96, 3 * 96]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lead", [(600,), (2, 300), (3, 1, 200)])
+def test_a_prompt_gives_torchs_bits(dtype, lead):
+    weight, x = random(1024, 96).to(dtype), random(*lead, 3 * 96, seed=1).to(dtype)[..., 96:192]
+    expected = F.linear(x, weight)
+    with torch.no_grad():
+        got = linear(x, weight)
+    assert torch.equal(got, expected)
+    assert got.data_ptr() % 4096 == 0, "it begins a block of its own"
+    with torch.enable_grad():
+        linear(x, weight.requires_grad_()).sum().backward()
+    assert weight.grad is not None
+
+
 def test_everything_else_stays_with_torch(used):
     x, weight, bias = random(1, 64).bfloat16(), random(8, 64).bfloat16(), random(8).bfloat16()
     for args in [
