@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import Fault, Hub, wait_until
+from huggingface_hub import constants
 from pulls import AT_RISK_BYTES, WEIGHTS, hub_with, left_overs, repository, sha256, start_pull
 
 import lmx
@@ -260,9 +261,10 @@ def test_a_signal_ends_a_pull_soon_even_where_nothing_comes(
     assert "Traceback" not in err
 
 
-def test_connections_are_used_again(hubs: tuple[Hub, Hub]) -> None:
+def test_connections_are_used_again(hubs: tuple[Hub, Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     """A new one for each piece would begin slowly each time, and shake hands."""
     hub, store = hubs
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 60)  # a machine that stands still is no lost connection
     lmx.pull("org/tiny")
     assert len(store.calls) == -(-SIZE // PIECE_BYTES)
     assert store.connections <= CONNECTIONS

@@ -15,7 +15,8 @@ from lmx.core.text.files import MAX_TOKENIZER_BYTES
 from lmx.core.text.types import Message
 
 HELLO = [Message(role="user", content="Hello")]
-SECONDS = 3.0
+SECONDS = 10.0
+"""The engine allows 2, and loading may take longer where other programs have the cores."""
 
 
 @contextmanager
