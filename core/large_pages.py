@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_LARGE_PAGE = 2 << 20
+LARGE_PAGE = 2 << 20
 # Weights are a megabyte or less where experts are many: they share regions. What is larger has one of its own.
 _REGION = 64 << 20
 _ALIGNMENT = 64
@@ -25,7 +25,7 @@ _ALIGNMENT = 64
 
 def advise_large(memory: mmap.mmap) -> None:
     """Ask for large pages; where there are none nothing changes."""
-    if hasattr(mmap, "MADV_HUGEPAGE") and len(memory) >= _LARGE_PAGE:
+    if hasattr(mmap, "MADV_HUGEPAGE") and len(memory) >= LARGE_PAGE:
         with suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
 

@@ -25,9 +25,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _by_torch(x: Tensor, weight: Tensor) -> Tensor:
     """The same product; of a prompt into memory that is used again, where nobody else asks for anything."""
     watched = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if watched or not x.is_cpu or x.dtype != weight.dtype or x.dim() < 2 or not x.numel():
-        return F.linear(x, weight)
-    if x.numel() // x.shape[-1] * len(weight) * x.element_size() < LEAST_BYTES:
+    is_small = x.shape[:-1].numel() * len(weight) * x.element_size() < LEAST_BYTES
+    if is_small or watched or not x.is_cpu or x.dtype != weight.dtype or x.dim() < 2:
         return F.linear(x, weight)
     out = temporary((*x.shape[:-1], len(weight)), x.dtype)
     torch.mm(x.flatten(0, -2), weight.t(), out=out.view(-1, len(weight)))

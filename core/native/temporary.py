@@ -2,7 +2,7 @@
 
 A prompt goes through dozens of layers, and each makes the same few tensors of megabytes and lets them go. Aligned
 memory that goes back to glibc's heap does not fit the next request for as much, by the few bytes that aligning it took:
-the heap grew by a tensor a layer, in some runs to half a gigabyte. Fresh pages for each would have to be zeroed first.
+the heap grew by a tensor a layer. Fresh pages for each would have to be zeroed first.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lmx.core.large_pages import fresh_memory
+from lmx.core.large_pages import LARGE_PAGE, fresh_memory
 
 LEAST_BYTES = 1 << 20
 """What is smaller the heap does well."""
@@ -21,8 +21,6 @@ LEAST_BYTES = 1 << 20
 KEPT_BYTES = 128 << 20
 """So much of what was handed back is kept at most: what a layer makes of 512 tokens at a width of 7 billion parameters,
 twice."""
-
-_PAGE = 2 << 20
 
 
 class _Blocks:
@@ -33,7 +31,7 @@ class _Blocks:
 
     def take(self, nbytes: int) -> mmap.mmap:
         """One of at least so many bytes, and of at most half as many again."""
-        nbytes = -(-nbytes // _PAGE) * _PAGE
+        nbytes = -(-nbytes // LARGE_PAGE) * LARGE_PAGE
         fitting = [block for block in self._free if nbytes <= len(block) <= nbytes * 3 // 2]
         for block in sorted(fitting, key=len):
             try:

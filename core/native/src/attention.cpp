@@ -55,7 +55,7 @@ void AttentionWork::ask_for(int64_t first, int64_t last) const {
     constexpr int64_t LINE = 64, ROOM = 1 << 18;
     for (int64_t number = first, asked = 0; number < last && asked < ROOM; ++number) {
         const Piece p = piece(number);
-        const int64_t bytes = p.count * cache_.slot_stride * size_of(dtype_);
+        const int64_t bytes = std::max<int64_t>(p.count, 0) * cache_.slot_stride * size_of(dtype_);
         for (const uint8_t* from : {p.keys, p.values})
             for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(from + at, 0, 2);
         asked += 2 * bytes;
