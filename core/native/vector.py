@@ -83,17 +83,40 @@ def _tables_of(code: Tensor) -> Tensor:
 
 @cache
 def _code_tables(code: tuple[float, ...]) -> Tensor:
-    """float32 [25], never freed: the 16 values, then the same times a factor as 16 bf16, then 1 / factor.
+    """float32 [34], never freed: the 16 values, then what `_in_bf16` and `_in_digits` say."""
+    values = torch.tensor(code, dtype=torch.float64)
+    return torch.cat((values.float(), _in_bf16(values), _in_digits(values)))
+
+
+def _in_bf16(values: Tensor) -> Tensor:
+    """float32 [9]: values [16] times a factor as 16 bf16, then 1 / factor.
 
     bf16 has eight bits, and rounding the values to it would be most of a product's error. Times the best of many
     factors they fall close to bf16 numbers, all 16 at once.
     """
-    values = torch.tensor(code, dtype=torch.float64)
     factors = torch.linspace(1.0, 2.0, 1 << 16, dtype=torch.float64)[:, None]
     errors = ((factors * values).bfloat16().double() / factors - values).square().sum(1)
     factor = factors[errors.argmin()]
     rounded = (factor * values).bfloat16().view(torch.float32)
-    return torch.cat((values.float(), rounded, (1 / factor).float()))
+    return torch.cat((rounded, (1 / factor).float()))
+
+
+def _in_digits(values: Tensor) -> Tensor:
+    """float32 [9]: values [16] times a factor as digits (src/digits.h), then 1 / (17 * factor).
+
+    16 bytes are the nearest whole numbers a of a + r, and 16 more a + 17 r, all 128 above what they stand for. Here too
+    the best of many factors is taken, by what rounding a + 17 r and the product of both remainders cost.
+    """
+    factors = torch.linspace(96.0, 127.0, 1 << 14, dtype=torch.float64)[:, None] / values.abs().max().clamp(min=1e-30)
+    coarse = (factors * values).round()
+    fine = 17 * factors * values - 16 * coarse
+    # Times usual elements of x, which are up to 118, and their remainders.
+    errors = (47 * (fine - fine.round())).square() + (78.5 * (factors * values - coarse)).square()
+    errors = (errors / factors.square()).sum(1)
+    errors[(fine.round().abs() > 127).any(1)] = torch.inf
+    best = errors.argmin()
+    digits = torch.cat((coarse[best], fine[best].round())) + 128
+    return torch.cat((digits.to(torch.uint8).view(torch.float32), (1 / (17 * factors[best])).float()))
 
 
 def can_describe(weight: Tensor) -> bool:

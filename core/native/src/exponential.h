@@ -7,6 +7,7 @@
 #include <cstring>
 
 #define LMX_INLINE inline __attribute__((always_inline))
+#define LMX_UNROLLED _Pragma("GCC unroll 16")
 
 namespace lmx {
 

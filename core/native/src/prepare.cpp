@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
+#include "digits.h"
 #include "exponential.h"
-#include "whole.h"
 
 namespace lmx {
 namespace {
@@ -126,13 +126,13 @@ LMX_INLINE void gate_any(float* gate, const float* up, int64_t count, Activation
 // The same loops under each set of instructions.
 #if defined(LMX_X86)
 LMX_AVX512 void prepare_avx512(const void* x, Dtype dtype, int64_t columns, Layout layout, void* out) {
-    if (!is_whole(layout)) return prepare_any(x, dtype, columns, layout, out);
-    auto* pairs = static_cast<WholePair*>(out);
+    if (!is_paired(layout)) return prepare_any(x, dtype, columns, layout, out);
     for (int64_t c = 0; c < columns; c += STRETCH) {
         alignas(64) float values[STRETCH] = {};
         const auto* at = static_cast<const uint8_t*>(x) + c * size_of(dtype);
         prepare_any(at, dtype, std::min(STRETCH, columns - c), PLAIN_F32, values);
-        *pairs++ = whole_pair(values, layout == QUARTERED_WHOLE);
+        if (layout == DIGITS) put_digit_pair(values, static_cast<DigitPair*>(out)[c / STRETCH]);
+        else put_whole_pair(values, static_cast<WholePair*>(out)[c / STRETCH]);
     }
 }
 LMX_AVX2 void prepare_avx2(const void* x, Dtype dtype, int64_t columns, Layout layout, void* out) {

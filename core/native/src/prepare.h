@@ -12,15 +12,15 @@ enum Activation : int { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 constexpr int64_t STRETCH = 2 * UNIT;
 
 inline int64_t padded(int64_t columns) { return (columns + STRETCH - 1) / STRETCH * STRETCH; }
-inline bool is_whole(Layout layout) { return layout == PLAIN_WHOLE || layout == QUARTERED_WHOLE; }
-// Of an element: a pair of whole units takes as much as its floats would.
+// Whether two units of a layout are one structure, which takes as much as their floats would.
+inline bool is_paired(Layout layout) { return layout == PLAIN_WHOLE || layout == DIGITS; }
 inline int64_t size_of(Layout layout) {
-    return layout == PLAIN_F32 || layout == SPLIT_F32 || is_whole(layout) ? 4 : 2;
+    return layout == PLAIN_F32 || layout == SPLIT_F32 || is_paired(layout) ? 4 : 2;
 }
 inline int64_t size_of(Dtype dtype) { return dtype == F32 ? 4 : 2; }
 
 // Writes `columns` elements of x in a layout, and zeros up to the next whole unit, or two where the layout is quartered or
-// of whole numbers.
+// paired.
 void prepare(const void* x, Dtype dtype, int64_t columns, Layout layout, void* out);
 
 // out[i] = values[i], rounded to dtype.

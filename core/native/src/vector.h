@@ -33,6 +33,9 @@ using Expert = Matrix[3];
 
 inline const bf16* rounded_code(const Matrix& m) { return reinterpret_cast<const bf16*>(m.code + 16); }
 inline float code_scale(const Matrix& m) { return m.code[24]; }
+// Of the values in digits (digits.h): the coarse ones [16], the fine ones [16], and what their products are multiplied by.
+inline const uint8_t* code_digits(const Matrix& m) { return reinterpret_cast<const uint8_t*>(m.code + 25); }
+inline float digit_scale(const Matrix& m) { return m.code[33]; }
 
 constexpr int MAX_VECTORS = 4;
 // Elements that a kernel takes at a time.
@@ -41,7 +44,7 @@ constexpr int64_t UNIT = 64;
 // How vectors are laid out for a kernel. Split: in each unit, first its 32 even elements, then its 32 odd ones, as the
 // high and the low nibbles of 32 bytes meet them. Quartered: in each two units, those elements that lie lowest in a word
 // of four codes, then the others by rising bits, which is 1, 5, 9 ..., then 0, 4 ..., 3, 7 ... and 2, 6 ... Whole: 16-bit
-// whole numbers, two units of them with their scale (WholePair, whole.h).
+// whole numbers, two units of them with their scale (WholePair, whole.h). Digits: two of eight bits (DigitPair, digits.h).
 enum Layout : int {
     PLAIN_F32 = 0,
     SPLIT_F32 = 1,
@@ -49,7 +52,7 @@ enum Layout : int {
     SPLIT_BF16 = 3,
     QUARTERED_BF16 = 4,
     PLAIN_WHOLE = 5,
-    QUARTERED_WHOLE = 6
+    DIGITS = 6
 };
 constexpr int LAYOUTS = 7;
 

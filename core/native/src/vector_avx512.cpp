@@ -197,14 +197,14 @@ LMX_BY_COUNT(plain, (plain_of<KIND, 1>), (plain_of<KIND, 2>), (plain_of<KIND, 3>
 }  // namespace
 
 Kernel avx512_kernel(const Matrix& m, Dtype dtype) {
-    const bool whole = level() == AMX && dtype == BF16 && m.columns % (2 * UNIT) == 0;
+    const bool paired = level() == AMX && dtype == BF16 && m.columns % (2 * UNIT) == 0;
     switch (m.kind) {
         case FOUR_BIT:
-            if (whole && m.columns <= MOST_WHOLE_COLUMNS) return {QUARTERED_WHOLE, avx512_four_bit_whole};
+            if (paired && m.columns <= MOST_DIGIT_COLUMNS) return {DIGITS, avx512_four_bit_digits};
             if (dtype == BF16 && m.columns % (2 * UNIT) == 0) return {QUARTERED_BF16, avx512_four_bit_bf16};
             return {SPLIT_F32, avx512_four_bit_f32};
         case INT8:
-            if (whole) return {PLAIN_WHOLE, avx512_int8_whole};
+            if (paired) return {PLAIN_WHOLE, avx512_int8_whole};
             if (dtype == BF16 && m.columns % UNIT == 0) return {SPLIT_BF16, int8_bf16};
             return {PLAIN_F32, plain<INT8>};
         case KEPT_BF16: return dtype == BF16 ? Kernel{PLAIN_BF16, kept_bf16} : Kernel{PLAIN_F32, plain<KEPT_BF16>};

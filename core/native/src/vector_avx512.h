@@ -126,8 +126,8 @@ void compute_again(const Matrix& m, const Vectors& x, int64_t first, int64_t las
         }
 }
 
-// Of a four-bit matrix that is multiplied in whole numbers: its kernel keeps the scales of x in 4 KB.
-constexpr int64_t MOST_WHOLE_COLUMNS = 1024 * UNIT;
+// Of a four-bit matrix that is multiplied in digits: its kernel keeps the scales of x in 4 KB.
+constexpr int64_t MOST_DIGIT_COLUMNS = 1024 * UNIT;
 
 #define LMX_BY_COUNT(NAME, ONE, TWO, THREE, FOUR)                                                               \
     void NAME(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) { \
@@ -136,7 +136,7 @@ constexpr int64_t MOST_WHOLE_COLUMNS = 1024 * UNIT;
     }
 
 void avx512_four_bit_bf16(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t stride);
-void avx512_four_bit_whole(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t stride);
+void avx512_four_bit_digits(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t stride);
 void avx512_int8_whole(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t stride);
 void avx512_four_bit_f32(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t stride);
 

@@ -1,8 +1,8 @@
 // Matrices of four-bit blocks times a few vectors with AVX-512 and its BF16 instructions.
 #include <cmath>
 
+#include "digits.h"
 #include "vector_avx512_scales.h"
-#include "whole.h"
 
 #if defined(LMX_X86)
 
@@ -14,108 +14,108 @@ constexpr int64_t BYTES = UNIT / 2;  // a unit in four bits
 template <int VECTORS>
 constexpr int side_of = VECTORS == 1 ? 4 : 2;
 // Where each lies in a page of its own and what is asked for has room in the first cache, eight are quicker than four and
-// than sixteen, but for scales that take as much work as the codes.
+// than sixteen.
 constexpr int MANY = 8;
 // How far ahead of themselves rows in float are asked for.
 constexpr int64_t AHEAD = 24576;
 
-// What the values of the 16 codes are multiplied in, and by which factor the sums are then too large.
+// Pairs of bf16, 128 elements at a time: 64 bytes are 32 words of four codes each. The 16 values stand twice in a register
+// of 32 lanes, and `vpermw` looks at the lowest five bits of a word: a shift brings each code there, and what lies above
+// needs no mask.
 struct Bf16Pairs {
-    static constexpr Layout LAYOUT = QUARTERED_BF16;
-    static constexpr bool SCALED = false;
+    static constexpr bool IN_DIGITS = false;
     static constexpr int64_t BYTES_OF_ELEMENT = 2;
+    using Table = __m512i;
     using Sum = __m512;
     static float factor(const Matrix& m) { return code_scale(m); }
-    LMX_INLINE LMX_AVX512 static __m512i table(const Matrix& m) { return table_of(rounded_code(m)); }
-    LMX_INLINE LMX_AVX512 static Sum zero() { return _mm512_setzero_ps(); }
-    LMX_INLINE LMX_AVX512 static Sum add(Sum sum, __m512i values, __m512i x) {
+    LMX_INLINE LMX_AVX512 static Table table(const Matrix& m) { return table_of(rounded_code(m)); }
+    LMX_INLINE LMX_AVX512 static void decode(__m512i words, Table table, __m512i (&values)[4]) {
+        values[0] = _mm512_permutexvar_epi16(words, table);
+        values[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
+        values[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
+        values[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
+    }
+    LMX_INLINE LMX_AVX512 static Sum begin(const uint8_t*) { return _mm512_setzero_ps(); }
+    LMX_INLINE LMX_AVX512 static Sum add(int, Sum sum, __m512i values, __m512i x) {
         return _mm512_dpbf16_ps(sum, (__m512bh)values, (__m512bh)x);
     }
     LMX_INLINE LMX_AVX512 static __m512 floats(Sum sum) { return sum; }
 };
 
-// 14 bits of a value times 16 of an element, and eight of them in each 32 bits of a sum.
-struct WholePairs {
-    static constexpr Layout LAYOUT = QUARTERED_WHOLE;
-    static constexpr bool SCALED = true;
+// Bytes (digits.h), looked up by `vpermb`, which looks at the lowest six bits and is half the work of `vpermw` on these CPUs.
+struct DigitPairs {
+    static constexpr bool IN_DIGITS = true;
     static constexpr int64_t BYTES_OF_ELEMENT = 4;
-    static constexpr float MOST = 8191;
-    static_assert(MOST * WholePair::MOST * 8 < 2147483648.0, "a sum overflows");
+    struct Table {
+        __m512i coarse, fine;
+    };
     using Sum = __m512i;
-    static float largest(const Matrix& m) {
-        float most = 0;
-        for (int i = 0; i < 16; ++i) most = std::max(most, std::fabs(m.code[i]));
-        return most;
+    static float factor(const Matrix& m) { return digit_scale(m); }
+    LMX_INLINE LMX_AVX512 static Table table(const Matrix& m) {
+        const auto* digits = reinterpret_cast<const __m128i*>(code_digits(m));
+        return {_mm512_broadcast_i32x4(_mm_loadu_si128(digits)), _mm512_broadcast_i32x4(_mm_loadu_si128(digits + 1))};
     }
-    static float factor(const Matrix& m) { return largest(m) / MOST; }
-    LMX_INLINE LMX_AVX512 static __m512i table(const Matrix& m) {
-        const float most = largest(m);
-        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(m.code), _mm512_set1_ps(most > 0 ? MOST / most : 0));
-        return _mm512_broadcast_i64x4(_mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(scaled)));
+    LMX_INLINE LMX_AVX512 static void decode(__m512i low, const Table& table, __m512i (&values)[4]) {
+        const __m512i high = _mm512_srli_epi16(low, 4);
+        values[0] = _mm512_permutexvar_epi8(low, table.coarse);
+        values[1] = _mm512_permutexvar_epi8(high, table.coarse);
+        values[2] = _mm512_permutexvar_epi8(low, table.fine);
+        values[3] = _mm512_permutexvar_epi8(high, table.fine);
     }
-    LMX_INLINE LMX_AVX512 static Sum zero() { return _mm512_setzero_si512(); }
-    LMX_INLINE LMX_AVX512 static Sum add(Sum sum, __m512i values, __m512i x) {
-        return _mm512_dpwssd_epi32(sum, values, x);
+    LMX_INLINE LMX_AVX512 static Sum begin(const uint8_t* pair) {
+        return _mm512_load_si512(reinterpret_cast<const DigitPair*>(pair)->start);
+    }
+    LMX_INLINE LMX_AVX512 static Sum add(int i, Sum sum, __m512i values, __m512i x) {
+        sum = _mm512_dpbusd_epi32(sum, values, x);
+        return i == 1 ? _mm512_slli_epi32(sum, DIGIT_SHIFT) : sum;
     }
     LMX_INLINE LMX_AVX512 static __m512 floats(Sum sum) { return _mm512_cvtepi32_ps(sum); }
-    // Of the elements of x in a pair of units.
-    LMX_INLINE static float scale(const uint8_t* pair) { return reinterpret_cast<const WholePair*>(pair)->scale; }
 };
 
-// Four bits times pairs of 16 bits, 128 elements at a time: 64 bytes are 32 words of four codes each. The 16 values stand
-// twice in a register of 32 lanes, and `vpermw` looks at the lowest five bits of a word: a shift brings each code there,
-// and what lies above needs no mask. The first half of the lanes belongs to one unit, the second to the next: sums in
-// float, then times their blocks' scales.
+// Four bits times two units of each vector at a time. The first half of the lanes belongs to one unit, the second to the
+// next: sums in float, then times their blocks' scales.
 //
 // Rows side by side, `step` from each to the next, share the loads of x, which are most of all loads and else the bottleneck.
+// Where loops are not unrolled before all else, sums are written to memory too.
 template <class Pairs, int ROWS, int VECTORS, bool NEAR, class Scales>
-LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int64_t row, int64_t step, Soon soon,
-                                         float* out, int64_t out_stride, __m512i table, float factor, Scales& scales) {
+LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int64_t row, int64_t step, Soon soon, float* out,
+                                         int64_t out_stride, const typename Pairs::Table& table, float factor,
+                                         Scales& scales) {
     constexpr int TOGETHER = std::min(ROWS, 4);  // more would not leave registers enough
     const int64_t units = m.columns / UNIT, width = units * BYTES;
     const uint8_t* bytes = m.data + row * width;
     scales.begin(step, soon.scales);
     const auto* vectors = static_cast<const uint8_t*>(x.data);
     typename Scales::Sums sums[ROWS][VECTORS];
-    for (auto& of_row : sums)
-        for (auto& sum : of_row) sum.clear();
+    LMX_UNROLLED for (auto& of_row : sums)
+        LMX_UNROLLED for (auto& sum : of_row) sum.clear();
     for (int64_t unit = 0; unit < units; unit += 2, soon.data += soon.turn, scales.next()) {
         if ((unit & (scales.run() - 1)) == 0) scales.enter(row, unit);
-        for (int first = 0; first < ROWS; first += TOGETHER) {
+        LMX_UNROLLED for (int first = 0; first < ROWS; first += TOGETHER) {
             __m512i values[TOGETHER][4];
-            for (int r = 0; r < TOGETHER; ++r) {
-                const uint8_t* at = bytes + (first + r) * step * width + unit * BYTES;
+            LMX_UNROLLED for (int r = 0; r < TOGETHER; ++r) {
                 prefetch<NEAR>(soon.data + (first + r) * soon.row);
-                const __m512i words = load_in_order(at);
-                values[r][0] = _mm512_permutexvar_epi16(words, table);
-                values[r][1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
-                values[r][2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
-                values[r][3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
+                Pairs::decode(load_in_order(bytes + (first + r) * step * width + unit * BYTES), table, values[r]);
             }
-            __m512 parts[TOGETHER][VECTORS];
-            for (int v = 0; v < VECTORS; ++v) {
+            LMX_UNROLLED for (int v = 0; v < VECTORS; ++v) {
                 const uint8_t* pair = vectors + (v * x.stride + unit * UNIT) * Pairs::BYTES_OF_ELEMENT;
                 typename Pairs::Sum of_pair[TOGETHER];
-                for (int i = 0; i < 4; ++i) {
+                LMX_UNROLLED for (auto& sum : of_pair) sum = Pairs::begin(pair);
+                LMX_UNROLLED for (int i = 0; i < 4; ++i) {
                     const __m512i vector = _mm512_load_si512(pair + 64 * i);
-                    for (int r = 0; r < TOGETHER; ++r)
-                        of_pair[r] = Pairs::add(i ? of_pair[r] : Pairs::zero(), values[r][i], vector);
+                    LMX_UNROLLED for (int r = 0; r < TOGETHER; ++r)
+                        of_pair[r] = Pairs::add(i, of_pair[r], values[r][i], vector);
                 }
-                for (int r = 0; r < TOGETHER; ++r) {
-                    parts[r][v] = Pairs::floats(of_pair[r]);
-                    if constexpr (Pairs::SCALED && !Scales::OF_X)
-                        parts[r][v] = _mm512_mul_ps(parts[r][v], _mm512_set1_ps(Pairs::scale(pair)));
-                }
+                LMX_UNROLLED for (int r = 0; r < TOGETHER; ++r)
+                    scales.add(first + r, v, Pairs::floats(of_pair[r]), sums[first + r][v]);
             }
-            for (int r = 0; r < TOGETHER; ++r)
-                for (int v = 0; v < VECTORS; ++v) scales.add(first + r, parts[r][v], sums[first + r][v]);
         }
     }
-    for (int v = 0; v < VECTORS; ++v)
-        for (int first = 0; first < ROWS; first += TOGETHER) {
+    LMX_UNROLLED for (int v = 0; v < VECTORS; ++v)
+        LMX_UNROLLED for (int first = 0; first < ROWS; first += TOGETHER) {
             alignas(16) float answers[4];
             __m512 of[TOGETHER];
-            for (int r = 0; r < TOGETHER; ++r) of[r] = sums[first + r][v].sum();
+            LMX_UNROLLED for (int r = 0; r < TOGETHER; ++r) of[r] = sums[first + r][v].sum();
             const __m128 four =
                 sums_of_four(of[0], of[TOGETHER > 1], of[TOGETHER > 2 ? 2 : TOGETHER - 1], of[TOGETHER - 1]);
             _mm_store_ps(answers, _mm_mul_ps(four, _mm_set1_ps(factor)));
@@ -123,31 +123,40 @@ LMX_AVX512 LMX_INLINE void four_bit_rows(const Matrix& m, const Vectors& x, int6
         }
 }
 
-// A row times one vector of whole numbers, element by element.
+// A row times one vector in digits, element by element.
 float row_exactly(const Matrix& m, const Vectors& x, int64_t row, int64_t v) {
-    const auto* pairs = static_cast<const WholePair*>(x.data) + v * x.stride / (2 * UNIT);
+    const auto* pairs = static_cast<const DigitPair*>(x.data) + v * x.stride / (2 * UNIT);
     const int shift = log2_of(m.block_size);
     float sum = 0;
     for (int64_t c = 0; c < m.columns; ++c) {
         const int64_t at = row * m.columns + c, place = c % (2 * UNIT);
         const uint8_t byte = m.data[at / 2];
         const float weight = m.code[at & 1 ? byte & 15 : byte >> 4] * block_scale(m, at >> shift);
-        sum = add_exactly(sum, weight, pairs[c / (2 * UNIT)], (place % 4 ^ 1) * 32 + place / 4);
+        const DigitPair& pair = pairs[c / (2 * UNIT)];
+        sum = add_exactly(sum, weight, pair.value(place), pair.scales[place / UNIT]);
     }
     return sum;
+}
+
+template <int VECTORS>
+void collect(const Vectors& x, UnitScales<VECTORS>& out) {
+    const int64_t pairs = x.columns / (2 * UNIT);
+    for (int v = 0; v < VECTORS; ++v) {
+        const auto* of_vector = static_cast<const DigitPair*>(x.data) + v * x.stride / (2 * UNIT);
+        for (int64_t i = 0; i < pairs; ++i) std::memcpy(out.of[v] + 2 * i, of_vector[i].scales, sizeof of_vector[i].scales);
+        std::fill_n(out.of[v] + 2 * pairs, 16, 0.0f);
+    }
 }
 
 template <class Pairs, int SIDE, int VECTORS, bool NEAR, class Scales, class LastScales>
 LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
                              int64_t out_stride) {
-    const __m512i table = Pairs::table(m);
+    const auto table = Pairs::table(m);
     const float factor = Pairs::factor(m);
-    float of_x[Scales::OF_X ? MOST_WHOLE_COLUMNS / UNIT : 1];
-    if constexpr (Scales::OF_X)
-        for (int64_t unit = 0; unit < m.columns / UNIT; ++unit)
-            of_x[unit] = static_cast<const WholePair*>(x.data)[unit / 2].scale;
-    Scales scales(m, of_x);
-    LastScales last_scales(m, of_x);
+    UnitScales<VECTORS> of_x;
+    if constexpr (Pairs::IN_DIGITS) collect(x, of_x);
+    Scales scales(m, &of_x);
+    LastScales last_scales(m, &of_x);
     const auto rows = [&](auto side, int64_t row, int64_t step, Soon soon) LMX_AVX512 {
         float* at = out + row - first;
         if constexpr (side() > 1)
@@ -157,29 +166,56 @@ LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, i
     };
     if (Scales::serves(m)) for_rows<SIDE>(m, x, first, last, rows);
     else for_rows<1>(m, x, first, last, rows);
-    if constexpr (Pairs::SCALED) compute_again(m, x, first, last, out, out_stride, row_exactly);
+    if constexpr (Pairs::IN_DIGITS) compute_again(m, x, first, last, out, out_stride, row_exactly);
 }
 
-template <class Pairs, int VECTORS, bool NEAR>
-RowsFunction four_bit_for(const Matrix& m) {
-    constexpr int SIDE = side_of<VECTORS>;
-    if (m.nested_map) return four_bit_all<Pairs, SIDE, VECTORS, NEAR, NestedScales<SIDE, NEAR>, NestedScales<1, NEAR>>;
-    if (m.absmax_dtype != BF16)
-        return four_bit_all<Pairs, SIDE, VECTORS, NEAR, FloatScales<SIDE, NEAR>, FloatScales<1, NEAR>>;
-    constexpr bool OF_X = Pairs::SCALED && VECTORS == 1;
-    if (m.block_size != UNIT)
-        return four_bit_all<Pairs, SIDE, VECTORS, NEAR, NarrowScales<SIDE, NEAR, true, OF_X>, NarrowScales<1, NEAR, true, OF_X>>;
-    // CPUs that multiply by whole numbers are those whose rows lie in pages of their own (Order).
-    constexpr int NARROW_SIDE = OF_X && NEAR ? MANY : SIDE;
-    return four_bit_all<Pairs, NARROW_SIDE, VECTORS, NEAR, NarrowScales<NARROW_SIDE, NEAR, false, OF_X>,
-                        NarrowScales<1, NEAR, false, OF_X>>;
-}
+template <int VECTORS, bool NEAR>
+struct OfBf16 {
+    template <int SIDE, template <int, bool> class Scales>
+    static constexpr RowsFunction with = four_bit_all<Bf16Pairs, SIDE, VECTORS, NEAR, Scales<SIDE, NEAR>, Scales<1, NEAR>>;
+    template <int ROWS, bool>
+    using Narrow = NarrowScales<ROWS, NEAR, false>;
+    template <int ROWS, bool>
+    using NarrowWide = NarrowScales<ROWS, NEAR, true>;
 
-template <class Pairs, int VECTORS>
+    static RowsFunction rows(const Matrix& m) {
+        constexpr int SIDE = side_of<VECTORS>;
+        if (m.nested_map) return with<SIDE, NestedScales>;
+        if (m.absmax_dtype != BF16) return with<SIDE, FloatScales>;
+        return m.block_size == UNIT ? with<SIDE, Narrow> : with<SIDE, NarrowWide>;
+    }
+};
+
+template <int VECTORS, bool NEAR>
+struct OfDigits {
+    template <int ROWS, class Source>
+    using Scales = DigitScales<ROWS, VECTORS, NEAR, Source>;
+    template <int SIDE, template <int> class Source>
+    static constexpr RowsFunction with =
+        four_bit_all<DigitPairs, SIDE, VECTORS, NEAR, Scales<SIDE, Source<SIDE>>, Scales<1, Source<1>>>;
+    template <int ROWS>
+    using Float = StoredScales<ROWS, float, false>;
+    template <int ROWS>
+    using FloatWide = StoredScales<ROWS, float, true>;
+    template <int ROWS>
+    using Narrow = StoredScales<ROWS, bf16, false>;
+    template <int ROWS>
+    using NarrowWide = StoredScales<ROWS, bf16, true>;
+
+    static RowsFunction rows(const Matrix& m) {
+        // CPUs that multiply in digits are those whose rows lie in pages of their own (Order).
+        constexpr int SIDE = side_of<VECTORS>, STORED_SIDE = VECTORS == 1 && NEAR ? MANY : SIDE;
+        if (m.nested_map) return with<SIDE, NestedTables>;
+        if (m.absmax_dtype != BF16) return m.block_size == UNIT ? with<STORED_SIDE, Float> : with<SIDE, FloatWide>;
+        return m.block_size == UNIT ? with<STORED_SIDE, Narrow> : with<SIDE, NarrowWide>;
+    }
+};
+
+template <template <int, bool> class Of, int VECTORS>
 void four_bit_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
-    RowsFunction all = four_bit_for<Pairs, VECTORS, false>(m);
+    RowsFunction all = Of<VECTORS, false>::rows(m);
     if constexpr (VECTORS == 1)
-        if (Order::is_near(m, x, side_of<1>)) all = four_bit_for<Pairs, 1, true>(m);
+        if (Order::is_near(m, x, side_of<1>)) all = Of<1, true>::rows(m);
     all(m, x, first, last, out, out_stride);
 }
 
@@ -236,10 +272,10 @@ LMX_AVX512 void four_bit_f32_of(const Matrix& m, const Vectors& x, int64_t first
 
 }  // namespace
 
-LMX_BY_COUNT(avx512_four_bit_bf16, (four_bit_of<Bf16Pairs, 1>), (four_bit_of<Bf16Pairs, 2>),
-             (four_bit_of<Bf16Pairs, 3>), (four_bit_of<Bf16Pairs, 4>))
-LMX_BY_COUNT(avx512_four_bit_whole, (four_bit_of<WholePairs, 1>), (four_bit_of<WholePairs, 2>),
-             (four_bit_of<WholePairs, 3>), (four_bit_of<WholePairs, 4>))
+LMX_BY_COUNT(avx512_four_bit_bf16, (four_bit_of<OfBf16, 1>), (four_bit_of<OfBf16, 2>), (four_bit_of<OfBf16, 3>),
+             (four_bit_of<OfBf16, 4>))
+LMX_BY_COUNT(avx512_four_bit_digits, (four_bit_of<OfDigits, 1>), (four_bit_of<OfDigits, 2>), (four_bit_of<OfDigits, 3>),
+             (four_bit_of<OfDigits, 4>))
 LMX_BY_COUNT(avx512_four_bit_f32, four_bit_f32_of<1>, four_bit_f32_of<2>, four_bit_f32_of<3>, four_bit_f32_of<4>)
 
 }  // namespace lmx

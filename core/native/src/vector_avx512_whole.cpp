@@ -55,8 +55,10 @@ float row_exactly(const Matrix& m, const Vectors& x, int64_t row, int64_t v) {
     const auto* pairs = static_cast<const WholePair*>(x.data) + v * x.stride / PAIR;
     const auto* weights = reinterpret_cast<const int8_t*>(m.data) + row * m.columns;
     float sum = 0;
-    for (int64_t c = 0; c < m.columns; ++c)
-        sum = add_exactly(sum, static_cast<float>(weights[c]), pairs[c / PAIR], c % PAIR);
+    for (int64_t c = 0; c < m.columns; ++c) {
+        const WholePair& pair = pairs[c / PAIR];
+        sum = add_exactly(sum, static_cast<float>(weights[c]), static_cast<float>(pair.values[c % PAIR]), pair.scale);
+    }
     return sum * static_cast<const float*>(m.absmax)[row] * INVERSE_127;
 }
 

@@ -3,11 +3,44 @@
 // closer to x: 15 bits of the largest of 128 elements, where bf16 keeps 8 of each.
 #pragma once
 
-#include "decode.h"
+#include "exponential.h"
+#include "vector.h"
 
 #if defined(LMX_X86)
 
 namespace lmx {
+
+// The largest magnitude of some elements, infinite or no number where one of them is.
+struct Largest {
+    uint32_t bits;
+    bool is_finite() const { return bits < 0x7f800000; }
+    // Elements become whole numbers up to `most` by multiplication with inverse(most), and are these times scale(most).
+    // Those beside which 1e-33 is large count as zeros.
+    float inverse(float most) const { return is_finite() && value() > 1e-33f ? most / value() : 0; }
+    float scale(float most) const { return is_finite() ? value() / most : value(); }
+
+private:
+    float value() const {
+        float out;
+        std::memcpy(&out, &bits, 4);
+        return out;
+    }
+};
+
+template <int COUNT>
+LMX_AVX512 LMX_INLINE Largest largest_of(const float* x) {
+    __m512i most = _mm512_setzero_si512();
+    for (int i = 0; i < COUNT; i += 16)
+        most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi32(0x7fffffff)));
+    return {_mm512_reduce_max_epu32(most)};
+}
+
+// 1 and -1 where x is infinite, else 0.
+LMX_AVX512 LMX_INLINE __m512i signs_of_infinite(__m512 x) {
+    const __m512i raw = _mm512_castps_si512(x), magnitude = _mm512_and_si512(raw, _mm512_set1_epi32(0x7fffffff));
+    const __mmask16 infinite = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
+    return _mm512_maskz_or_epi32(infinite, _mm512_srai_epi32(raw, 31), _mm512_set1_epi32(1));
+}
 
 // Two units: x = values * scale. Where one is infinite so is the scale, and its value a sign, all others 0; where one is
 // no number, so is the scale.
@@ -18,44 +51,22 @@ struct alignas(512) WholePair {
 };
 static_assert(sizeof(WholePair) == 2 * UNIT * 4, "as size_of(Layout) says");
 
-// quartered: in the order QUARTERED_BF16. Elements beside which 1e-33 is large count as zeros.
-LMX_AVX512 LMX_INLINE WholePair whole_pair(const float* x, bool quartered_order) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff), infinity = _mm512_set1_epi32(0x7f800000);
-    __m512i most = _mm512_setzero_si512();
-    for (int i = 0; i < 2 * UNIT; i += 16)
-        most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_loadu_si512(x + i), magnitude));
-    const uint32_t bits = _mm512_reduce_max_epu32(most);
-    float largest;
-    std::memcpy(&largest, &bits, 4);
-    const bool finite = bits < 0x7f800000;
-    const float inverse = !finite ? 0 : largest > 1e-33f ? WholePair::MOST / largest : 0;
-    WholePair out;
-    out.scale = finite ? largest / WholePair::MOST : largest;
-    alignas(64) int16_t values[2 * UNIT];
+LMX_AVX512 LMX_INLINE void put_whole_pair(const float* x, WholePair& out) {
+    const Largest largest = largest_of<2 * UNIT>(x);
+    const __m512 inverse = _mm512_set1_ps(largest.inverse(WholePair::MOST));
     for (int i = 0; i < 2 * UNIT; i += 16) {
         const __m512 some = _mm512_loadu_ps(x + i);
-        __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(some, _mm512_set1_ps(inverse)));
-        if (!finite) {
-            const __m512i raw = _mm512_castps_si512(some);
-            const __mmask16 infinite = _mm512_cmpeq_epi32_mask(_mm512_and_si512(raw, magnitude), infinity);
-            whole = _mm512_maskz_or_epi32(infinite, _mm512_srai_epi32(raw, 31), _mm512_set1_epi32(1));
-        }
-        _mm256_store_si256(reinterpret_cast<__m256i*>(values + i), _mm512_cvtsepi32_epi16(whole));
+        __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(some, inverse));
+        if (!largest.is_finite()) whole = signs_of_infinite(some);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.values + i), _mm512_cvtsepi32_epi16(whole));
     }
-    if (quartered_order) {
-        const Quarters quarters = quartered(reinterpret_cast<const bf16*>(values));
-        for (int i = 0; i < 4; ++i) _mm512_storeu_si512(out.values + 32 * i, quarters.part[i]);
-    } else {
-        std::memcpy(out.values, values, sizeof values);
-    }
-    return out;
+    out.scale = largest.scale(WholePair::MOST);
 }
 
-// weight times element `place` of a pair, added to a sum, as floats would be: for answers that are not finite.
-inline float add_exactly(float sum, float weight, const WholePair& pair, int64_t place) {
-    const int16_t value = pair.values[place];
-    if (value == 0 && pair.scale > 3e38f) return sum;  // finite, beside something infinite
-    return sum + weight * (static_cast<float>(value) * pair.scale);
+// weight times an element, value * scale, added to a sum as floats would be: for answers that are not finite.
+inline float add_exactly(float sum, float weight, float value, float scale) {
+    if (value == 0 && scale > 3e38f) return sum;  // finite, beside something infinite
+    return sum + weight * (value * scale);
 }
 
 }  // namespace lmx
