@@ -6,6 +6,7 @@ both meet the same memory, and each turn's share is of what was measured beside 
 
 import json
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ SETTLE_SECONDS = 0.02
 class Program:
     """A program that is asked for tests, as `tg 4` or `pp 512`, and answers each with a line of JSON.
 
-    It has read `depth` tokens before the first. Raises SystemExit where the program ends by itself.
+    It has read `depth` tokens before the first. Raises SystemExit, with the last that it said, where it ends by itself.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
+        self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115, open as long as the program is
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
         )
         self._line()
 
@@ -40,6 +42,7 @@ class Program:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+        self._said.close()
 
     def run(self, test: str) -> dict[str, float]:
         """What it says of one test, its `seconds` above all."""
@@ -54,7 +57,9 @@ class Program:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"this ended before its time: {' '.join(self._command)}")
+            self._process.wait()
+            self._said.seek(0)
+            raise SystemExit(f"this ended before its time: {' '.join(self._command)}\n{self._said.read()[-2000:]}")
         return line
 
 
