@@ -10,6 +10,7 @@ from typing import Any
 
 import torch  # loads the OpenMP library that the kernels then share
 
+from lmx.core.errors import UsageError
 from lmx.core.native.build import LIBRARY_NAME
 
 Kernel = Callable[..., Any]
@@ -19,13 +20,20 @@ POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctype
 _ABI = 9
 _LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3, "amx": 4}
 _AUTO = -1
+_TORCH = "torch"
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they were not built, are of another version, or LMX_KERNELS=torch says so."""
+    """The compiled kernels; None where they were not built, are of another version, or LMX_KERNELS=torch says so.
+
+    Raises UsageError if LMX_KERNELS is a name that no path has.
+    """
+    asked = os.environ.get("LMX_KERNELS", "")
+    if asked and asked != _TORCH and asked not in _LEVELS:
+        raise UsageError(f"LMX_KERNELS is {asked!r:.40}", f"known are {', '.join((*_LEVELS, _TORCH))}; unset, the best one")
     path = Path(__file__).parent / LIBRARY_NAME
-    if os.environ.get("LMX_KERNELS") == "torch" or not path.is_file():
+    if asked == _TORCH or not path.is_file():
         return None
     try:
         found = ctypes.CDLL(str(path))
@@ -34,7 +42,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, AttributeError):  # built for another machine, or no library at all
         return None
     found.lmx_set_threads(torch.get_num_threads())
-    found.lmx_set_level(_LEVELS.get(os.environ.get("LMX_KERNELS", ""), _AUTO))
+    found.lmx_set_level(_LEVELS.get(asked, _AUTO))
     return found
 
 
@@ -62,7 +70,7 @@ def kernel_path() -> str:
     """Which code multiplies on the CPU: "amx", "avx512", "avx2", "neon", "portable", or "torch" without the kernels."""
     found = library()
     if found is None:
-        return "torch"
+        return _TORCH
     number = found.lmx_level()
     return next(name for name, level in _LEVELS.items() if level == number)
 

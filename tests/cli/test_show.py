@@ -41,6 +41,15 @@ def test_the_kernels_in_use_are_named(path: str) -> None:
     assert shown["kernels"] == (path if there else "torch")
 
 
+def test_a_path_that_nobody_knows_is_refused() -> None:
+    shown = run_lmx("show", env={"LMX_KERNELS": "avx1024"})
+    assert shown.returncode == 2
+    assert shown.stderr.splitlines() == [
+        "lmx: error: LMX_KERNELS is 'avx1024'",
+        "lmx: hint: known are portable, avx2, avx512, neon, amx, torch; unset, the best one",
+    ]
+
+
 def test_the_state_estimate_is_what_a_run_takes(checkpoint: Path) -> None:
     import torch
 
