@@ -134,10 +134,11 @@ def _write_shards(
     by_first = {_unit(weight, plan.spec)[0].name: weight for weight in plan.weights}
     held = {shard.name: [by_first[unit[0].name] for unit in shard.units] for shard in shards}
     open_shards = [shard for shard in shards if shard.name not in output.finished]
-    resumed = plan.parameters - sum(weight.parameters for shard in open_shards for weight in held[shard.name])
+    total = plan.parameters  # thousands of weights: not counted again for each of them
+    resumed = total - sum(weight.parameters for shard in open_shards for weight in held[shard.name])
     done = resumed
     if resumed:
-        yield Progress("", done, plan.parameters, resumed)
+        yield Progress("", done, total, resumed)
     work = _pipeline(source, (w for shard in open_shards for w in held[shard.name]), plan.spec, pool, ahead)
     for shard in open_shards:
         errors: dict[str, JSON] = {}
@@ -147,7 +148,7 @@ def _write_shards(
                 if error is not None:
                     errors[weight.name] = error
                 done += weight.parameters
-                yield Progress(weight.name, done, plan.parameters, resumed)
+                yield Progress(weight.name, done, total, resumed)
 
 
 def _pipeline(
