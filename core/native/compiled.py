@@ -31,7 +31,9 @@ def library() -> ctypes.CDLL | None:
     """
     asked = os.environ.get("LMX_KERNELS", "")
     if asked and asked != _TORCH and asked not in _LEVELS:
-        raise UsageError(f"LMX_KERNELS is {asked!r:.40}", f"known are {', '.join((*_LEVELS, _TORCH))}; unset, the best one")
+        raise UsageError(
+            f"LMX_KERNELS is {asked!r:.40}", f"known are {', '.join((*_LEVELS, _TORCH))}; unset, the best one"
+        )
     path = Path(__file__).parent / LIBRARY_NAME
     if asked == _TORCH or not path.is_file():
         return None
