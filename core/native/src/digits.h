@@ -2,8 +2,8 @@
 //
 // Let an element be a + r, a the nearest whole number, and a weight b + s. Two products of bytes then give what else takes
 // four: 16 * a * b + (a + 17 * r) * (b + 17 * s) = 17 * (a + r) * (b + s) + 272 * r * s. The last term is what it costs, for
-// no remainder is larger than 1/2, and rounding the second factors: all in all less than half of what rounding the answer to
-// bf16 costs (tests/core/native/test_digits.py).
+// no remainder is larger than 1/2, and rounding the second factors: all in all less than what rounding the answer to bf16
+// costs, with outliers too (tests/core/native/test_digits.py).
 #pragma once
 
 #include "whole.h"
