@@ -138,6 +138,7 @@ float row_exactly(const Matrix& m, const Vectors& x, int64_t row, int64_t v) {
     return sum;
 }
 
+void collect(const Vectors&, NoUnitScales&) {}
 template <int VECTORS>
 void collect(const Vectors& x, UnitScales<VECTORS>& out) {
     const int64_t pairs = x.columns / (2 * UNIT);
@@ -153,10 +154,10 @@ LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, i
                              int64_t out_stride) {
     const auto table = Pairs::table(m);
     const float factor = Pairs::factor(m);
-    UnitScales<VECTORS> of_x;
-    if constexpr (Pairs::IN_DIGITS) collect(x, of_x);
-    Scales scales(m, &of_x);
-    LastScales last_scales(m, &of_x);
+    std::conditional_t<Pairs::IN_DIGITS, UnitScales<VECTORS>, NoUnitScales> of_x;
+    collect(x, of_x);
+    Scales scales(m, of_x);
+    LastScales last_scales(m, of_x);
     const auto rows = [&](auto side, int64_t row, int64_t step, Soon soon) LMX_AVX512 {
         float* at = out + row - first;
         if constexpr (side() > 1)
@@ -171,17 +172,21 @@ LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, i
 
 template <int VECTORS, bool NEAR>
 struct OfBf16 {
-    template <int SIDE, template <int, bool> class Scales>
-    static constexpr RowsFunction with = four_bit_all<Bf16Pairs, SIDE, VECTORS, NEAR, Scales<SIDE, NEAR>, Scales<1, NEAR>>;
-    template <int ROWS, bool>
-    using Narrow = NarrowScales<ROWS, NEAR, false>;
-    template <int ROWS, bool>
-    using NarrowWide = NarrowScales<ROWS, NEAR, true>;
+    template <int SIDE, template <int> class Scales>
+    static constexpr RowsFunction with = four_bit_all<Bf16Pairs, SIDE, VECTORS, NEAR, Scales<SIDE>, Scales<1>>;
+    template <int ROWS>
+    using Nested = NestedScales<ROWS, NEAR>;
+    template <int ROWS>
+    using Float = FloatScales<ROWS, NEAR>;
+    template <int ROWS>
+    using Narrow = RunScales<ROWS, NEAR, StoredScales<ROWS, bf16, false>, NoUnitScales>;
+    template <int ROWS>
+    using NarrowWide = RunScales<ROWS, NEAR, StoredScales<ROWS, bf16, true>, NoUnitScales>;
 
     static RowsFunction rows(const Matrix& m) {
         constexpr int SIDE = side_of<VECTORS>;
-        if (m.nested_map) return with<SIDE, NestedScales>;
-        if (m.absmax_dtype != BF16) return with<SIDE, FloatScales>;
+        if (m.nested_map) return with<SIDE, Nested>;
+        if (m.absmax_dtype != BF16) return with<SIDE, Float>;
         return m.block_size == UNIT ? with<SIDE, Narrow> : with<SIDE, NarrowWide>;
     }
 };
@@ -189,7 +194,7 @@ struct OfBf16 {
 template <int VECTORS, bool NEAR>
 struct OfDigits {
     template <int ROWS, class Source>
-    using Scales = DigitScales<ROWS, VECTORS, NEAR, Source>;
+    using Scales = RunScales<ROWS, NEAR, Source, UnitScales<VECTORS>>;
     template <int SIDE, template <int> class Source>
     static constexpr RowsFunction with =
         four_bit_all<DigitPairs, SIDE, VECTORS, NEAR, Scales<SIDE, Source<SIDE>>, Scales<1, Source<1>>>;

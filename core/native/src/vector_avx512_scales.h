@@ -122,13 +122,19 @@ private:
     int64_t groups_[TABLES];
 };
 
+// Vectors that are what they are.
+struct NoUnitScales {
+    static constexpr int COUNT = 1;
+    LMX_INLINE LMX_AVX512 __m512 times(__m512 run, int, int64_t) const { return run; }
+};
+
 // Scales of a few rows that are read side by side, two units at a time. A run of units is entered before its pairs are
 // asked for in their order.
 template <int ROWS, bool NEAR>
 class FloatScales {
 public:
     using Sums = TwoSums;
-    FloatScales(const Matrix& m, const void*)
+    FloatScales(const Matrix& m, const NoUnitScales&)
         : absmax_(static_cast<const float*>(m.absmax)), units_(m.columns / UNIT), shift_(log2_of(m.block_size / UNIT)) {}
     static bool serves(const Matrix&) { return true; }
     // Rows `step` apart are read now, and what to ask for meanwhile.
@@ -152,43 +158,12 @@ private:
     int64_t at_ = 0;
 };
 
-// The same in bf16: a run of them is made floats at once, and one permutation gives a pair.
-template <int ROWS, bool NEAR, bool WIDE>
-class NarrowScales {
-public:
-    using Stored = StoredScales<ROWS, bf16, WIDE>;
-    using Sums = OneSum;
-    NarrowScales(const Matrix& m, const void*) : stored_(m), units_(m.columns / UNIT) {}
-    static bool serves(const Matrix&) { return true; }
-    LMX_INLINE void begin(int64_t step, const uint8_t* soon) { apart_ = step * units_, soon_ = soon; }
-    LMX_INLINE int64_t run() const { return Stored::RUN; }
-    LMX_INLINE LMX_AVX512 void enter(int64_t row, int64_t unit) {
-        const int64_t at = row * units_ + unit, count = std::min<int64_t>(units_ - unit, Stored::RUN);
-        for (int r = 0; r < ROWS; ++r) run_[r] = stored_.floats(at + r * apart_, count);
-        pair_ = first_pair();
-        for (int64_t i = 0; i < stored_.bytes_of_run(); i += 64) prefetch<NEAR>(soon_ + i);
-        soon_ += stored_.bytes_of_run();
-    }
-    LMX_INLINE LMX_AVX512 void add(int r, int, __m512 part, Sums& sums) const {
-        sums.add(part, _mm512_permutexvar_ps(pair_, run_[r]));
-    }
-    LMX_INLINE LMX_AVX512 void next() { pair_ = next_pair(pair_); }
-
-private:
-    const Stored stored_;
-    const uint8_t* soon_ = nullptr;
-    int64_t apart_ = 0;
-    const int64_t units_;
-    __m512 run_[ROWS];
-    __m512i pair_;
-};
-
 // Scales that are quantized themselves, multiplied as those in float.
 template <int ROWS, bool NEAR>
 class NestedScales {
 public:
     using Sums = TwoSums;
-    NestedScales(const Matrix& m, const void*) : tables_(m), units_(m.columns / UNIT) {}
+    NestedScales(const Matrix& m, const NoUnitScales&) : tables_(m), units_(m.columns / UNIT) {}
     static bool serves(const Matrix& m) { return NestedTables<ROWS>::serves(m); }
     LMX_INLINE void begin(int64_t step, const uint8_t* soon) {
         apart_ = step * units_, soon_ = soon;
@@ -216,16 +191,20 @@ private:
 // Of a few vectors in digits: a scale for each unit, and zeros behind the last for a run to be read.
 template <int VECTORS>
 struct UnitScales {
+    static constexpr int COUNT = VECTORS;
     float of[VECTORS][MOST_DIGIT_COLUMNS / UNIT + 16];
+    LMX_INLINE LMX_AVX512 __m512 times(__m512 run, int v, int64_t unit) const {
+        return _mm512_mul_ps(run, _mm512_loadu_ps(of[v] + unit));
+    }
 };
 
-// Any of these scales times those of the vectors, in the same arithmetic whatever they are and how many there are: SOURCE
-// is StoredScales or NestedTables.
-template <int ROWS, int VECTORS, bool NEAR, class Source>
-class DigitScales {
+// A run of scales is made floats at once, times those of the vectors where these have any, and one permutation gives a pair:
+// the same arithmetic whatever they are and how many there are. SOURCE is StoredScales or NestedTables.
+template <int ROWS, bool NEAR, class Source, class OfX>
+class RunScales {
 public:
     using Sums = OneSum;
-    DigitScales(const Matrix& m, const UnitScales<VECTORS>* of_x) : source_(m), of_x_(of_x), units_(m.columns / UNIT) {}
+    RunScales(const Matrix& m, const OfX& of_x) : source_(m), of_x_(of_x), units_(m.columns / UNIT) {}
     static bool serves(const Matrix& m) { return Source::serves(m); }
     LMX_INLINE void begin(int64_t step, const uint8_t* soon) {
         apart_ = step * units_, soon_ = soon;
@@ -236,24 +215,24 @@ public:
         const int64_t at = row * units_ + unit, count = std::min(units_ - unit, run());
         for (int r = 0; r < ROWS; ++r) {
             const __m512 of_rows = source_.floats(at + r * apart_, count);
-            for (int v = 0; v < VECTORS; ++v) run_[r][v] = _mm512_mul_ps(of_rows, _mm512_loadu_ps(of_x_->of[v] + unit));
+            for (int v = 0; v < OfX::COUNT; ++v) run_[r][v] = of_x_.times(of_rows, v, unit);
         }
         pair_ = first_pair();
         for (int64_t i = 0; i < source_.bytes_of_run(); i += 64) prefetch<NEAR>(soon_ + i);
         soon_ += source_.bytes_of_run();
     }
     LMX_INLINE LMX_AVX512 void add(int r, int v, __m512 part, Sums& sums) const {
-        sums.add(part, _mm512_permutexvar_ps(pair_, run_[r][v]));
+        sums.add(part, _mm512_permutexvar_ps(pair_, run_[r][v % OfX::COUNT]));
     }
     LMX_INLINE LMX_AVX512 void next() { pair_ = next_pair(pair_); }
 
 private:
     Source source_;
-    const UnitScales<VECTORS>* const of_x_;
+    const OfX& of_x_;
     const uint8_t* soon_ = nullptr;
     int64_t apart_ = 0;
     const int64_t units_;
-    __m512 run_[ROWS][VECTORS];
+    __m512 run_[ROWS][OfX::COUNT];
     __m512i pair_;
 };
 
