@@ -28,6 +28,7 @@ from lmx.core.checkpoint import Source
 from lmx.core.config import ConfigReader, ModelConfig
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
+from lmx.core.finite import check_finite, is_finite
 from lmx.core.job import check_job, job_identity
 from lmx.core.loader import DECODER_PREFIX, HEAD_NAMES, build_bound, stored_head
 from lmx.core.mapped import Advice, torch_dtypes
@@ -124,12 +125,11 @@ def _write(source: Source, target: _Target, file: ShardWriter) -> None:
 
 def _encoded(weight: Tensor, layout: BlockLayout, name: str) -> Tensor:
     """The bytes of a weight in a type. Raises InputError for what does not fit it."""
-    if not weight.isfinite().all():
-        raise InputError(f"{quoted(name)} holds NaN or infinity", "the source is damaged: verify or download it again")
+    check_finite(weight, quoted(name))
     if layout.plain is None:
         return quantize(layout, weight)
     value = weight.to(torch_dtypes()[layout.plain]).contiguous()
-    if not value.isfinite().all():
+    if not is_finite(value):
         raise InputError(f"{quoted(name)} has values beyond {layout.name}", "convert to bf16 or fp32")
     return value.view(-1).view(torch.uint8)
 

@@ -14,7 +14,7 @@ from lmx.convert.mistral_names import written_table
 from lmx.convert.mistral_source import DEFAULT_THETA, PARAMS, SAFETENSORS, context_length
 from lmx.convert.original_names import Change, Row
 from lmx.convert.original_tensors import restore
-from lmx.convert.plain import FORMAT, Options, check_finite
+from lmx.convert.plain import FORMAT, Options, check_converted
 from lmx.convert.single_file import write_slots
 from lmx.core.checkpoint import Source
 from lmx.core.config import ModelConfig
@@ -88,7 +88,7 @@ def _write(source: Source, target: _Target, file: ShardWriter) -> None:
     piece = target.piece
     weight = restore(piece.of(source.tensor(piece.hub)), target.change, target.heads)
     value = weight.to(torch_dtypes()[target.slot.dtype])
-    check_finite(value, weight, piece.hub)
+    check_converted(value, weight, piece.hub)
     file.write(target.slot.name, value)
     source.advise(piece.hub, Advice.DONT_NEED)
 

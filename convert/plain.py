@@ -16,6 +16,7 @@ from lmx.convert.events import Finished, Progress
 from lmx.core.checkpoint import INDEX, Source
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
+from lmx.core.finite import check_finite, is_finite
 from lmx.core.job import check_job, job_identity
 from lmx.core.jsonfile import to_json
 from lmx.core.loader import DECODER_PREFIX, HEAD_NAMES, build_bound, hub_shapes, stored_head
@@ -125,7 +126,7 @@ def _write(source: Source, item: _Target, file: ShardWriter) -> None:
     for stored, wanted in item.parts:
         weight = stored.of(source.tensor(stored.hub))
         value = (weight.t() if wanted.transposed else weight).to(dtype)
-        check_finite(value, weight, stored.hub)
+        check_converted(value, weight, stored.hub)
         first = 0 if wanted.rows is None else wanted.rows.start * item.slot.shape[-1]
         file.write(item.slot.name, value, first * ITEM_SIZES[item.slot.dtype])
         if stored.rows is None:  # else its neighbours in the same tensor come next
@@ -134,13 +135,11 @@ def _write(source: Source, item: _Target, file: ShardWriter) -> None:
         source.advise(hub, Advice.DONT_NEED)
 
 
-def check_finite(value: Tensor, weight: Tensor, name: str) -> None:
+def check_converted(value: Tensor, weight: Tensor, name: str) -> None:
     """Raise InputError where a weight is NaN or infinity, or became so in its new dtype. name: what errors call it."""
-    if value.isfinite().all():
-        return
-    if weight.isfinite().all():
+    if not is_finite(value):
+        check_finite(weight, quoted(name))
         raise InputError(f"{quoted(name)} has values beyond {value.dtype}", "convert to bf16 or fp32")
-    raise InputError(f"{quoted(name)} holds NaN or infinity", "the source is damaged: verify or download it again")
 
 
 def _add_small_files(output: OutputFolder, source: Source, shards: tuple[Shard, ...], options: Options) -> None:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 ALIGNMENT = 64
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
-# So much is written before the disk is made to take it: what is unwritten stays small, and a full shard syncs at once.
+# So much is written before the disk is made to take it and the system's cache to let it go: what is unwritten stays
+# small, a full shard syncs at once, and new bytes come into the pages of old ones instead of pushing out the source.
 _FLUSH_BYTES = 128 << 20
 _WRITE_BYTES = 16 << 20
 
@@ -169,7 +170,7 @@ class ShardWriter:
         """Have all that was written on the disk when this returns."""
         if self._syncing is not None:
             self._syncing.result()
-        os.fsync(self._fd)
+        self._hand_over()
         self._unsynced = 0
 
     def _put(self, data: memoryview, offset: int) -> None:
@@ -185,8 +186,14 @@ class ShardWriter:
         """Make the disk take what was written, while more is being made; at most one such request at a time."""
         if self._syncing is not None:
             self._syncing.result()
-        self._syncing = self._syncer.submit(os.fdatasync if hasattr(os, "fdatasync") else os.fsync, self._fd)
+        self._syncing = self._syncer.submit(self._hand_over)
         self._unsynced = 0
+
+    def _hand_over(self) -> None:
+        """Have on the disk what was written, and out of the system's cache: it will not be read soon."""
+        os.fsync(self._fd)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
@@ -199,8 +206,4 @@ class ShardWriter:
     def _finish(self) -> None:
         if self._written != self.shard.size:
             raise ValueError(f"{self.shard.name}: {self._written} bytes were written of {self.shard.size}")
-        if self._syncing is not None:
-            self._syncing.result()
-        os.fsync(self._fd)
-        if hasattr(os, "posix_fadvise"):  # what is written will not be read soon: leave the cache to the source
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        self.sync()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lmx.core.errors import InputError
+from lmx.core.finite import check_finite
 from lmx.core.large_pages import lasting
 from lmx.core.native.quantize import can_narrow, can_quantize, encode_four_bit, encode_scales, narrow_scales
 from lmx.quant.chunks import for_chunks
@@ -173,12 +174,6 @@ def check_source(x: Tensor, name: str) -> None:
         raise InputError(f"{name} is of {x.dtype}, which cannot be quantized", "quantize the 16 or 32 bit original")
     if not x.numel():
         raise InputError(f"{name} is empty", "check the checkpoint it comes from")
-
-
-def check_finite(absmax: Tensor, name: str) -> None:
-    """Raise `InputError` where a block's absmax shows that the source holds NaN or infinity."""
-    if not absmax.isfinite().all():
-        raise InputError(f"{name} holds NaN or infinity", "the source is damaged: verify or download it again")
 
 
 def _encode(flat: Tensor, block_size: int, quant_type: FourBitType, packed: Tensor, absmax: Tensor) -> None:

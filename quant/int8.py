@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from lmx.core.errors import InputError
+from lmx.core.finite import check_finite
 from lmx.core.large_pages import lasting
 from lmx.core.native.quantize import can_quantize, encode_int8
 from lmx.quant.chunks import for_chunks
-from lmx.quant.four_bit import CARD_CHUNK, check_finite, check_source
+from lmx.quant.four_bit import CARD_CHUNK, check_source
 
 # Elements that a thread works on at a time, so that the temporaries stay in the cache.
 _CHUNK = 1 << 18

@@ -19,6 +19,7 @@ from torch import Tensor
 from lmx.core.checkpoint import INDEX, Source
 from lmx.core.errors import InputError
 from lmx.core.files import quoted
+from lmx.core.finite import check_finite
 from lmx.core.job import check_job, job_identity
 from lmx.core.jsonfile import JSON, to_json
 from lmx.core.mapped import Advice, stored_name
@@ -208,17 +209,10 @@ def _copy(source: Source, work: _Work, file: ShardWriter) -> None:
     step = max(1, PIECE_BYTES * len(tensor) // max(1, tensor.nbytes))
     first_byte = 0
     for rows in tensor.split(step):
-        if rows.is_floating_point() and not _is_finite(rows):
-            name = quoted(work.weight.piece.hub)
-            raise InputError(f"{name} holds NaN or infinity", "the source is damaged: verify or download it again")
+        check_finite(rows, quoted(work.weight.piece.hub))
         file.write(work.weight.name, rows, first_byte)
         first_byte += rows.nbytes
         source.advise(work.weight.piece.hub, Advice.DONT_NEED)
-
-
-def _is_finite(x: Tensor) -> bool:
-    """Whether no element is NaN or infinity, which show in the extremes: one pass, and no mask as large as it."""
-    return x.numel() == 0 or all(extreme.isfinite().item() for extreme in x.aminmax())
 
 
 @contextmanager

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lmx.core.errors import InputError
+from lmx.core.finite import check_finite
 from lmx.quant.chunks import for_chunks
-from lmx.quant.four_bit import check_finite, check_source
+from lmx.quant.four_bit import check_source
 
 QuantoType = Literal["qint8", "qint4", "qint2", "qfloat8"]
 QUANTO_TYPES: tuple[str, ...] = get_args(QuantoType)

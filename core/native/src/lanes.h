@@ -92,7 +92,6 @@ struct Gate {
 };
 
 constexpr int RANKS = 16;
-constexpr int64_t MAX_BLOCK = 4096;
 // As in quant/four_bit.py.
 constexpr float SMALLEST_ABSMAX = 1e-38f;
 
