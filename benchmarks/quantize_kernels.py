@@ -15,8 +15,9 @@ from collections.abc import Callable
 import bitsandbytes.functional as bnb
 import torch
 
-from lmx.quant.four_bit import dequantize_4bit, quantize_4bit
-from lmx.quant.int8 import dequantize_int8, quantize_int8
+from lmx.quant.four_bit import quantize_4bit
+from lmx.quant.int8 import quantize_int8
+from lmx.quant.matmul import dequantize
 from lmx.quant.modules import QuantLinear
 
 Work = Callable[[], object]
@@ -39,10 +40,10 @@ def tasks(x: torch.Tensor) -> dict[str, tuple[Work, Work]]:
         ),
         "FP4 quantize": (lambda: quantize_4bit(x, "fp4"), lambda: bnb.quantize_4bit(x, quant_type="fp4", blocksize=64)),
         "int8 quantize": (lambda: quantize_int8(x), lambda: bnb.int8_vectorwise_quant(x.half())),
-        "NF4 dequantize": (lambda: dequantize_4bit(nf4), lambda: bnb.dequantize_4bit(packed, state)),
-        "NF4 dequantize, double": (lambda: dequantize_4bit(double), lambda: bnb.dequantize_4bit(packed, state)),
+        "NF4 dequantize": (lambda: dequantize(nf4), lambda: bnb.dequantize_4bit(packed, state)),
+        "NF4 dequantize, double": (lambda: dequantize(double), lambda: bnb.dequantize_4bit(packed, state)),
         "int8 dequantize": (
-            lambda: dequantize_int8(int8),
+            lambda: dequantize(int8),
             lambda: bnb.int8_vectorwise_dequant(weight, scales).bfloat16(),
         ),
         **{f"NF4 product with {m}": products(x, m) for m in (1, 64)},

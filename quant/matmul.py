@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lmx.core.native.matrix import dequantize_rows, has_panels, multiply_many
+from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.vector import MAX_VECTORS, MatrixTable, can_take
 from lmx.quant import four_bit, int8, quanto
 from lmx.quant.chunks import for_chunks
@@ -50,7 +51,11 @@ def choose_product(q: Matrix) -> Product:
 
 
 def dequantize(q: QuantMatrix, dtype: torch.dtype | None = None) -> Tensor:
-    """The values of a quantized matrix, in `dtype` or in the dtype that its source had."""
+    """The values of a quantized matrix, in `dtype` or in the dtype that its source had: the same bits with kernels."""
+    wanted = dtype or q.dtype
+    table = matrix_table(q)
+    if table is not None and wanted in DTYPE_CODES:
+        return dequantize_rows(table, 0, table.rows, wanted)
     if isinstance(q, Quanto):
         return quanto.dequantize_quanto(q, dtype)
     return four_bit.dequantize_4bit(q, dtype) if isinstance(q, FourBit) else int8.dequantize_int8(q, dtype)

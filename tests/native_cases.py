@@ -2,9 +2,8 @@
 
 import torch
 
-from lmx.quant.four_bit import quantize_4bit
-from lmx.quant.int8 import quantize_int8
-from lmx.quant.matmul import dequantize
+from lmx.quant.four_bit import FourBit, dequantize_4bit, quantize_4bit
+from lmx.quant.int8 import dequantize_int8, quantize_int8
 
 PATHS = ("amx", "avx512", "avx2", "neon", "portable")
 QUANTIZERS = {
@@ -35,7 +34,11 @@ def random(*shape, seed=0):
 
 
 def values(q):
-    return q.double() if isinstance(q, torch.Tensor) else dequantize(q, torch.float32).double()
+    """In plain torch."""
+    if isinstance(q, torch.Tensor):
+        return q.double()
+    dequantize = dequantize_4bit if isinstance(q, FourBit) else dequantize_int8
+    return dequantize(q, torch.float32).double()
 
 
 def relative_error(got, expected):
