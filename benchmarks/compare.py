@@ -5,7 +5,8 @@
 lmx and one other program are loaded at once and take turns at the same test, a few tokens each; between the turns the
 memory's bandwidth is measured. Where others share the memory, what it gives may change from second to second by more
 than two programs differ: in turns both meet the same. Medians over the turns, ratios of turns, apart for turns that met
-slower and faster memory where it changed by more than a third. NF4 in blocks of 64 stands against llama.cpp's Q4_0.
+slower and faster memory where it changed by more than a third, and for those in which a virtual machine's neighbours
+had more than a tenth of the cores while lmx ran. NF4 in blocks of 64 stands against llama.cpp's Q4_0.
 
 Needs the extra `compare`: llama-cpp-python (compiled on this machine), gguf, transformers and bitsandbytes
 (`pip install -e '.[compare]'`, with CMAKE_ARGS=-DGGML_NATIVE=ON), and 20 GB of memory; --without leaves one out.
@@ -30,6 +31,7 @@ from lmx.presets import preset
 
 LLAMA_CPP, TRANSFORMERS, SHALLOW = "llama.cpp Q4_0", "transformers + bitsandbytes NF4", "lmx, depth 0"
 DEEP = 3968
+_COLUMNS = ("model", "test", "beside", *turns.CELLS)
 
 
 @dataclass(frozen=True)
@@ -95,19 +97,18 @@ MODELS = {
 
 
 def main() -> None:
-    """Run all tests; print a row for each, or two where the memory changed."""
+    """Run all tests; print a row for each, or more where the machine changed."""
     options = _options()
     torch.set_num_threads(options.threads)
-    columns = ("model", "test", "beside", "turns", "memory, GB/s", "lmx", "other", "lmx / other", "of the ceiling")
-    _print(columns)
-    _print(["---"] * len(columns))
+    _print(_COLUMNS)
+    _print(["---"] * len(_COLUMNS))
     for name in options.models:
         peak, model = 0.0, MODELS[name]
         for test in _chosen(model, options):
             rounds.say(f"{name}: {test.name} beside {test.peer or 'nothing'}")
             taken = _take_turns(name, model, test, options)
             peak = max(peak, *(turn.peak_memory for turn in taken))
-            for some in turns.by_memory(taken):
+            for some in turns.by_machine(taken):
                 _print([name, test.name, test.peer or "", *turns.cells(some)])
         rounds.say(f"{name}: lmx's peak of memory was {peak / 1e9:.2f} GB")
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import torch
+from peers.neighbours import stolen_seconds
 
 from lmx.api import demo_path
 from lmx.core.jsonfile import JSON, read_json
@@ -126,15 +127,6 @@ def disk_speed(file: Path, nbytes: int) -> float:
         return nbytes / 1e6 / (time.perf_counter() - start)
     finally:
         file.unlink(missing_ok=True)
-
-
-def stolen_seconds() -> float:
-    """Seconds in which this virtual machine's cores were given to others, all cores together; 0 where nobody says."""
-    try:
-        counts = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-    except OSError:
-        return 0.0
-    return int(counts[8]) / os.sysconf("SC_CLK_TCK")  # cpu user nice system idle iowait irq softirq steal
 
 
 def foretell(source: RepeatedSource, target: Path, spec: QuantSpec, options: Options) -> dict[str, object]:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -39,10 +39,10 @@ def test_recurrences_keep_their_limits() -> None:
     assert "BROKEN" not in ran.stdout, ran.stdout
 
 
-def test_the_comparison_tells_slow_memory_from_fast(
+def test_the_comparison_tells_apart_what_the_machine_was_like(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Programs that take as long as they say, on memory that is twice as fast in every other turn."""
+    """Programs that take as long as they say, on memory that is twice as fast in every other turn; the first stolen."""
     child = "import sys; print('{}', flush=True); [print(sys.argv[1], flush=True) for line in sys.stdin]"
     ours = {"seconds": 0.1, "bytes": 5e8, "peak_memory": 2e9}
     answers = {"lmx_turns.py": ours, "llama_cpp_turns.py": {"seconds": 0.16}, "transformers_turns.py": {"seconds": 0.8}}
@@ -54,6 +54,8 @@ def test_the_comparison_tells_slow_memory_from_fast(
     bandwidths = iter([3e10, 3e10, 6e10, 6e10] * 10)
     monkeypatch.setattr(compare, "Program", Program)
     monkeypatch.setattr(turns, "bandwidth_beside", lambda device: next(bandwidths))
+    shares = iter([0.5] + [0.02] * 20)
+    monkeypatch.setattr(turns, "Stolen", lambda: SimpleNamespace(share=lambda: next(shares)))
     monkeypatch.setattr(rounds, "random_gguf", lambda *_: Path("toy.gguf"))
     tests = (
         compare.Test("tg", compare.LLAMA_CPP, turns=6),
@@ -67,14 +69,15 @@ def test_the_comparison_tells_slow_memory_from_fast(
     compare.main()
     said = capsys.readouterr()
     assert said.out.splitlines()[2:] == [
-        "| toy | tg | llama.cpp Q4_0 | 3 | 30.0 | 40.00 | 25.00 | 1.60 | 67% |",
-        "| toy | tg | llama.cpp Q4_0 | 3 | 60.0 | 40.00 | 25.00 | 1.60 | 33% |",
-        "| toy | tg | transformers + bitsandbytes NF4 | 1 | 30.0 | 40.00 | 5.00 | 8.00 | 67% |",
-        "| toy | tg | transformers + bitsandbytes NF4 | 1 | 60.0 | 40.00 | 5.00 | 8.00 | 33% |",
-        "| toy | tg@3968 | lmx, depth 0 | 1 | 30.0 | 40.00 | 40.00 | 1.00 | 67% |",
-        "| toy | tg@3968 | lmx, depth 0 | 1 | 60.0 | 40.00 | 40.00 | 1.00 | 33% |",
-        "| toy | tg |  | 1 | 30.0 | 40.00 |  |  | 67% |",
-        "| toy | tg |  | 1 | 60.0 | 40.00 |  |  | 33% |",
+        "| toy | tg | llama.cpp Q4_0 | 1 | 50% | 30.0 | 40.00 | 25.00 | 1.60 | 67% |",
+        "| toy | tg | llama.cpp Q4_0 | 2 | 2% | 30.0 | 40.00 | 25.00 | 1.60 | 67% |",
+        "| toy | tg | llama.cpp Q4_0 | 3 | 2% | 60.0 | 40.00 | 25.00 | 1.60 | 33% |",
+        "| toy | tg | transformers + bitsandbytes NF4 | 1 | 2% | 30.0 | 40.00 | 5.00 | 8.00 | 67% |",
+        "| toy | tg | transformers + bitsandbytes NF4 | 1 | 2% | 60.0 | 40.00 | 5.00 | 8.00 | 33% |",
+        "| toy | tg@3968 | lmx, depth 0 | 1 | 2% | 30.0 | 40.00 | 40.00 | 1.00 | 67% |",
+        "| toy | tg@3968 | lmx, depth 0 | 1 | 2% | 60.0 | 40.00 | 40.00 | 1.00 | 33% |",
+        "| toy | tg |  | 1 | 2% | 30.0 | 40.00 |  |  | 67% |",
+        "| toy | tg |  | 1 | 2% | 60.0 | 40.00 |  |  | 33% |",
     ]
     assert "toy: lmx's peak of memory was 2.00 GB" in said.err
 

@@ -14,11 +14,16 @@ from statistics import median
 from types import TracebackType
 
 import torch
+from peers.neighbours import Stolen
 
 from lmx.core.ceilings import bandwidth_beside
 
 SETTLE_SECONDS = 0.02
 """After each turn: threads that wait for more work would take the cores from the next program."""
+
+DISTURBED = 0.1
+"""Of the cores' time: where other machines had more of it, a turn stands apart. All threads wait for the one without a
+core, and the measurement of bandwidth, the best of several reads, does not show it."""
 
 
 class Program:
@@ -63,10 +68,14 @@ class Program:
         return line
 
 
+CELLS = ("turns", "stolen", "memory, GB/s", "lmx", "other", "lmx / other", "of the ceiling")
+
+
 @dataclass(frozen=True)
 class Turn:
     """Tokens a second of lmx and of the other program, if there is one; bytes of memory that a token of lmx reads and
-    that could be read a second beside; lmx's peak of memory.
+    that could be read a second beside; lmx's peak of memory; the share of the cores' time that went to other machines
+    while lmx ran.
     """
 
     lmx: float
@@ -74,6 +83,7 @@ class Turn:
     bytes_per_token: float
     bandwidth: float
     peak_memory: float
+    stolen: float
 
     @property
     def share(self) -> float:
@@ -91,14 +101,22 @@ def _take_turn(ours: Program, theirs: Program | None, kind: str, tokens: int, ou
     before = bandwidth_beside(device)
     time.sleep(SETTLE_SECONDS)
     speed = tokens / theirs.run(test)["seconds"] if theirs is not None and ours_last else None
+    neighbours = Stolen()
     answer = ours.run(test)
+    stolen = neighbours.share()
     if theirs is not None and not ours_last:
         speed = tokens / theirs.run(test)["seconds"]
     bandwidth = (before + bandwidth_beside(device)) / 2
-    return Turn(tokens / answer["seconds"], speed, answer["bytes"], bandwidth, answer["peak_memory"])
+    return Turn(tokens / answer["seconds"], speed, answer["bytes"], bandwidth, answer["peak_memory"], stolen)
 
 
-def by_memory(turns: Sequence[Turn]) -> list[list[Turn]]:
+def by_machine(turns: Sequence[Turn]) -> list[list[Turn]]:
+    """Turns apart in which the machine was not the same: others had more of the cores, or memory was slower."""
+    disturbed = [[turn for turn in turns if (turn.stolen > DISTURBED) == much] for much in (True, False)]
+    return [some for part in disturbed if part for some in _by_memory(part)]
+
+
+def _by_memory(turns: Sequence[Turn]) -> list[list[Turn]]:
     """Turns with slower and with faster memory, or all of them where it was much the same."""
     bandwidths = sorted(turn.bandwidth for turn in turns)
     middle = (bandwidths[0] + bandwidths[-1]) / 2
@@ -108,12 +126,13 @@ def by_memory(turns: Sequence[Turn]) -> list[list[Turn]]:
 
 
 def cells(turns: Sequence[Turn]) -> list[str]:
-    """Of a table's row: turns, memory's GB/s, lmx, the other program, the ratio, lmx's share of the memory's ceiling.
+    """Of a table's row what stands below `CELLS`; memory in GB/s, programs in tokens a second.
 
     Medians, the ratio of the turns' ratios. A prompt's share is not told: memory is not what limits it.
     """
     memory = median(turn.bandwidth for turn in turns) / 1e9
-    out = [str(len(turns)), f"{memory:.1f}", f"{median(turn.lmx for turn in turns):.2f}"]
+    stolen = median(turn.stolen for turn in turns)
+    out = [str(len(turns)), f"{stolen:.0%}", f"{memory:.1f}", f"{median(turn.lmx for turn in turns):.2f}"]
     pairs = [(turn.lmx, turn.peer) for turn in turns if turn.peer is not None]
     if pairs:
         out += [f"{median(two for _, two in pairs):.2f}", f"{median(one / two for one, two in pairs):.2f}"]
