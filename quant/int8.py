@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmx.core.errors import InputError
-from lmx.core.finite import check_finite
+from lmx.core.finite import check_finite, is_finite
 from lmx.core.large_pages import lasting
 from lmx.core.native.quantize import can_quantize, encode_int8
 from lmx.quant.chunks import for_chunks
@@ -104,7 +104,7 @@ def _round_to_half(source: Tensor) -> tuple[Tensor, Tensor]:
     """`source` as float32, rounded to float16's precision but for what overflows there, and each row's absmax."""
     rows = source.half().float()
     absmax = rows.abs().amax(1)
-    if not absmax.isfinite().all():
+    if not is_finite(absmax):
         rows = torch.where(rows.isinf(), source.float(), rows)
         absmax = rows.abs().amax(1)
     return rows, absmax

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmx.core.errors import InputError
-from lmx.core.finite import check_finite
+from lmx.core.finite import check_finite, is_finite
 from lmx.quant.chunks import for_chunks
 from lmx.quant.four_bit import check_source
 
@@ -93,7 +93,7 @@ def quantize_quanto(x: Tensor, quant_type: QuantoType, name: str = "the tensor")
         raise InputError(f"{name} of shape {list(x.shape)} is too small for {quant_type}", "keep it with --skip")
     source = x.detach()
     q = _quantize_packed(source, quant_type) if quant_type in PACKED_BITS else _quantize_bytes(source, quant_type)
-    if not q.scale.isfinite().all():
+    if not is_finite(q.scale):
         check_finite(source, name)
         raise InputError(f"{name} spans a wider range than {x.dtype} holds", "convert it to bf16 first: lmx convert")
     return q
