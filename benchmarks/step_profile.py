@@ -71,7 +71,7 @@ def profile(name: str, layers: int, steps: int) -> dict[str, float]:
         raise TypeError(f"{name} has no output head")
     works: dict[str, Callable[[], object]] = {
         "modules": lambda: model(ids, state=other, logits_to_keep=1, output_router_logits=False),
-        "noted": lambda: stepper.feed(ids),
+        "noted": lambda: stepper.step(1),
         "head": lambda: head(hidden, model.decoder.embed.weight),
     }
     for _ in range(WARM_UP):

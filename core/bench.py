@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -107,7 +108,7 @@ class Bench:
     def _time(self, work: Workload) -> Sample:
         state = self._go_back(work.depth)
         first = 0.0
-        steps = self._random_ids(work.generate).split(1, dim=1) if work.generate else ()
+        steps = self._steps(work.generate)
         for device in {buffer.device for layer in state.layers for buffer in layer.buffers}:
             synchronize(device)  # what is still being copied is none of this
         clock = _Clock()
@@ -116,8 +117,8 @@ class Bench:
             first = clock.seconds
         late = isinstance(self._stepper, GraphStepper)
         waiting: deque[_Choice] = deque()
-        for ids in steps:
-            waiting.append(_Choice(self._stepper.feed(ids)[0], late))
+        for step in steps:
+            waiting.append(_Choice(step(), late))
             if len(waiting) > late:
                 waiting.popleft().wait()
                 first = first or clock.seconds
@@ -142,6 +143,16 @@ class Bench:
                 output_router_logits=False,
             )
             likeliest(output.logits[0, -1])  # waits for the device
+
+    def _steps(self, count: int) -> list[Callable[[], Tensor]]:
+        """So many steps with random tokens, each of which returns logits [vocab]; a card's tokens lie there already."""
+        ids = self._random_ids(count)
+        if ids.is_cpu:
+            return [partial(self._stepper.step, token_id) for token_id in ids[0].tolist()]
+        return [partial(self._feed, each) for each in ids.split(1, dim=1)] if count else []
+
+    def _feed(self, ids: Tensor) -> Tensor:
+        return self._stepper.feed(ids)[0]
 
     def _random_ids(self, tokens: int) -> Tensor:
         """[1, tokens]."""

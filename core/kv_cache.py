@@ -14,6 +14,8 @@ from lmx.core.state import LayerState, Span, StateError, take
 from lmx.core.visibility import causal_visibility, filled_slots, visible_keys
 
 _GROW = 256
+# Heads a power of two apart would share the same few sets of a core's cache.
+_SHIFT = 32
 
 
 def _pair(tensors: Mapping[str, Tensor], kind: str) -> tuple[Tensor, Tensor]:
@@ -133,7 +135,7 @@ class KVCache(AttentionCache):
         return 2 * batch * kv_heads * length * head_dim * self.keys.element_size()
 
     def _grow(self, slots: int) -> None:
-        slots = -(-slots // _GROW) * _GROW
+        slots = -(-slots // _GROW) * _GROW + _SHIFT
         for name in ("keys", "values"):
             old: Tensor = getattr(self, name)
             shape = (*old.shape[:2], slots, old.shape[3])

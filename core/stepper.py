@@ -8,7 +8,7 @@ caller watches the modules, every step runs as any call does. The numbers are th
 import ctypes
 import math
 import operator
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,14 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Noted:
-    """A whole step. ids: the tokens that it reads; logits [rows, vocab]: its answer; hidden: where that takes more than
-    kernels, the stream behind the layers in its stead; buffers: what the state lay in; room: for how many tokens.
+    """A whole step. ids [rows, 1]: the tokens that it reads; tokens: the same numbers; logits [rows, vocab]: its
+    answer; row: that of a single one; hidden: where an answer takes more than kernels, the stream behind the layers in
+    its stead; buffers: what the state lay in; room: for how many tokens.
     """
 
     tape: Tape
     call: Call
     ids: Tensor
+    tokens: "ctypes.Array[ctypes.c_int64]"
     logits: Tensor | None
+    row: Tensor | None
     hidden: Tensor
     buffers: tuple[Tensor, ...]
     room: float
@@ -58,12 +61,19 @@ class Stepper:
 
         The next step may write over the logits: clone what must last.
         """
-        noted, state = self._noted, self._state
-        if noted is not None and state.length and state.lengths is None and self._follows(noted, input_ids):
-            noted.tape.replay()
-            state.length += 1
-            return self._answer(noted.hidden) if noted.logits is None else noted.logits
-        return self._feed_anew(input_ids)
+        noted = self._noted
+        alike = noted is not None and input_ids.shape == noted.ids.shape and input_ids.dtype == noted.ids.dtype
+        if noted is None or not alike or not self._replays(noted, input_ids.flatten().tolist()):
+            return self._feed_anew(input_ids)
+        return self._answer(noted.hidden) if noted.logits is None else noted.logits
+
+    def step(self, token_id: int) -> Tensor:
+        """The same of a state of one row, in less time: its next token -> logits [vocab]."""
+        noted = self._noted
+        if noted is not None and noted.row is not None and self._replays(noted, (token_id,)):
+            return noted.row
+        with torch.no_grad():
+            return self.feed(torch.tensor([[token_id]]).to(self._model.device))[0]
 
     # no_grad rather than inference_mode: a state that grew in inference mode could not be continued outside of it.
     @torch.no_grad()
@@ -82,24 +92,26 @@ class Stepper:
         closed or exhausted, the state holds all tokens chosen but the last one. Raises InputError if the model produces
         NaN.
         """
-        device = self._model.device
-        feed = self.feed if device.type == "cpu" else lambda ids: self.feed(ids.to(device))
-        yield from one_by_one(feed, logits, sampler)
+        yield from one_by_one(self.step, logits, sampler)
 
-    def _follows(self, noted: _Noted, input_ids: Tensor) -> bool:
-        """Put the next step's tokens and places where the noted one read its own; False where it does not fit them.
+    def _replays(self, noted: _Noted, tokens: Sequence[int]) -> bool:
+        """Run the noted step for the next tokens, one a row; False, and nothing done, where it does not fit them.
 
-        Hardly anything but ctypes: each of torch's functions that is called once a step waits for its code to come
-        through caches that the weights have just passed.
+        Without a function of torch: each that is called once a step waits for its code to come through caches that the
+        weights have just passed.
         """
-        state, ids = self._state, noted.ids
-        if input_ids.shape != ids.shape or input_ids.dtype != ids.dtype or not input_ids.is_contiguous():
+        state = self._state
+        if not 0 < state.length < noted.room or state.lengths is not None:
             return False
-        if state.length >= noted.room or not all(map(operator.is_, self._buffers(), noted.buffers)):
+        if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
             return False
-        tokens = (ctypes.c_int64 * ids.shape[0]).from_address(ids.data_ptr())
-        ctypes.memmove(tokens, input_ids.data_ptr(), ctypes.sizeof(tokens))
-        return 0 <= min(tokens) <= max(tokens) < self._vocabulary and noted.call.follow(state.length)
+        if not all(map(operator.is_, self._buffers(), noted.buffers)) or not noted.call.follow(state.length):
+            return False
+        for row, token_id in enumerate(tokens):
+            noted.tokens[row] = token_id
+        noted.tape.replay()
+        state.length += 1
+        return True
 
     def _note(self, input_ids: Tensor) -> Tensor:
         """Run one step, part for part as a call does, and keep its kernels where it is made of nothing else."""
@@ -120,7 +132,9 @@ class Stepper:
             tape.append(ending)
         kept = logits if ending.foreign is None else None
         room = min((layer.keys.shape[2] for layer in state.layers if isinstance(layer, KVCache)), default=math.inf)
-        self._noted = _Noted(tape, call, ids, kept, hidden, self._buffers(), room) if whole else None
+        tokens = (ctypes.c_int64 * len(ids)).from_address(ids.data_ptr())
+        row = kept[0] if kept is not None and len(ids) == 1 else None
+        self._noted = _Noted(tape, call, ids, tokens, kept, row, hidden, self._buffers(), room) if whole else None
         self._tries = 2 if whole else self._tries - 1
         state.advance(span)
         return logits
@@ -140,16 +154,12 @@ class Stepper:
         return tuple(buffer.data_ptr() for buffer in self._buffers())
 
 
-def one_by_one(feed: Callable[[Tensor], Tensor], logits: Tensor, sampler: Sampler) -> Generator[Chosen, None, None]:
-    """Choose from logits [vocab], feed the token as [1, 1] for those of the next, and so on without end."""
-    ids = torch.zeros(1, 1, dtype=torch.int64)
-    token = ctypes.c_int64.from_address(ids.data_ptr())
+def one_by_one(step: Callable[[int], Tensor], logits: Tensor, sampler: Sampler) -> Generator[Chosen, None, None]:
+    """Choose from logits [vocab], take a step with the token to those of the next, and so on without end."""
     while True:
         chosen = Chosen(*sampler.next(logits))
         yield chosen
-        token.value = chosen.token_id
-        with torch.no_grad():
-            logits = feed(ids)[0]
+        logits = step(chosen.token_id)
 
 
 def _can_note(model: "LanguageModel") -> bool:

@@ -42,10 +42,11 @@ def read(model: LanguageModel, ids: torch.Tensor) -> tuple[AnyState, torch.Tenso
 def called(model: LanguageModel, state: AnyState, logits: torch.Tensor, sampler: Sampler, count: int) -> list[int]:
     """The oracle: the model called for each token, which the host chooses. The state lacks the last one, as ever."""
 
-    def feed(ids: torch.Tensor) -> torch.Tensor:
-        return model(ids.to(model.device), state=state, logits_to_keep=1).logits[:, -1]
+    @torch.no_grad()
+    def step(token_id: int) -> torch.Tensor:
+        return model(torch.tensor([[token_id]], device=model.device), state=state, logits_to_keep=1).logits[0, -1]
 
-    return [chosen.token_id for chosen in itertools.islice(one_by_one(feed, logits[0], sampler), count)]
+    return [chosen.token_id for chosen in itertools.islice(one_by_one(step, logits[0], sampler), count)]
 
 
 def graphed(

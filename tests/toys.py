@@ -98,8 +98,12 @@ class ToyModel(nn.Module):
             output = self(ids, attention_mask=None, state=state, logits_to_keep=1, output_router_logits=False)
             return output.logits[:, -1]
 
+        @torch.no_grad()
+        def step(token_id: int) -> Tensor:
+            return feed(torch.tensor([[token_id]]))[0]
+
         def choices(logits: Tensor, sampler: Sampler, limit: int | None) -> Generator[Chosen, None, None]:
-            return one_by_one(feed, logits, sampler)
+            return one_by_one(step, logits, sampler)
 
         return SimpleNamespace(feed=feed, choices=choices)
 

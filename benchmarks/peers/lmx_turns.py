@@ -30,11 +30,11 @@ def main(hub: str, scheme: str, head: str, depth: int, threads: int) -> None:
     weights = measure_footprint(model).step_bytes
 
     def generate(count: int) -> float:
-        steps = _random(model, count + 1).split(1, dim=1)
-        likeliest(stepper.feed(steps[0])[0])  # what another program left in the caches is none of this
+        token_ids = _random(model, count + 1)[0].tolist()
+        likeliest(stepper.step(token_ids[0]))  # what another program left in the caches is none of this
         start = perf_counter()
-        for ids in steps[1:]:
-            likeliest(stepper.feed(ids)[0])
+        for token_id in token_ids[1:]:
+            likeliest(stepper.step(token_id))
         return perf_counter() - start
 
     def run(kind: str, count: int) -> dict[str, float]:

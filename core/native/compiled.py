@@ -17,7 +17,7 @@ Kernel = Callable[..., Any]
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 """The types of the kernels' arguments, and of the fields of their structures."""
 
-_ABI = 9
+_ABI = 10
 _LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3, "amx": 4}
 _AUTO = -1
 _TORCH = "torch"

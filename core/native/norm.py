@@ -1,5 +1,6 @@
 """Root-mean-square norms of the CPU's kernels: one call instead of torch's several."""
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -13,8 +14,18 @@ from lmx.core.native.temporary import temporary
 # What the kernels of this file and of scan.py and recurrence.py compute with.
 WORKING_DTYPES = (torch.float32, torch.bfloat16)
 
-_SOURCE, _TARGET = (POINTER, INT, LONG), (POINTER, INT, LONG)
-_rms_norm = c_function("lmx_rms_norm", *_SOURCE, POINTER, *_TARGET, LONG, LONG, FLOAT, INT)
+
+# `Norm` of src/lanes.h, and behind it what src/norm.cpp adds.
+class _NormRows(ctypes.Structure):
+    _fields_ = (
+        *((name, POINTER) for name in ("x", "weight", "y")),
+        *((name, LONG) for name in ("x_stride", "y_stride", "width")),
+        *(("x_dtype", INT), ("eps", FLOAT), ("offset", LONG)),
+        *(("dtype", INT), ("rows", LONG)),
+    )
+
+
+_rms_norm = c_function("lmx_rms_norm", _NormRows)
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -47,7 +58,8 @@ def rms_norm_parts(x: Tensor, sizes: Sequence[int], eps: float) -> Tensor:
     for size in sizes:
         start = at * x.element_size()
         source, target = x.data_ptr() + start, out.data_ptr() + start
-        call(_rms_norm(), source, code, total, None, target, code, total, x.numel() // total, size, eps, 0)
+        rows = x.numel() // total
+        call(_rms_norm(), _NormRows(source, None, target, total, total, size, code, eps, 0, code, rows))
         at += size
     return out
 
@@ -55,9 +67,11 @@ def rms_norm_parts(x: Tensor, sizes: Sequence[int], eps: float) -> Tensor:
 def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
     out = temporary(x.shape, weight.dtype)
     width = x.shape[-1]
-    given, made = DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype]
-    places = x.data_ptr(), given, width, weight.data_ptr(), out.data_ptr(), made, width
-    call(_rms_norm(), *places, x.numel() // width, width, eps, offset)
+    places = x.data_ptr(), weight.data_ptr(), out.data_ptr(), width, width, width
+    call(
+        _rms_norm(),
+        _NormRows(*places, DTYPE_CODES[x.dtype], eps, offset, DTYPE_CODES[weight.dtype], x.numel() // width),
+    )
     return out
 
 

@@ -9,7 +9,16 @@ from lmx.core.native.norm import WORKING_DTYPES, serves
 from lmx.core.native.operation import DTYPE_CODES
 from lmx.core.native.tape import call
 
-_embed = c_function("lmx_embed", POINTER, INT, LONG, POINTER, LONG, FLOAT, POINTER)
+
+# The structure of src/pick.cpp.
+class _Embedding(ctypes.Structure):
+    _fields_ = (
+        *((name, POINTER) for name in ("weight", "ids", "out")),
+        *(("rows", LONG), ("width", LONG), ("dtype", INT), ("scale", FLOAT)),
+    )
+
+
+_embed = c_function("lmx_embed", _Embedding)
 _pick = c_function("lmx_pick", POINTER, INT, LONG, POINTER, result=LONG)
 
 
@@ -21,8 +30,8 @@ def can_embed(weight: Tensor) -> bool:
 def embed_rows(weight: Tensor, ids: Tensor, scale: float | None) -> Tensor:
     """`weight[ids] * scale`: contiguous int64 ids [rows, columns], all in range -> [rows, columns, width]."""
     out = weight.new_empty(*ids.shape, weight.shape[1])
-    places = weight.data_ptr(), DTYPE_CODES[weight.dtype], weight.shape[1], ids.data_ptr(), ids.numel()
-    call(_embed(), *places, 1.0 if scale is None else scale, out.data_ptr())
+    places = weight.data_ptr(), ids.data_ptr(), out.data_ptr(), ids.numel(), weight.shape[1]
+    call(_embed(), _Embedding(*places, DTYPE_CODES[weight.dtype], 1.0 if scale is None else scale))
     return out
 
 

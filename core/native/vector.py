@@ -30,9 +30,18 @@ class Kind(IntEnum):
     F16 = 4
 
 
+# The structure of src/vector.cpp.
+class _SideBySide(ctypes.Structure):
+    _fields_ = (
+        *((name, POINTER) for name in ("matrices", "x", "out")),
+        *((name, LONG) for name in ("count", "vectors", "rows")),
+        ("dtype", INT),
+    )
+
+
 _KEPT = {torch.bfloat16: Kind.BF16, torch.float32: Kind.F32, torch.float16: Kind.F16}
 _multiply_kept = c_function("lmx_multiply_kept", POINTER, LONG, LONG, LONG, POINTER, INT, LONG, POINTER)
-_multiply_table = c_function("lmx_multiply", POINTER, LONG, POINTER, INT, LONG, LONG, POINTER)
+_multiply_table = c_function("lmx_multiply", _SideBySide)
 _answer_table = c_function(
     "lmx_experts", POINTER, LONG, POINTER, INT, LONG, POINTER, POINTER, LONG, INT, POINTER, result=INT
 )
@@ -207,7 +216,8 @@ def _multiply_cpu(table: Tensor, x: Tensor, rows: int) -> Tensor:
     out = x.new_empty(*before, rows)
     # A tensor's len() is a function in Python, its shape is none.
     matrices, vectors, code = table.shape[0], x.numel() // columns, DTYPE_CODES[x.dtype]
-    call(_multiply_table(), table.data_ptr(), matrices, x.data_ptr(), code, vectors, rows, out.data_ptr())
+    places = table.data_ptr(), x.data_ptr(), out.data_ptr()
+    call(_multiply_table(), _SideBySide(*places, matrices, vectors, rows, code))
     return out
 
 

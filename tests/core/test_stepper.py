@@ -59,6 +59,19 @@ def test_steps_are_calls_to_the_bit(family: str, rows: int, scheme: str | None, 
     assert same_states(one, other)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scheme", [None, "nf4"])
+def test_a_single_rows_steps_are_calls_to_the_bit(family: str, scheme: str | None) -> None:
+    model = small(family, scheme)
+    one, other = fresh(model, ids(1, 5)), fresh(model, ids(1, 5))
+    stepper = model.stepper(one)
+    for token_id in (3, 1, 4, 1, 5, 9, 2, 6):
+        logits = stepper.step(token_id)
+        assert torch.equal(logits, called(model, torch.tensor([[token_id]]), other)[0])
+        assert not logits.requires_grad
+    assert same_states(one, other)
+
+
 @needs_kernels
 @pytest.mark.parametrize("family", TAPED)
 def test_most_steps_call_kernels_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,8 +81,9 @@ def test_most_steps_call_kernels_alone(family: str, monkeypatch: pytest.MonkeyPa
     stepper.feed(ids(1, 1))
     stepper.feed(ids(1, 1))
     monkeypatch.setattr(type(model.decoder), "run_layers", lambda *_: pytest.fail("a layer was called"))
+    stepper.step(1)
     stepper.feed(ids(1, 1))
-    assert state.length == 8
+    assert state.length == 9
 
 
 @needs_kernels
@@ -178,6 +192,8 @@ def test_tokens_out_of_the_vocabulary_are_refused_and_change_nothing(family: str
         for bad in (-1, model.config.vocab_size):
             with pytest.raises(IndexError):
                 stepper.feed(torch.tensor([[bad]]))
+            with pytest.raises(IndexError):
+                stepper.step(bad)
     assert one.length == other.length
     assert torch.equal(stepper.feed(ids(1, 1)), called(model, ids(1, 1), other))
 

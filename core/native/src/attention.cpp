@@ -52,12 +52,15 @@ AttentionWork::Piece AttentionWork::piece(int64_t number) const {
 }
 
 void AttentionWork::ask_for(int64_t first, int64_t last) const {
-    constexpr int64_t LINE = 64, ROOM = 1 << 18;
+    constexpr int64_t LINE = 64, PAGE = 4096, ROOM = 1 << 18;
     for (int64_t number = first, asked = 0; number < last && asked < ROOM; ++number) {
         const Piece p = piece(number);
         const int64_t bytes = std::max<int64_t>(p.count, 0) * cache_.slot_stride * size_of(dtype_);
-        for (const uint8_t* from : {p.keys, p.values})
-            for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(from + at, 0, 2);
+        // Pages side by side where that is quicker (Order, vector_avx512.h).
+        const int64_t apart = level() == AMX ? PAGE : bytes;
+        for (int64_t line = 0; line < std::min(apart, bytes); line += LINE)
+            for (int64_t at = line; at < bytes; at += apart)
+                for (const uint8_t* from : {p.keys, p.values}) __builtin_prefetch(from + at, 0, 2);
         asked += 2 * bytes;
     }
 }

@@ -4,6 +4,7 @@
 // a template shared by the paths would be lowered to the oldest one before it is inlined.
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "exponential.h"
 #include "shape_path.h"
@@ -46,54 +47,76 @@ LMX_FORCE Floats fused(Floats a, Floats b, Floats c) {
 
 LMX_FORCE Floats spread(float x) { return x - Floats{}; }
 
-// Asks memory for a row of keys or values that is read later: hardware that looks ahead by itself gets less out of it.
+// Asks memory for a pair of a row of keys or values that is read later: hardware that looks ahead by itself gets less out
+// of it.
 template <typename Stored>
-LMX_FORCE void ask_for(const Stored* row, int64_t width) {
+LMX_FORCE void ask_for(const Stored* pair) {
     constexpr int64_t LINE = 64 / sizeof(Stored);
-    for (int64_t d = 0; d < width; d += LINE) __builtin_prefetch(row + d, 0, 2);
+    for (int64_t d = 0; d < PAIR; d += LINE) __builtin_prefetch(pair + d, 0, 2);
 }
 
-// Calls body(j) for every row j below `count`, four of them in turn from pages of their own where that is quicker
-// (Order, vector_avx512.h): else one after the other.
-template <typename Stored, typename Body>
-LMX_FORCE void for_positions(int64_t count, int64_t stride, const Body& body) {
-    constexpr int64_t PAGE = 4096 / sizeof(Stored), SIDE = 4;
+// Calls rows(several, j, step) for the rows j, j + step ... of `several`, a constant: four, and one where fewer are left.
+// Where that is quicker they lie in pages of their own (Order, vector_avx512.h), else one after the other.
+template <typename Stored, typename Rows>
+LMX_FORCE void for_positions(int64_t count, int64_t stride, const Rows& rows) {
+    constexpr std::integral_constant<int, 4> four;
+    constexpr std::integral_constant<int, 1> one;
+    constexpr int64_t PAGE = 4096 / sizeof(Stored);
     const int64_t apart = level() == AMX ? (PAGE + stride - 1) / stride : 1;
     int64_t j = 0;
-    for (; j + SIDE * apart <= count; j += SIDE * apart)
-        for (int64_t i = 0; i < apart; ++i)
-            for (int64_t page = 0; page < SIDE; ++page) body(j + page * apart + i);
-    for (; j < count; ++j) body(j);
+    for (; j + four * apart <= count; j += four * apart)
+        for (int64_t i = 0; i < apart; ++i) rows(four, j + i, apart);
+    for (; j + four <= count; j += four) rows(four, j, 1);
+    for (; j < count; ++j) rows(one, j, 1);
+}
+
+// scores[g][r * step] = queries[g] . keys[r * apart]; soon: as many rows that are read next.
+template <typename Stored, int COUNT, int ROWS>
+LMX_FORCE void score_rows(const float* queries, const Stored* keys, const Stored* soon, int64_t apart, int64_t width,
+                          int64_t step, float* scores) {
+    const int64_t row = padded_width(width), whole = width / PAIR * PAIR;
+    Floats sums[ROWS][COUNT][2], first, second, query[2];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int g = 0; g < COUNT; ++g) sums[r][g][0] = sums[r][g][1] = Floats{};
+    const auto add = [&](int r, int64_t d) LMX_TARGET __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int g = 0; g < COUNT; ++g) {
+            load_pair(queries + g * row + d, query[0], query[1]);
+            sums[r][g][0] = fused(first, query[0], sums[r][g][0]);
+            sums[r][g][1] = fused(second, query[1], sums[r][g][1]);
+        }
+    };
+    for (int64_t d = 0; d < whole; d += PAIR)
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+            ask_for(soon + r * apart + d);
+            load_pair(keys + r * apart + d, first, second);
+            add(r, d);
+        }
+    if (whole < width)
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+            load_last(keys + r * apart + whole, width - whole, first, second);
+            add(r, whole);
+        }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int g = 0; g < COUNT; ++g) scores[g * CHUNK + r * step] = sum_of<LANES>(sums[r][g][0] + sums[r][g][1]);
 }
 
 // scores[g][j] = queries[g] . keys[j]; soon: as many rows that are read next.
 template <typename Stored, int COUNT>
 LMX_TARGET void score(const float* queries, const Stored* keys, const Stored* soon, int64_t count, int64_t stride,
                       int64_t width, float (*scores)[CHUNK]) {
-    const int64_t row = padded_width(width), whole = width / PAIR * PAIR;
-    Floats first, second, query[2];
-    for_positions<Stored>(count, stride, [&](int64_t j) LMX_TARGET __attribute__((always_inline)) {
-        const Stored* key = keys + j * stride;
-        ask_for(soon + j * stride, width);
-        Floats sums[COUNT][2];
-        for (int g = 0; g < COUNT; ++g) sums[g][0] = sums[g][1] = Floats{};
-        const auto add = [&](int64_t d) LMX_TARGET __attribute__((always_inline)) {
-#pragma GCC unroll 4
-            for (int g = 0; g < COUNT; ++g) {
-                load_pair(queries + g * row + d, query[0], query[1]);
-                sums[g][0] = fused(first, query[0], sums[g][0]);
-                sums[g][1] = fused(second, query[1], sums[g][1]);
-            }
-        };
-        for (int64_t d = 0; d < whole; d += PAIR) {
-            load_pair(key + d, first, second);
-            add(d);
-        }
-        if (whole < width) {
-            load_last(key + whole, width - whole, first, second);
-            add(whole);
-        }
-        for (int g = 0; g < COUNT; ++g) scores[g][j] = sum_of<LANES>(sums[g][0] + sums[g][1]);
+    for_positions<Stored>(count, stride, [&](auto rows, int64_t j, int64_t step) LMX_TARGET __attribute__((always_inline)) {
+        // A single sum would wait for itself; several queries have several.
+        constexpr int ROWS = COUNT == 1 ? decltype(rows)::value : 1;
+        for (int64_t at = j; at < j + rows * step; at += ROWS * step)
+            score_rows<Stored, COUNT, ROWS>(queries, keys + at * stride, soon + at * stride, step * stride, width, step,
+                                            scores[0] + at);
     });
 }
 
@@ -151,19 +174,21 @@ LMX_TARGET void blend(const float (*weights)[CHUNK], const Stored* values, const
     Floats sums[COUNT][PAIRS][2], first, second;
     for (int g = 0; g < COUNT; ++g)
         for (int i = 0; i < PAIRS; ++i) sums[g][i][0] = sums[g][i][1] = Floats{};
-    for_positions<Stored>(count, stride, [&](int64_t j) LMX_TARGET __attribute__((always_inline)) {
-        const Stored* value = values + j * stride;
-        ask_for(soon + j * stride, PAIRS * PAIR);
+    for_positions<Stored>(count, stride, [&](auto rows, int64_t j, int64_t step) LMX_TARGET __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int i = 0; i < PAIRS; ++i) {
-            if (last < PAIR) load_last(value, last, first, second);
-            else load_pair(value + i * PAIR, first, second);
+        for (int64_t at = j; at < j + rows * step; at += step)
 #pragma GCC unroll 4
-            for (int g = 0; g < COUNT; ++g) {
-                sums[g][i][0] = fused(first, spread(weights[g][j]), sums[g][i][0]);
-                sums[g][i][1] = fused(second, spread(weights[g][j]), sums[g][i][1]);
+            for (int i = 0; i < PAIRS; ++i) {
+                const int64_t place = at * stride + i * PAIR;
+                ask_for(soon + place);
+                if (last < PAIR) load_last(values + place, last, first, second);
+                else load_pair(values + place, first, second);
+#pragma GCC unroll 4
+                for (int g = 0; g < COUNT; ++g) {
+                    sums[g][i][0] = fused(first, spread(weights[g][at]), sums[g][i][0]);
+                    sums[g][i][1] = fused(second, spread(weights[g][at]), sums[g][i][1]);
+                }
             }
-        }
     });
     for (int g = 0; g < COUNT; ++g)
         for (int i = 0; i < PAIRS; ++i)

@@ -52,7 +52,7 @@ Level level() { return current(); }
 }  // namespace lmx
 
 // Bumped when a signature changes: a library of another version is not used.
-LMX_EXPORT int lmx_abi() { return 9; }
+LMX_EXPORT int lmx_abi() { return 10; }
 
 LMX_EXPORT int lmx_level() { return lmx::current(); }
 

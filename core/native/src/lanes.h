@@ -21,7 +21,7 @@ struct Norm {
     int64_t x_stride, y_stride, width;
     Dtype x_dtype;
     float eps;
-    bool offset;
+    int64_t offset;
 };
 
 // sum = left + right for each row of `width`, in float, rounded once; a right_stride of 0 adds one row to all. Both are of

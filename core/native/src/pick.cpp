@@ -22,23 +22,32 @@ int64_t first_largest(const float* values, int64_t count) {
     return best;
 }
 
+// As in core/native/pick.py. out[row] = scale * weight[ids[row]], rows of `width`; weight and out of dtype (float or bf16).
+// scale 1 copies.
+struct Embedding {
+    const void* weight;
+    const int64_t* ids;
+    void* out;
+    int64_t rows, width;
+    Dtype dtype;
+    float scale;
+};
+
 }  // namespace
 }  // namespace lmx
 
 using namespace lmx;
 
-// out[row] = scale * weight[ids[row]], rows of `width`; weight and out of dtype (float or bf16). scale 1 copies.
-LMX_EXPORT void lmx_embed(const void* weight, int dtype, int64_t width, const int64_t* ids, int64_t rows, float scale,
-                          void* out) {
-    const auto kind = static_cast<Dtype>(dtype);
-    const int64_t bytes = width * (kind == F32 ? 4 : 2);
-    for (int64_t row = 0; row < rows; ++row) {
-        const auto* from = static_cast<const char*>(weight) + ids[row] * bytes;
-        auto* to = static_cast<char*>(out) + row * bytes;
+LMX_EXPORT void lmx_embed(const void* embedding) {
+    const auto& e = *static_cast<const Embedding*>(embedding);
+    const int64_t bytes = e.width * (e.dtype == F32 ? 4 : 2);
+    for (int64_t row = 0; row < e.rows; ++row) {
+        const auto* from = static_cast<const char*>(e.weight) + e.ids[row] * bytes;
+        auto* to = static_cast<char*>(e.out) + row * bytes;
         std::memcpy(to, from, static_cast<size_t>(bytes));
-        for (int64_t i = 0; scale != 1.0f && i < width; ++i) {
-            if (kind == F32) reinterpret_cast<float*>(to)[i] *= scale;
-            else reinterpret_cast<bf16*>(to)[i] = float_to_bf16(bf16_to_float(reinterpret_cast<bf16*>(to)[i]) * scale);
+        for (int64_t i = 0; e.scale != 1.0f && i < e.width; ++i) {
+            if (e.dtype == F32) reinterpret_cast<float*>(to)[i] *= e.scale;
+            else reinterpret_cast<bf16*>(to)[i] = float_to_bf16(bf16_to_float(reinterpret_cast<bf16*>(to)[i]) * e.scale);
         }
     }
 }

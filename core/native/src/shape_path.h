@@ -46,6 +46,9 @@ LMX_FORCE void take_pair(const float* __restrict laid, float* __restrict out, bf
 // The upper half of the lanes onto the lower, until one is left.
 template <int COUNT>
 LMX_FORCE float sum_of(const float __attribute__((vector_size(4 * COUNT))) & lanes) {
+#if defined(LMX_X86)
+    if constexpr (COUNT == 16) return _mm512_reduce_add_ps(lanes);
+#endif
     if constexpr (COUNT == 4) {
         return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
     } else {

@@ -49,25 +49,34 @@ Kernel choose_kernel(const Matrix& m, [[maybe_unused]] Dtype dtype) {
 #endif
 }
 
-static void multiply(const Matrix* matrices, int64_t count, const void* x, Dtype type, int64_t vectors,
-                     int64_t total_rows, void* out) {
-    const int64_t columns = matrices[0].columns;
-    Prepared prepared(x, type, vectors, columns);
-    for (int64_t i = 0; i < count; ++i) prepared.want(choose_kernel(matrices[i], type).layout);
+// As in core/native/vector.py. out [vectors, rows] = x [vectors, columns] times each of `count` matrices, side by side; rows:
+// all of them together.
+struct SideBySide {
+    const Matrix* matrices;
+    const void* x;
+    void* out;
+    int64_t count, vectors, rows;
+    Dtype dtype;
+};
+
+static void multiply(const SideBySide& s) {
+    const int64_t columns = s.matrices[0].columns;
+    Prepared prepared(s.x, s.dtype, s.vectors, columns);
+    for (int64_t i = 0; i < s.count; ++i) prepared.want(choose_kernel(s.matrices[i], s.dtype).layout);
     const auto rows = [&](Share::Range range, bool more) {
         int64_t before = 0;
-        for (int64_t i = 0; i < count; before += matrices[i++].rows) {
-            const Matrix& m = matrices[i];
+        for (int64_t i = 0; i < s.count; before += s.matrices[i++].rows) {
+            const Matrix& m = s.matrices[i];
             const int64_t from = std::max(range.first - before, int64_t{0}), to = std::min(range.last - before, m.rows);
             if (from >= to) continue;
-            const Kernel kernel = choose_kernel(m, type);
-            auto* at = static_cast<uint8_t*>(out) + before * size_of(type);
-            multiply_rows(m, kernel, prepared, from, to, type, at, total_rows, more && to < m.rows ? ahead_of(m, to) : Ahead{});
+            const Kernel kernel = choose_kernel(m, s.dtype);
+            auto* at = static_cast<uint8_t*>(s.out) + before * size_of(s.dtype);
+            multiply_rows(m, kernel, prepared, from, to, s.dtype, at, s.rows, more && to < m.rows ? ahead_of(m, to) : Ahead{});
         }
     };
     const int64_t unit = grain(columns);
-    Deal deal(total_rows, unit);
-    parallel_phases((total_rows + unit - 1) / unit, [&](Share share) { deal.run(share, rows); });
+    Deal deal(s.rows, unit);
+    parallel_phases((s.rows + unit - 1) / unit, [&](Share share) { deal.run(share, rows); });
 }
 
 }  // namespace lmx
@@ -79,11 +88,7 @@ LMX_EXPORT void lmx_multiply_kept(const uint8_t* data, int64_t rows, int64_t col
                                   int dtype, int64_t vectors, void* out) {
     Matrix matrix{};
     matrix.data = data, matrix.rows = rows, matrix.columns = columns, matrix.kind = static_cast<Kind>(kind);
-    multiply(&matrix, 1, x, static_cast<Dtype>(dtype), vectors, rows, out);
+    multiply(SideBySide{&matrix, x, out, 1, vectors, rows, static_cast<Dtype>(dtype)});
 }
 
-// out [vectors, sum of rows] = x [vectors, columns] times each matrix of the table, side by side.
-LMX_EXPORT void lmx_multiply(const Matrix* matrices, int64_t count, const void* x, int dtype, int64_t vectors,
-                             int64_t total_rows, void* out) {
-    multiply(matrices, count, x, static_cast<Dtype>(dtype), vectors, total_rows, out);
-}
+LMX_EXPORT void lmx_multiply(const void* product) { multiply(*static_cast<const SideBySide*>(product)); }
