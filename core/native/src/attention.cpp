@@ -57,7 +57,7 @@ void AttentionWork::ask_for(int64_t first, int64_t last) const {
         const Piece p = piece(number);
         const int64_t bytes = std::max<int64_t>(p.count, 0) * cache_.slot_stride * size_of(dtype_);
         // Pages side by side where that is quicker (Order, vector_avx512.h).
-        const int64_t apart = level() == AMX ? PAGE : bytes;
+        const int64_t apart = in_pages() ? PAGE : bytes;
         for (int64_t line = 0; line < std::min(apart, bytes); line += LINE)
             for (int64_t at = line; at < bytes; at += apart)
                 for (const uint8_t* from : {p.keys, p.values}) __builtin_prefetch(from + at, 0, 2);

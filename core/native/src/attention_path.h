@@ -62,7 +62,7 @@ LMX_FORCE void for_positions(int64_t count, int64_t stride, const Rows& rows) {
     constexpr std::integral_constant<int, 4> four;
     constexpr std::integral_constant<int, 1> one;
     constexpr int64_t PAGE = 4096 / sizeof(Stored);
-    const int64_t apart = level() == AMX ? (PAGE + stride - 1) / stride : 1;
+    const int64_t apart = in_pages() ? (PAGE + stride - 1) / stride : 1;
     int64_t j = 0;
     for (; j + four * apart <= count; j += four * apart)
         for (int64_t i = 0; i < apart; ++i) rows(four, j + i, apart);

@@ -31,6 +31,9 @@ enum Level : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, NEON = 3, AMX = 4 };
 // The path in use: the best that this CPU has, unless lmx_set_level chose another.
 Level level();
 inline bool has_avx512() { return level() == AVX512 || level() == AMX; }
+// Whether memory is read fastest from several pages of 4 KB side by side: CPUs with AMX, Intel's, look ahead in each by itself
+// (benchmarks/large_pages.py). Elsewhere one after the other was faster, or this was not measured.
+inline bool in_pages() { return level() == AMX; }
 
 // Dtypes of activations, as Python passes them.
 enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };

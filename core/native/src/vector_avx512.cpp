@@ -175,7 +175,7 @@ LMX_AVX512 void bf16_all(const Matrix& m, const Vectors& x, int64_t first, int64
 template <int VECTORS>
 void bf16_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
     constexpr int SIDE = VECTORS == 1 ? 4 : 1;
-    if (SIDE > 1 && Order::in_pages()) {
+    if (SIDE > 1 && in_pages()) {
         const auto all = Order::is_near(m, x, SIDE) ? bf16_all<SIDE, VECTORS, true> : bf16_all<SIDE, VECTORS, false>;
         return all(m, x, first, last, out, out_stride);
     }

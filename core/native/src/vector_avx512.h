@@ -51,8 +51,6 @@ public:
           groups_(std::max<int64_t>(1, (is_near(m, x, side) ? near_ahead(m) : FAR_AHEAD) / (side * bytes_))),
           last_(last), own_(ahead_of(m, 0)), then_(x.ahead) {}
 
-    // Whether rows side by side lie in pages of their own.
-    static bool in_pages() { return level() == AMX; }
     static bool is_near(const Matrix& m, const Vectors& x, int64_t side) {
         return x.count == 1 && side * bytes_of_row(m) <= (in_pages() ? NEAR_GROUP_IN_PAGES : NEAR_GROUP);
     }
