@@ -1,10 +1,12 @@
 // Which instructions this CPU has, and which path the kernels take.
 #include "lmx_native.h"
 
+#if defined(__unix__)
+#include <unistd.h>
+#endif
 #if defined(LMX_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace lmx {
@@ -48,6 +50,15 @@ static Level& current() {
 }
 
 Level level() { return current(); }
+
+bool has_large_first_cache() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    static const bool large = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10;
+    return large || level() == AMX;
+#else
+    return level() == AMX;
+#endif
+}
 
 }  // namespace lmx
 

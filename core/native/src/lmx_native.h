@@ -34,6 +34,8 @@ inline bool has_avx512() { return level() == AVX512 || level() == AMX; }
 // Whether memory is read fastest from several pages of 4 KB side by side: CPUs with AMX, Intel's, look ahead in each by itself
 // (benchmarks/large_pages.py). Elsewhere one after the other was faster, or this was not measured.
 inline bool in_pages() { return level() == AMX; }
+// Whether the first cache for data holds 48 KB, as Zen 5's and those of CPUs with AMX do, and not 32 KB.
+bool has_large_first_cache();
 
 // Dtypes of activations, as Python passes them.
 enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };

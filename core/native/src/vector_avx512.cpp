@@ -158,11 +158,17 @@ LMX_AVX512 void int8_all(const Matrix& m, const Vectors& x, int64_t first, int64
     compute_again(m, x, first, last, out, out_stride, int8_row_whole);
 }
 
+template <int VECTORS, bool NEAR>
+RowsFunction int8_beside(int64_t side) {
+    return side == 4 ? int8_all<4, VECTORS, NEAR> : int8_all<2, VECTORS, NEAR>;
+}
+
 template <int VECTORS>
 void int8_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
-    if (VECTORS == 1 && Order::is_near(m, x, 4)) return int8_all<4, VECTORS, true>(m, x, first, last, out, out_stride);
-    if (VECTORS == 1 && Order::is_near(m, x, 2)) return int8_all<2, VECTORS, true>(m, x, first, last, out, out_stride);
-    int8_all<VECTORS == 1 ? 4 : 2, VECTORS, false>(m, x, first, last, out, out_stride);
+    if constexpr (VECTORS > 1) return int8_all<2, VECTORS, false>(m, x, first, last, out, out_stride);
+    const int64_t side = Order::side_for(m, x);
+    const auto all = Order::is_near(m, x, side) ? int8_beside<1, true>(side) : int8_beside<1, false>(side);
+    all(m, x, first, last, out, out_stride);
 }
 
 template <int SIDE, int VECTORS, bool NEAR>

@@ -43,7 +43,7 @@ struct Soon {
 // `side` rows are read side by side. Where CPUs have AMX these lie `step` apart, each in a page of its own, and so do those
 // that are asked for: Intel's look ahead in each page of 4 KB by themselves, and in one page at a time two cores get three
 // quarters of what they get in eight (benchmarks/large_pages.py). Elsewhere they follow each other, and what is asked for
-// goes from front to back: two streams are slower there.
+// goes from front to back: two streams are slower there. Zen 5 is quickest while rows side by side lie in one page.
 class Order {
 public:
     Order(const Matrix& m, const Vectors& x, int64_t last, int64_t side)
@@ -52,7 +52,14 @@ public:
           last_(last), own_(ahead_of(m, 0)), then_(x.ahead) {}
 
     static bool is_near(const Matrix& m, const Vectors& x, int64_t side) {
-        return x.count == 1 && side * bytes_of_row(m) <= (in_pages() ? NEAR_GROUP_IN_PAGES : NEAR_GROUP);
+        return x.count == 1 && side * bytes_of_row(m) <= (has_large_first_cache() ? NEAR_GROUP_IN_48_KB : NEAR_GROUP_IN_32_KB);
+    }
+
+    // How many rows to read side by side, four or two, for one vector.
+    static int64_t side_for(const Matrix& m, const Vectors& x) {
+        if (in_pages()) return 4;
+        if (has_large_first_cache()) return 4 * bytes_of_row(m) <= PAGE ? 4 : 2;
+        return m.kind == INT8 && !is_near(m, x, 4) && is_near(m, x, 2) ? 2 : 4;
     }
 
     // Of the block of side * step rows that begins at `row`; 0 where fewer than `side` are left.
@@ -69,9 +76,13 @@ public:
     }
 
 private:
-    static constexpr int64_t PAGE = 4096, LINE = 64, FAR_AHEAD = 24576, NEAR_GROUP = 6144, NEAR_GROUP_IN_PAGES = 16384;
+    static constexpr int64_t PAGE = 4096, LINE = 64, FAR_AHEAD = 24576;
+    static constexpr int64_t NEAR_GROUP_IN_32_KB = 6144, NEAR_GROUP_IN_48_KB = 16384;
     // Bytes of int8 are done with sooner than bytes of codes.
-    static int64_t near_ahead(const Matrix& m) { return m.kind == INT8 ? 8192 : 5120; }
+    static int64_t near_ahead(const Matrix& m) {
+        const bool far = m.kind == INT8 || (has_large_first_cache() && !in_pages());
+        return far ? 8192 : 5120;
+    }
     LMX_INLINE const uint8_t* place(const uint8_t* own, const uint8_t* then, int64_t row, int64_t ahead, int64_t bytes) const {
         if (ahead < last_) return own + ahead * bytes;
         return then ? then + (ahead - last_) * bytes : own + row * bytes;

@@ -10,9 +10,6 @@ namespace lmx {
 namespace {
 
 constexpr int64_t BYTES = UNIT / 2;  // a unit in four bits
-// Rows that are read side by side.
-template <int VECTORS>
-constexpr int side_of = VECTORS == 1 ? 4 : 2;
 // Where each lies in a page of its own and what is asked for has room in the first cache, eight are quicker than four and
 // than sixteen.
 constexpr int MANY = 8;
@@ -183,11 +180,16 @@ struct OfBf16 {
     template <int ROWS>
     using NarrowWide = RunScales<ROWS, NEAR, StoredScales<ROWS, bf16, true>, NoUnitScales>;
 
-    static RowsFunction rows(const Matrix& m) {
-        constexpr int SIDE = side_of<VECTORS>;
+    template <int SIDE>
+    static RowsFunction beside(const Matrix& m) {
         if (m.nested_map) return with<SIDE, Nested>;
         if (m.absmax_dtype != BF16) return with<SIDE, Float>;
         return m.block_size == UNIT ? with<SIDE, Narrow> : with<SIDE, NarrowWide>;
+    }
+    static RowsFunction rows(const Matrix& m, int64_t side) {
+        if constexpr (VECTORS == 1)
+            if (side == 4) return beside<4>(m);
+        return beside<2>(m);
     }
 };
 
@@ -207,9 +209,9 @@ struct OfDigits {
     template <int ROWS>
     using NarrowWide = StoredScales<ROWS, bf16, true>;
 
-    static RowsFunction rows(const Matrix& m) {
+    static RowsFunction rows(const Matrix& m, int64_t) {
         // CPUs that multiply in digits are those whose rows lie in pages of their own (Order).
-        constexpr int SIDE = side_of<VECTORS>, STORED_SIDE = VECTORS == 1 && NEAR ? MANY : SIDE;
+        constexpr int SIDE = VECTORS == 1 ? 4 : 2, STORED_SIDE = VECTORS == 1 && NEAR ? MANY : SIDE;
         if (m.nested_map) return with<SIDE, NestedTables>;
         if (m.absmax_dtype != BF16) return m.block_size == UNIT ? with<STORED_SIDE, Float> : with<SIDE, FloatWide>;
         return m.block_size == UNIT ? with<STORED_SIDE, Narrow> : with<SIDE, NarrowWide>;
@@ -218,9 +220,10 @@ struct OfDigits {
 
 template <template <int, bool> class Of, int VECTORS>
 void four_bit_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
-    RowsFunction all = Of<VECTORS, false>::rows(m);
+    const int64_t side = VECTORS == 1 ? Order::side_for(m, x) : 2;
+    RowsFunction all = Of<VECTORS, false>::rows(m, side);
     if constexpr (VECTORS == 1)
-        if (Order::is_near(m, x, side_of<1>)) all = Of<1, true>::rows(m);
+        if (Order::is_near(m, x, side)) all = Of<1, true>::rows(m, side);
     all(m, x, first, last, out, out_stride);
 }
 
