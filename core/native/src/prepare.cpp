@@ -125,7 +125,43 @@ LMX_INLINE void gate_any(float* gate, const float* up, int64_t count, Activation
 
 // The same loops under each set of instructions.
 #if defined(LMX_X86)
+// 64 words of bf16 split, or 128 quartered: compilers move them one by one. Neighbours are one number of 32 or 64 bits.
+LMX_AVX512 LMX_INLINE void put_split(const bf16* x, bf16* out) {
+    for (int64_t i = 0; i < UNIT; i += 32) {
+        const __m512i pairs = _mm512_loadu_si512(x + i), odd = _mm512_srli_epi32(pairs, 16);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i / 2), _mm512_cvtepi32_epi16(pairs));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + UNIT / 2 + i / 2), _mm512_cvtepi32_epi16(odd));
+    }
+}
+
+LMX_AVX512 LMX_INLINE void put_quartered(const bf16* x, bf16* out) {
+    for (int64_t i = 0; i < 2 * UNIT; i += 32) {
+        const __m512i fours = _mm512_loadu_si512(x + i);
+        for (int at = 0; at < 4; ++at) {
+            const __m512i moved = _mm512_srl_epi64(fours, _mm_cvtsi32_si128(16 * at));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 32 * (at ^ 1) + i / 4), _mm512_cvtepi64_epi16(moved));
+        }
+    }
+}
+
+template <Layout LAYOUT>
+LMX_AVX512 LMX_INLINE void rearrange(const void* x, Dtype dtype, int64_t columns, bf16* out) {
+    for (int64_t c = 0; c < columns; c += GROUP<LAYOUT>) {
+        alignas(64) bf16 rounded[GROUP<LAYOUT>] = {};
+        const auto* at = reinterpret_cast<const bf16*>(static_cast<const uint8_t*>(x) + c * size_of(dtype));
+        const int64_t count = std::min(GROUP<LAYOUT>, columns - c);
+        if (dtype != BF16 || count < GROUP<LAYOUT>) {
+            prepare_any(at, dtype, count, PLAIN_BF16, rounded);
+            at = rounded;
+        }
+        if constexpr (LAYOUT == SPLIT_BF16) put_split(at, out + c);
+        else put_quartered(at, out + c);
+    }
+}
+
 LMX_AVX512 void prepare_avx512(const void* x, Dtype dtype, int64_t columns, Layout layout, void* out) {
+    if (layout == SPLIT_BF16) return rearrange<SPLIT_BF16>(x, dtype, columns, static_cast<bf16*>(out));
+    if (layout == QUARTERED_BF16) return rearrange<QUARTERED_BF16>(x, dtype, columns, static_cast<bf16*>(out));
     if (!is_paired(layout)) return prepare_any(x, dtype, columns, layout, out);
     for (int64_t c = 0; c < columns; c += STRETCH) {
         alignas(64) float values[STRETCH] = {};
