@@ -2,11 +2,12 @@
 
     python benchmarks/compare.py --folder /somewhere/with/9GB
 
-lmx and one other program are loaded at once and take turns at the same test, a few tokens each; between the turns the
-memory's bandwidth is measured. Where others share the memory, what it gives may change from second to second by more
-than two programs differ: in turns both meet the same. Medians over the turns, ratios of turns, apart for turns that met
-slower and faster memory where it changed by more than a third, and for those in which a virtual machine's neighbours
-had more than a tenth of the cores while lmx ran. NF4 in blocks of 64 stands against llama.cpp's Q4_0.
+lmx and one other program are loaded at once and take turns at the same test, a few tokens each; before and after each
+turn of lmx the memory's bandwidth is measured. Where others share the memory, what it gives may change from second to
+second by more than two programs differ: in turns both meet the same. Medians over the turns, ratios of turns, apart for
+turns that met slower and faster memory where it changed by more than a third, and for those in which a virtual
+machine's neighbours had more than a tenth of the cores while lmx ran. NF4 in blocks of 64 stands against llama.cpp's
+Q4_0.
 
 Needs the extra `compare`: llama-cpp-python (compiled on this machine), gguf, transformers and bitsandbytes
 (`pip install -e '.[compare]'`, with CMAKE_ARGS=-DGGML_NATIVE=ON), and 20 GB of memory; --without leaves one out.

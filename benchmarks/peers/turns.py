@@ -1,4 +1,4 @@
-"""Two programs, both loaded at once, a little of a test each in turn, the memory's bandwidth measured between.
+"""Two programs, both loaded at once, a little of a test each in turn, the memory's bandwidth measured around lmx's.
 
 Where others share the memory, what it gives may change between two runs by more than two programs differ: in turns,
 both meet the same memory, and each turn's share is of what was measured beside it.
@@ -98,15 +98,17 @@ def take_turns(ours: Program, theirs: Program | None, kind: str, tokens: int, tu
 
 def _take_turn(ours: Program, theirs: Program | None, kind: str, tokens: int, ours_last: bool) -> Turn:
     device, test = torch.device("cpu"), f"{kind} {tokens}"
+    speed = tokens / theirs.run(test)["seconds"] if theirs is not None and ours_last else None
+    # Around lmx's turn and nothing else: what the memory gives changes within the second that another program takes.
     before = bandwidth_beside(device)
     time.sleep(SETTLE_SECONDS)
-    speed = tokens / theirs.run(test)["seconds"] if theirs is not None and ours_last else None
     neighbours = Stolen()
     answer = ours.run(test)
     stolen = neighbours.share()
-    if theirs is not None and not ours_last:
-        speed = tokens / theirs.run(test)["seconds"]
     bandwidth = (before + bandwidth_beside(device)) / 2
+    if theirs is not None and not ours_last:
+        time.sleep(SETTLE_SECONDS)
+        speed = tokens / theirs.run(test)["seconds"]
     return Turn(tokens / answer["seconds"], speed, answer["bytes"], bandwidth, answer["peak_memory"], stolen)
 
 
