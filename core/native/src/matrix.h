@@ -7,8 +7,9 @@ namespace lmx {
 
 // Elements in a register.
 constexpr int64_t STEP = 32;
-// Columns that are decoded and multiplied at a time, at most.
-constexpr int64_t DEPTH = 4096;
+// Columns that are decoded and multiplied at a time, at most: of so many a group of vectors stays in the first cache while rows
+// pass by.
+constexpr int64_t DEPTH = 1024;
 // Vectors that a block of rows is decoded for; for the next so many it is decoded again.
 constexpr int64_t PANEL = 256;
 

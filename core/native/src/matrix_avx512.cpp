@@ -12,9 +12,10 @@ namespace {
 // Vectors whose products with a row are summed in registers together, at most, and rows, each with so many vectors: 24 of
 // 32 registers hold sums.
 constexpr int64_t AT_ONCE = 6, ROWS = 4;
-// Rows that are decoded at a time, 128 KB of them: they stay in the second cache while all vectors pass by. Shorter
-// stretches of columns cost more additions across registers at their ends than they save.
-constexpr int64_t ROWS_AT_ONCE = 16;
+// Rows that are decoded at a time, 128 KB of them: they stay in the second cache while all vectors pass by. With longer
+// stretches of columns Zen 5, which multiplies twice as fast as its second cache can follow, waits for that; shorter ones cost
+// more additions across registers at their ends than they save.
+constexpr int64_t ROWS_AT_ONCE = 64;
 // Below so many vectors the rows that were decoded had better be in the first cache still: four at a time.
 constexpr int64_t FEW = 16;
 
