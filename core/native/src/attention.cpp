@@ -80,13 +80,18 @@ Attendant::Attendant(AttentionWork& work)
     }
 }
 
-void Attendant::attend(int64_t number, void* out) {
+void Attendant::attend(int64_t first, int64_t last, bool more, void* out) {
+    const int64_t end = more ? last : last - 1;
+    for (int64_t number = first; number < last; ++number) attend_piece(number, std::min(number + 1, end), out);
+}
+
+void Attendant::attend_piece(int64_t number, int64_t next, void* out) {
     const auto [row, kv_head, chunk, count, keys, values] = work_.piece(number);
     if (count <= 0) return;
     take_queries(row, kv_head);
     const int64_t into = work_.step_.slots[row];
     if (into >= 0 && std::min(into / CHUNK, work_.chunks_of(row) - 1) == chunk) write(row, kv_head);
-    work_.path_.chunk(queries_.data(), work_.group(), keys, values, count, work_.cache_.slot_stride,
+    work_.path_.chunk(queries_.data(), work_.group(), keys, values, work_.piece(next).keys, count, work_.cache_.slot_stride,
                       work_.projected_.width, work_.partial(row, kv_head * work_.group(), chunk),
                       work_.chunks_ * work_.partial_size());
     auto& left = work_.left_.data()[row * work_.projected_.kv_heads + kv_head];
@@ -150,6 +155,6 @@ LMX_EXPORT void lmx_attend_step(const Step* step, const Projected* projected, co
     AttentionWork work(*step, *projected, *cache);
     parallel_for(work.pieces(), work.pieces_a_thread(), [&](int64_t first, int64_t last) {
         Attendant attendant(work);
-        for (int64_t piece = first; piece < last; ++piece) attendant.attend(piece, out);
+        attendant.attend(first, last, false, out);
     });
 }

@@ -60,9 +60,10 @@ using ShapeFunction = void (*)(const Heads& heads, float* x);
 // x [count, width] in the order that the path takes queries, zeros behind each: out [count, padded width].
 using LayFunction = void (*)(const float* x, int64_t count, int64_t width, float* out);
 
-// out[g] = {max, sum, sum of weighted values [padded width]} of `count` keys for each of `group` queries.
-using ChunkFunction = void (*)(const float* queries, int64_t group, const void* keys, const void* values, int64_t count,
-                               int64_t slot_stride, int64_t width, float* out, int64_t out_stride);
+// out[g] = {max, sum, sum of weighted values [padded width]} of `count` keys for each of `group` queries. next: the keys
+// that this thread reads after these, or some that it has read.
+using ChunkFunction = void (*)(const float* queries, int64_t group, const void* keys, const void* values, const void* next,
+                               int64_t count, int64_t slot_stride, int64_t width, float* out, int64_t out_stride);
 
 // answer [width], from `chunks` partial ones in their own order; sums [padded width] is scratch.
 using CombineFunction = void (*)(const float* partials, int64_t chunks, int64_t width, float* sums, float* answer);

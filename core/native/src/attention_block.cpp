@@ -78,8 +78,8 @@ private:
 
     void attend(Share share) {
         Attendant attendant(work_);
-        attending_.run(share, [&](Share::Range range, bool) {
-            for (int64_t piece = range.first; piece < range.last; ++piece) attendant.attend(piece, answers_.data());
+        attending_.run(share, [&](Share::Range range, bool more) {
+            attendant.attend(range.first, range.last, more, answers_.data());
         });
     }
 

@@ -208,28 +208,28 @@ LMX_TARGET void blend_all(const float (*weights)[CHUNK], const Stored* values, c
 }
 
 template <typename Stored, int COUNT>
-LMX_TARGET void chunk_of(const float* queries, const Stored* keys, const Stored* values, int64_t count, int64_t stride,
-                         int64_t width, float* out, int64_t out_stride) {
+LMX_TARGET void chunk_of(const float* queries, const Stored* keys, const Stored* values, const Stored* next, int64_t count,
+                         int64_t stride, int64_t width, float* out, int64_t out_stride) {
     alignas(64) float scores[COUNT][CHUNK];
     score<Stored, COUNT>(queries, keys, values, count, stride, width, scores);
     const float scale = 1.0f / std::sqrt(static_cast<float>(width));
     for (int g = 0; g < COUNT; ++g)
         weigh(scores[g], count, scale, out + g * out_stride, out + g * out_stride + 1);
-    // The next chunk of keys follows this one.
-    blend_all<Stored, COUNT>(scores, values, keys + count * stride, count, stride, width, out + PARTIAL_HEAD, out_stride);
+    blend_all<Stored, COUNT>(scores, values, next, count, stride, width, out + PARTIAL_HEAD, out_stride);
 }
 
 template <typename Stored>
-LMX_TARGET void chunk(const float* queries, int64_t group, const void* keys, const void* values, int64_t count,
-                      int64_t stride, int64_t width, float* out, int64_t out_stride) {
+LMX_TARGET void chunk(const float* queries, int64_t group, const void* keys, const void* values, const void* next,
+                      int64_t count, int64_t stride, int64_t width, float* out, int64_t out_stride) {
     const auto *k = static_cast<const Stored*>(keys), *v = static_cast<const Stored*>(values);
+    const auto* after = static_cast<const Stored*>(next);
     static constexpr decltype(&chunk_of<Stored, 1>) by_count[] = {chunk_of<Stored, 1>, chunk_of<Stored, 2>,
                                                                   chunk_of<Stored, 3>, chunk_of<Stored, 4>};
     static_assert(GROUP == 4, "one for each number of heads");
     for (int64_t g = 0; g < group; g += GROUP) {
         const int64_t several = std::min(group - g, GROUP);
-        by_count[several - 1](queries + g * padded_width(width), k, v, count, stride, width, out + g * out_stride,
-                              out_stride);
+        by_count[several - 1](queries + g * padded_width(width), k, v, g + several < group ? k : after, count, stride, width,
+                              out + g * out_stride, out_stride);
     }
 }
 

@@ -51,11 +51,12 @@ class Attendant {
 public:
     explicit Attendant(AttentionWork& work);
 
-    // Does a piece. Who has the chunk that the new key belongs to puts it there first; who is the last at a head combines
-    // its chunks, in their order, into out [rows, heads, width].
-    void attend(int64_t number, void* out);
+    // Does the pieces first .. last. Who has the chunk that the new key belongs to puts it there first; who is the last at a
+    // head combines its chunks, in their order, into out [rows, heads, width]. more: this thread goes on with piece `last`.
+    void attend(int64_t first, int64_t last, bool more, void* out);
 
 private:
+    void attend_piece(int64_t number, int64_t next, void* out);
     Heads heads(const void* states, int64_t stride, const void* norm, float factor, int64_t row, int64_t first,
                 int64_t count) const;
     void take_queries(int64_t row, int64_t kv_head);

@@ -21,7 +21,7 @@ struct Group {
 
 // What a thread needs for the answers of a panel to the gate and the up projection.
 struct Blocks {
-    Scratch<float> gate{PANEL * MOST_ROWS}, up{PANEL * STRETCH};
+    Kept<float> gate{PANEL * MOST_ROWS}, up{PANEL * STRETCH};
 };
 
 Blocks& blocks() {

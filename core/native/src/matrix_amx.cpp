@@ -111,8 +111,8 @@ LMX_AVX512 void put_sums(const float* sums, int64_t vectors, int64_t rows, float
 
 // What a thread needs: a block of rows, decoded, and the sums of all rows of a call.
 struct Memory {
-    Scratch<bf16> weights{BLOCK * STRETCH_OF_TILES};
-    Scratch<float> sums{MOST_ROWS * PANEL};
+    Kept<bf16> weights{BLOCK * STRETCH_OF_TILES};
+    Kept<float> sums{MOST_ROWS * PANEL};
 };
 
 LMX_AMX void multiply_some(const Matrix& m, const bf16* panel, int64_t count, int64_t first, int64_t last, float* out,

@@ -80,7 +80,7 @@ LMX_AVX512 void pack(const bf16* x, int64_t first, int64_t count, int64_t column
 
 void multiply(const Matrix& m, const bf16* panel, int64_t count, int64_t first, int64_t last, float* out,
               int64_t out_stride) {
-    static thread_local Scratch<bf16> weights(ROWS_AT_ONCE * DEPTH);
+    static thread_local Kept<bf16> weights(ROWS_AT_ONCE * DEPTH);
     const int64_t at_once = count <= FEW ? ROWS : ROWS_AT_ONCE, size = group_size(count);
     for (int64_t row = first; row < last; row += at_once) {
         const int64_t end = std::min(row + at_once, last);
