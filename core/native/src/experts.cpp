@@ -7,7 +7,7 @@
 namespace lmx {
 
 void ExpertAnswers::enter(Share share, const Choices& chosen, Prepared& x) {
-    const Ahead down = ahead_of(matrix(chosen, 0, 2), share.of(hidden_, UNIT).first);
+    const Ahead down = block(chosen, share.of(slots_ * blocks_, 1).first);
     entering_.run(share, [&](Share::Range range, bool more) {
         enter(range, chosen, x, more ? stretch(chosen, range.last, 0) : down);
     });

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <new>
 
 #include "deal.h"
 #include "prepared.h"
@@ -20,7 +21,10 @@ public:
     // dtype: of the activations.
     ExpertAnswers(const Expert* bank, Dtype dtype, int64_t tokens, int64_t top_k, Activation activation)
         : bank_(bank), dtype_(dtype), slots_(tokens * top_k), hidden_(bank[0][0].columns), inner_(bank[0][0].rows),
-          activation_(activation), entering_(worth(), 1), leaving_(hidden_, UNIT), between_(slots_ * padded(inner_)) {}
+          blocks_((hidden_ + UNIT - 1) / UNIT), activation_(activation), entering_(worth(), 1), leaving_(slots_ * blocks_, 1),
+          between_(slots_ * padded(inner_)), answers_(slots_ * hidden_), left_(tokens * blocks_) {
+        for (int64_t i = 0; i < tokens * blocks_; ++i) new (left_.data() + i) std::atomic<int64_t>(top_k);
+    }
 
     // How many threads there is work for.
     int64_t worth() const { return slots_ * padded(inner_) / STRETCH; }
@@ -34,29 +38,40 @@ public:
     // First phase: gate and up, in stretches of their rows. x [tokens, hidden].
     void enter(Share share, const Choices& chosen, Prepared& x);
 
-    // Second phase: calls take(token, row, sums, count) for some rows of the answers at a time.
+    // Second phase: each matrix in as few runs as may be, since every change of place sets the hardware's own look ahead back.
+    // Who is the last at a block of a token's answer adds its slots up, in their order: calls take(token, row, sums, count).
     template <typename Take>
     void leave(Share share, const Choices& chosen, const Take& take) {
-        Scratch<float> sums(hidden_), part(hidden_);
         leaving_.run(share, [&](Share::Range range, bool more) {
-            const auto [first, last] = range;
-            const int64_t count = last - first;
-            const Ahead next = more ? ahead_of(matrix(chosen, 0, 2), last) : Ahead{};
-            for (int64_t token = 0, slot = 0; token < chosen.tokens; ++token) {
-                std::fill_n(sums.data(), count, 0.0f);
-                for (const int64_t end = slot + chosen.top_k; slot < end; ++slot) {
-                    const Matrix& down = matrix(chosen, slot, 2);
-                    const Ahead ahead = slot + 1 < slots_ ? ahead_of(matrix(chosen, slot + 1, 2), first) : next;
-                    const Vectors vector{between_.data() + slot * padded(inner_), 1, inner_, padded(inner_), ahead};
-                    kernel(down).rows(down, vector, first, last, part.data(), count);
-                    for (int64_t i = 0; i < count; ++i) sums.data()[i] += chosen.weights[slot] * part.data()[i];
+            for (int64_t at = range.first, next; at < range.last; at = next) {
+                const int64_t slot = at / blocks_, row = at % blocks_ * UNIT;
+                next = std::min((slot + 1) * blocks_, range.last);
+                const int64_t stop = std::min((next - slot * blocks_) * UNIT, hidden_);
+                const Matrix& m = matrix(chosen, slot, 2);
+                const Vectors vector{between_.data() + slot * padded(inner_), 1, inner_, padded(inner_),
+                                     next < range.last || more ? block(chosen, next) : Ahead{}};
+                kernel(m).rows(m, vector, row, stop, answers_.data() + slot * hidden_ + row, stop - row);
+                const int64_t token = slot / chosen.top_k;
+                for (int64_t start = row; start < stop; start += UNIT) {
+                    auto& left = left_.data()[token * blocks_ + start / UNIT];
+                    if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) add_up(chosen, token, start, take);
                 }
-                take(token, first, sums.data(), count);
             }
         });
     }
 
 private:
+    template <typename Take>
+    void add_up(const Choices& chosen, int64_t token, int64_t row, const Take& take) {
+        const int64_t count = std::min(UNIT, hidden_ - row);
+        float sums[UNIT] = {};
+        for (int64_t k = 0, slot = token * chosen.top_k; k < chosen.top_k; ++k, ++slot) {
+            const float* answer = answers_.data() + slot * hidden_ + row;
+            for (int64_t i = 0; i < count; ++i) sums[i] += chosen.weights[slot] * answer[i];
+        }
+        take(token, row, sums, count);
+    }
+
     void enter(Share::Range stretches, const Choices& chosen, Prepared& x, Ahead then);
     Kernel kernel(const Matrix& m) const { return choose_kernel(m, dtype_); }
     const Matrix& matrix(const Choices& chosen, int64_t slot, int number) const {
@@ -69,12 +84,19 @@ private:
         return ahead_of(matrix(chosen, at / stretches, number), at % stretches * STRETCH);
     }
 
+    // A block of rows of down, by its number among those of all slots.
+    Ahead block(const Choices& chosen, int64_t at) const {
+        return ahead_of(matrix(chosen, at / blocks_, 2), at % blocks_ * UNIT);
+    }
+
     const Expert* bank_;
     const Dtype dtype_;
-    const int64_t slots_, hidden_, inner_;
+    const int64_t slots_, hidden_, inner_, blocks_;
     const Activation activation_;
     Deal entering_, leaving_;
     Scratch<float> between_;  // [slots, inner] in the layout of its expert's `down`
+    Scratch<float> answers_;  // [slots, hidden]
+    Scratch<std::atomic<int64_t>> left_;  // [tokens, blocks], in slots
 };
 
 }  // namespace lmx
