@@ -16,7 +16,6 @@ void ExpertAnswers::enter(Share share, const Choices& chosen, Prepared& x) {
 void ExpertAnswers::enter(Share::Range range, const Choices& chosen, Prepared& x, Ahead then) {
     const int64_t stretches = padded(inner_) / STRETCH;
     Scratch<float> gate(padded(inner_)), up(padded(inner_));
-    // As many rows of one matrix at a time as there are: every change of place sets the hardware's own look ahead back.
     for (int64_t at = range.first, next; at < range.last; at = next) {
         const int64_t slot = at / stretches, row = at % stretches * STRETCH;
         next = std::min((slot + 1) * stretches, range.last);

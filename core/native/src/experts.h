@@ -21,8 +21,8 @@ public:
     // dtype: of the activations.
     ExpertAnswers(const Expert* bank, Dtype dtype, int64_t tokens, int64_t top_k, Activation activation)
         : bank_(bank), dtype_(dtype), slots_(tokens * top_k), hidden_(bank[0][0].columns), inner_(bank[0][0].rows),
-          blocks_((hidden_ + UNIT - 1) / UNIT), activation_(activation), entering_(worth(), 1), leaving_(slots_ * blocks_, 1),
-          between_(slots_ * padded(inner_)), answers_(slots_ * hidden_), left_(tokens * blocks_) {
+          blocks_((hidden_ + UNIT - 1) / UNIT), activation_(activation), entering_(worth(), 1),
+          leaving_(slots_ * blocks_, 1), between_(slots_ * padded(inner_)), answers_(slots_ * hidden_), left_(tokens * blocks_) {
         for (int64_t i = 0; i < tokens * blocks_; ++i) new (left_.data() + i) std::atomic<int64_t>(top_k);
     }
 
@@ -35,11 +35,12 @@ public:
             for (int i = 0; i < 2; ++i) x.want(kernel(matrix(chosen, slot, i)).layout);
     }
 
-    // First phase: gate and up, in stretches of their rows. x [tokens, hidden].
+    // First phase: gate and up, in stretches of their rows, as many of one matrix at a time as there are: every change of place
+    // sets the hardware's own look ahead back. x [tokens, hidden].
     void enter(Share share, const Choices& chosen, Prepared& x);
 
-    // Second phase: each matrix in as few runs as may be, since every change of place sets the hardware's own look ahead back.
-    // Who is the last at a block of a token's answer adds its slots up, in their order: calls take(token, row, sums, count).
+    // Second phase: each matrix in as few runs as may be, as above. Who is the last at a block of a token's answer adds its
+    // slots up, in their order: calls take(token, row, sums, count).
     template <typename Take>
     void leave(Share share, const Choices& chosen, const Take& take) {
         leaving_.run(share, [&](Share::Range range, bool more) {
