@@ -152,7 +152,7 @@ LMX_AVX512 void int8_all(const Matrix& m, const Vectors& x, int64_t first, int64
         high[i] = float_to_bf16(16.0f * static_cast<float>(i < 8 ? i : i - 16));
     }
     const __m512i lows = table_of(low), highs = table_of(high);
-    for_rows<SIDE>(m, x, first, last, [&](auto side, int64_t row, int64_t step, Soon soon) LMX_AVX512 {
+    for_rows<SIDE, false>(m, x, first, last, [&](auto side, int64_t row, auto step, Soon soon) LMX_AVX512 {
         int8_rows<side(), VECTORS, NEAR>(m, x, row, step, soon, out + row - first, out_stride, lows, highs);
     });
     compute_again(m, x, first, last, out, out_stride, int8_row_whole);
@@ -166,14 +166,14 @@ RowsFunction int8_beside(int64_t side) {
 template <int VECTORS>
 void int8_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
     if constexpr (VECTORS > 1) return int8_all<2, VECTORS, false>(m, x, first, last, out, out_stride);
-    const int64_t side = Order::side_for(m, x);
-    const auto all = Order::is_near(m, x, side) ? int8_beside<1, true>(side) : int8_beside<1, false>(side);
+    const int64_t side = side_for(m, x);
+    const auto all = is_near(m, x, side) ? int8_beside<1, true>(side) : int8_beside<1, false>(side);
     all(m, x, first, last, out, out_stride);
 }
 
 template <int SIDE, int VECTORS, bool NEAR>
 LMX_AVX512 void bf16_all(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
-    for_rows<SIDE>(m, x, first, last, [&](auto side, int64_t row, int64_t step, Soon soon) LMX_AVX512 {
+    for_rows<SIDE, (SIDE > 1)>(m, x, first, last, [&](auto side, int64_t row, auto step, Soon soon) LMX_AVX512 {
         bf16_rows<side(), VECTORS, NEAR>(m, x, row, step, soon, out + row - first, out_stride);
     });
 }
@@ -182,10 +182,10 @@ template <int VECTORS>
 void bf16_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
     constexpr int SIDE = VECTORS == 1 ? 4 : 1;
     if (SIDE > 1 && in_pages()) {
-        const auto all = Order::is_near(m, x, SIDE) ? bf16_all<SIDE, VECTORS, true> : bf16_all<SIDE, VECTORS, false>;
+        const auto all = is_near(m, x, SIDE) ? bf16_all<SIDE, VECTORS, true> : bf16_all<SIDE, VECTORS, false>;
         return all(m, x, first, last, out, out_stride);
     }
-    const auto all = Order::is_near(m, x, 1) ? bf16_all<1, VECTORS, true> : bf16_all<1, VECTORS, false>;
+    const auto all = is_near(m, x, 1) ? bf16_all<1, VECTORS, true> : bf16_all<1, VECTORS, false>;
     all(m, x, first, last, out, out_stride);
 }
 

@@ -35,75 +35,89 @@ struct Soon {
     int64_t row, turn;
 };
 
-// The order in which a call reads its rows, and what it asks for meanwhile: rows that come a few KB later, or what follows
-// the last one; themselves again where nothing does, which costs nothing. That goes into the first cache where a group of
-// rows, what is asked for and x have room in it, else into the second and further ahead: the wrong one of both costs from a
-// twentieth to a half.
+// Whether rows are asked for into the first cache: where a group of them, what is asked for and x have room in it.
+inline bool is_near(const Matrix& m, const Vectors& x, int64_t side) {
+    constexpr int64_t GROUP_IN_32_KB = 6144, GROUP_IN_48_KB = 16384;
+    return x.count == 1 && side * bytes_of_row(m) <= (has_large_first_cache() ? GROUP_IN_48_KB : GROUP_IN_32_KB);
+}
+
+// How many rows that follow each other to read side by side, four or two, for one vector. On Zen 5 four are as quick as memory
+// while they are short, and two, which do not hide as much of the work, where four are not.
+inline int64_t side_for(const Matrix& m, const Vectors& x) {
+    constexpr int64_t SHORT = 512;
+    if (has_large_first_cache()) return bytes_of_row(m) <= SHORT ? 4 : 2;
+    return m.kind == INT8 && !is_near(m, x, 4) && is_near(m, x, 2) ? 2 : 4;
+}
+
+// The order in which a call reads its rows, `side` of them side by side, and what it asks for meanwhile: rows that come a few
+// KB later, or what follows the last one; themselves again where nothing does, which costs nothing. That goes into the first
+// cache where it has room there, else into the second and further ahead: the wrong one of both costs from a twentieth to a
+// half.
 //
-// `side` rows are read side by side. Where CPUs have AMX these lie `step` apart, each in a page of its own, and so do those
-// that are asked for: Intel's look ahead in each page of 4 KB by themselves, and in one page at a time two cores get three
-// quarters of what they get in eight (benchmarks/large_pages.py). Elsewhere they follow each other, and what is asked for
-// goes from front to back: two streams are slower there. Zen 5 is quickest while rows side by side lie in one page.
+// APART: rows side by side lie `step` apart, each in a page of its own, and so do those that are asked for. Intel's look ahead
+// in each page of 4 KB by themselves, and in one page at a time two cores get three quarters of what they get in eight
+// (benchmarks/large_pages.py). Elsewhere they follow each other, and what is asked for goes from front to back: two streams
+// are slower there.
+template <bool APART>
 class Order {
 public:
     Order(const Matrix& m, const Vectors& x, int64_t last, int64_t side)
-        : side_(side), bytes_(bytes_of_row(m)), scales_(bytes_of_scales(m)), apart_(in_pages()),
+        : side_(side), bytes_(bytes_of_row(m)), scales_(bytes_of_scales(m)),
           groups_(std::max<int64_t>(1, (is_near(m, x, side) ? near_ahead(m) : FAR_AHEAD) / (side * bytes_))),
           last_(last), own_(ahead_of(m, 0)), then_(x.ahead) {}
 
-    static bool is_near(const Matrix& m, const Vectors& x, int64_t side) {
-        return x.count == 1 && side * bytes_of_row(m) <= (has_large_first_cache() ? NEAR_GROUP_IN_48_KB : NEAR_GROUP_IN_32_KB);
-    }
-
-    // How many rows to read side by side, four or two, for one vector.
-    static int64_t side_for(const Matrix& m, const Vectors& x) {
-        if (in_pages()) return 4;
-        if (has_large_first_cache()) return 4 * bytes_of_row(m) <= PAGE ? 4 : 2;
-        return m.kind == INT8 && !is_near(m, x, 4) && is_near(m, x, 2) ? 2 : 4;
+    // For the rows from `row` on, which follow each other.
+    LMX_INLINE Soon soon(int64_t row) const {
+        const int64_t ahead = row + side_ * groups_;
+        return {place(own_.data, then_.data, row, ahead, bytes_), place(own_.scales, then_.scales, row, ahead, scales_), LINE,
+                side_ * LINE};
     }
 
     // Of the block of side * step rows that begins at `row`; 0 where fewer than `side` are left.
     LMX_INLINE int64_t step(int64_t row) const {
-        return std::min(apart_ ? (PAGE + bytes_ - 1) / bytes_ : 1, (last_ - row) / side_);
+        return std::min((PAGE + bytes_ - 1) / bytes_, (last_ - row) / side_);
     }
 
-    // For group `group` of the block at `row`.
+    // For group `group` of the block at `row`, whose rows lie apart.
     LMX_INLINE Soon soon(int64_t row, int64_t group, int64_t step) const {
         const int64_t later = group + groups_, ahead = row + later / step * side_ * step + later % step;
         const int64_t scales_ahead = row + group * side_ + side_ * std::max(step, groups_);
         return {place(own_.data, then_.data, row, ahead, bytes_), place(own_.scales, then_.scales, row, scales_ahead, scales_),
-                apart_ ? step * bytes_ : LINE, apart_ ? LINE : side_ * LINE};
+                step * bytes_, LINE};
     }
 
 private:
     static constexpr int64_t PAGE = 4096, LINE = 64, FAR_AHEAD = 24576;
-    static constexpr int64_t NEAR_GROUP_IN_32_KB = 6144, NEAR_GROUP_IN_48_KB = 16384;
     // Bytes of int8 are done with sooner than bytes of codes.
     static int64_t near_ahead(const Matrix& m) {
-        const bool far = m.kind == INT8 || (has_large_first_cache() && !in_pages());
-        return far ? 8192 : 5120;
+        return m.kind == INT8 || (!APART && has_large_first_cache()) ? 8192 : 5120;
     }
     LMX_INLINE const uint8_t* place(const uint8_t* own, const uint8_t* then, int64_t row, int64_t ahead, int64_t bytes) const {
         if (ahead < last_) return own + ahead * bytes;
         return then ? then + (ahead - last_) * bytes : own + row * bytes;
     }
     const int64_t side_, bytes_, scales_;
-    const bool apart_;
     const int64_t groups_, last_;
     const Ahead own_, then_;
 };
 
-// Calls rows(side, row, step, soon) for groups of SIDE rows, and of one where fewer are left; `side` is a constant.
-template <int SIDE, typename Rows>
+// Calls rows(side, row, step, soon) for groups of SIDE rows, and of one where fewer are left; `side` is a constant, and so is
+// `step` where rows follow each other.
+template <int SIDE, bool APART, typename Rows>
 LMX_INLINE LMX_AVX512 void for_rows(const Matrix& m, const Vectors& x, int64_t first, int64_t last, const Rows& rows) {
-    const Order order(m, x, last, SIDE);
+    constexpr std::integral_constant<int, SIDE> side;
+    constexpr std::integral_constant<int, 1> one;
+    const Order<APART> order(m, x, last, SIDE);
     int64_t row = first;
-    for (int64_t step; (step = order.step(row)); row += SIDE * step)
-        for (int64_t i = 0; i < step; ++i)
-            rows(std::integral_constant<int, SIDE>(), row + i, step, order.soon(row, i, step));
+    if constexpr (APART) {
+        for (int64_t step; (step = order.step(row)); row += SIDE * step)
+            for (int64_t i = 0; i < step; ++i) rows(side, row + i, step, order.soon(row, i, step));
+    } else {
+        for (; row + SIDE <= last; row += SIDE) rows(side, row, one, order.soon(row));
+    }
     if constexpr (SIDE > 1) {
-        const Order last_order(m, x, last, 1);
-        for (; row < last; ++row) rows(std::integral_constant<int, 1>(), row, 1, last_order.soon(row, 0, 1));
+        const Order<false> last_order(m, x, last, 1);
+        for (; row < last; ++row) rows(one, row, one, last_order.soon(row));
     }
 }
 

@@ -155,15 +155,16 @@ LMX_AVX512 void four_bit_all(const Matrix& m, const Vectors& x, int64_t first, i
     collect(x, of_x);
     Scales scales(m, of_x);
     LastScales last_scales(m, of_x);
-    const auto rows = [&](auto side, int64_t row, int64_t step, Soon soon) LMX_AVX512 {
+    const auto rows = [&](auto side, int64_t row, auto step, Soon soon) LMX_AVX512 {
         float* at = out + row - first;
         if constexpr (side() > 1)
             four_bit_rows<Pairs, SIDE, VECTORS, NEAR>(m, x, row, step, soon, at, out_stride, table, factor, scales);
         else
             four_bit_rows<Pairs, 1, VECTORS, NEAR>(m, x, row, step, soon, at, out_stride, table, factor, last_scales);
     };
-    if (Scales::serves(m)) for_rows<SIDE>(m, x, first, last, rows);
-    else for_rows<1>(m, x, first, last, rows);
+    // CPUs that multiply in digits are those that read pages side by side.
+    if (Scales::serves(m)) for_rows<SIDE, Pairs::IN_DIGITS>(m, x, first, last, rows);
+    else for_rows<1, Pairs::IN_DIGITS>(m, x, first, last, rows);
     if constexpr (Pairs::IN_DIGITS) compute_again(m, x, first, last, out, out_stride, row_exactly);
 }
 
@@ -186,6 +187,7 @@ struct OfBf16 {
         if (m.absmax_dtype != BF16) return with<SIDE, Float>;
         return m.block_size == UNIT ? with<SIDE, Narrow> : with<SIDE, NarrowWide>;
     }
+    static int64_t side(const Matrix& m, const Vectors& x) { return VECTORS == 1 ? side_for(m, x) : 2; }
     static RowsFunction rows(const Matrix& m, int64_t side) {
         if constexpr (VECTORS == 1)
             if (side == 4) return beside<4>(m);
@@ -209,9 +211,10 @@ struct OfDigits {
     template <int ROWS>
     using NarrowWide = StoredScales<ROWS, bf16, true>;
 
+    static constexpr int SIDE = VECTORS == 1 ? 4 : 2;
+    static int64_t side(const Matrix&, const Vectors&) { return SIDE; }
     static RowsFunction rows(const Matrix& m, int64_t) {
-        // CPUs that multiply in digits are those whose rows lie in pages of their own (Order).
-        constexpr int SIDE = VECTORS == 1 ? 4 : 2, STORED_SIDE = VECTORS == 1 && NEAR ? MANY : SIDE;
+        constexpr int STORED_SIDE = VECTORS == 1 && NEAR ? MANY : SIDE;
         if (m.nested_map) return with<SIDE, NestedTables>;
         if (m.absmax_dtype != BF16) return m.block_size == UNIT ? with<STORED_SIDE, Float> : with<SIDE, FloatWide>;
         return m.block_size == UNIT ? with<STORED_SIDE, Narrow> : with<SIDE, NarrowWide>;
@@ -220,10 +223,10 @@ struct OfDigits {
 
 template <template <int, bool> class Of, int VECTORS>
 void four_bit_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
-    const int64_t side = VECTORS == 1 ? Order::side_for(m, x) : 2;
+    const int64_t side = Of<VECTORS, false>::side(m, x);
     RowsFunction all = Of<VECTORS, false>::rows(m, side);
     if constexpr (VECTORS == 1)
-        if (Order::is_near(m, x, side)) all = Of<1, true>::rows(m, side);
+        if (is_near(m, x, side)) all = Of<1, true>::rows(m, side);
     all(m, x, first, last, out, out_stride);
 }
 

@@ -65,7 +65,7 @@ float row_exactly(const Matrix& m, const Vectors& x, int64_t row, int64_t v) {
 template <int SIDE, int VECTORS, bool NEAR>
 LMX_AVX512 void int8_all(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out,
                          int64_t out_stride) {
-    for_rows<SIDE>(m, x, first, last, [&](auto side, int64_t row, int64_t step, Soon soon) LMX_AVX512 {
+    for_rows<SIDE, true>(m, x, first, last, [&](auto side, int64_t row, auto step, Soon soon) LMX_AVX512 {
         int8_rows<side(), VECTORS, NEAR>(m, x, row, step, soon, out + row - first, out_stride);
     });
     compute_again(m, x, first, last, out, out_stride, row_exactly);
@@ -74,7 +74,7 @@ LMX_AVX512 void int8_all(const Matrix& m, const Vectors& x, int64_t first, int64
 template <int VECTORS>
 void int8_of(const Matrix& m, const Vectors& x, int64_t first, int64_t last, float* out, int64_t out_stride) {
     constexpr int SIDE = VECTORS == 1 ? 4 : 2;
-    if (Order::is_near(m, x, SIDE)) return int8_all<SIDE, VECTORS, true>(m, x, first, last, out, out_stride);
+    if (is_near(m, x, SIDE)) return int8_all<SIDE, VECTORS, true>(m, x, first, last, out, out_stride);
     int8_all<SIDE, VECTORS, false>(m, x, first, last, out, out_stride);
 }
 
