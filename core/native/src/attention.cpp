@@ -52,8 +52,9 @@ AttentionWork::Piece AttentionWork::piece(int64_t number) const {
 }
 
 void AttentionWork::ask_for(int64_t first, int64_t last) const {
-    constexpr int64_t LINE = 64, PAGE = 4096, ROOM = 1 << 18;
-    for (int64_t number = first, asked = 0; number < last && asked < ROOM; ++number) {
+    constexpr int64_t LINE = 64, PAGE = 4096;
+    const int64_t room = in_pages() ? 1 << 18 : 1;
+    for (int64_t number = first, asked = 0; number < last && asked < room; ++number) {
         const Piece p = piece(number);
         const int64_t bytes = std::max<int64_t>(p.count, 0) * cache_.slot_stride * size_of(dtype_);
         // Pages side by side where that is quicker (Order, vector_avx512.h).

@@ -47,31 +47,50 @@ LMX_FORCE Floats fused(Floats a, Floats b, Floats c) {
 
 LMX_FORCE Floats spread(float x) { return x - Floats{}; }
 
-// Asks memory for a pair of a row of keys or values that is read later: hardware that looks ahead by itself gets less out
-// of it.
-template <typename Stored>
-LMX_FORCE void ask_for(const Stored* pair) {
-    constexpr int64_t LINE = 64 / sizeof(Stored);
-    for (int64_t d = 0; d < PAIR; d += LINE) __builtin_prefetch(pair + d, 0, 2);
-}
+// Keys or values [count] of one head, `stride` apart, and what is asked for while they are read: hardware that looks ahead by
+// itself gets less out of memory. NEAR: rows a few KB behind, into the first cache. Else, where rows in several pages are read
+// side by side (Order, vector_avx512.h), as many rows of what comes next, into the second.
+template <typename Stored, bool NEAR>
+class Rows {
+public:
+    // next: as many rows, `stride` apart too, or some that were read.
+    Rows(const Stored* rows, const Stored* next, int64_t count, int64_t stride)
+        : rows_(rows), next_(next), count_(count), stride_(stride),
+          ahead_((has_large_first_cache() ? 8192 : 5120) / (stride * static_cast<int64_t>(sizeof(Stored)))) {}
 
-// Calls rows(several, j, step) for the rows j, j + step ... of `several`, a constant: four, and one where fewer are left.
-// Where that is quicker they lie in pages of their own (Order, vector_avx512.h), else one after the other.
-template <typename Stored, typename Rows>
-LMX_FORCE void for_positions(int64_t count, int64_t stride, const Rows& rows) {
-    constexpr std::integral_constant<int, 4> four;
-    constexpr std::integral_constant<int, 1> one;
-    constexpr int64_t PAGE = 4096 / sizeof(Stored);
-    const int64_t apart = in_pages() ? (PAGE + stride - 1) / stride : 1;
-    int64_t j = 0;
-    for (; j + four * apart <= count; j += four * apart)
-        for (int64_t i = 0; i < apart; ++i) rows(four, j + i, apart);
-    for (; j + four <= count; j += four) rows(four, j, 1);
-    for (; j < count; ++j) rows(one, j, 1);
-}
+    LMX_FORCE const Stored* at(int64_t row) const { return rows_ + row * stride_; }
+    LMX_FORCE const Stored* later(int64_t row) const {
+        if (!NEAR) return next_ + row * stride_;
+        return row + ahead_ < count_ ? at(row + ahead_) : next_ + (row + ahead_ - count_) * stride_;
+    }
+    // Asks for a pair of such a row.
+    LMX_FORCE static void ask_for(const Stored* pair) {
+        constexpr int64_t LINE = 64 / sizeof(Stored);
+        for (int64_t d = 0; d < PAIR; d += LINE) __builtin_prefetch(pair + d, 0, NEAR ? 3 : 2);
+    }
 
-// scores[g][r * step] = queries[g] . keys[r * apart]; soon: as many rows that are read next.
-template <typename Stored, int COUNT, int ROWS>
+    // Calls several(number, row, step) for the rows row, row + step ... of `number`, a constant: four, and one where fewer are
+    // left. They lie in pages of their own, or one after the other.
+    template <typename Several>
+    LMX_FORCE void for_each(const Several& several) const {
+        constexpr std::integral_constant<int, 4> four;
+        constexpr std::integral_constant<int, 1> one;
+        constexpr int64_t PAGE = 4096 / sizeof(Stored);
+        const int64_t step = NEAR ? 1 : (PAGE + stride_ - 1) / stride_;
+        int64_t row = 0;
+        for (; row + four * step <= count_; row += four * step)
+            for (int64_t i = 0; i < step; ++i) several(four, row + i, step);
+        for (; row + four <= count_; row += four) several(four, row, 1);
+        for (; row < count_; ++row) several(one, row, 1);
+    }
+
+private:
+    const Stored *const rows_, *const next_;
+    const int64_t count_, stride_, ahead_;
+};
+
+// scores[g][r * step] = queries[g] . keys[r * apart]; soon: as many rows to ask for.
+template <typename Stored, bool NEAR, int COUNT, int ROWS>
 LMX_FORCE void score_rows(const float* queries, const Stored* keys, const Stored* soon, int64_t apart, int64_t width,
                           int64_t step, float* scores) {
     const int64_t row = padded_width(width), whole = width / PAIR * PAIR;
@@ -91,7 +110,7 @@ LMX_FORCE void score_rows(const float* queries, const Stored* keys, const Stored
     for (int64_t d = 0; d < whole; d += PAIR)
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
-            ask_for(soon + r * apart + d);
+            Rows<Stored, NEAR>::ask_for(soon + r * apart + d);
             load_pair(keys + r * apart + d, first, second);
             add(r, d);
         }
@@ -107,16 +126,16 @@ LMX_FORCE void score_rows(const float* queries, const Stored* keys, const Stored
         for (int g = 0; g < COUNT; ++g) scores[g * CHUNK + r * step] = sum_of<LANES>(sums[r][g][0] + sums[r][g][1]);
 }
 
-// scores[g][j] = queries[g] . keys[j]; soon: as many rows that are read next.
-template <typename Stored, int COUNT>
-LMX_TARGET void score(const float* queries, const Stored* keys, const Stored* soon, int64_t count, int64_t stride,
-                      int64_t width, float (*scores)[CHUNK]) {
-    for_positions<Stored>(count, stride, [&](auto rows, int64_t j, int64_t step) LMX_TARGET __attribute__((always_inline)) {
+// scores[g][j] = queries[g] . keys[j].
+template <int COUNT, typename Stored, bool NEAR>
+LMX_TARGET void score(const float* queries, const Rows<Stored, NEAR>& keys, int64_t stride, int64_t width,
+                      float (*scores)[CHUNK]) {
+    keys.for_each([&](auto several, int64_t row, int64_t step) LMX_TARGET __attribute__((always_inline)) {
         // A single sum would wait for itself; several queries have several.
-        constexpr int ROWS = COUNT == 1 ? decltype(rows)::value : 1;
-        for (int64_t at = j; at < j + rows * step; at += ROWS * step)
-            score_rows<Stored, COUNT, ROWS>(queries, keys + at * stride, soon + at * stride, step * stride, width, step,
-                                            scores[0] + at);
+        constexpr int ROWS = COUNT == 1 ? decltype(several)::value : 1;
+        for (int64_t at = row; at < row + several * step; at += ROWS * step)
+            score_rows<Stored, NEAR, COUNT, ROWS>(queries, keys.at(at), keys.later(at), step * stride, width, step,
+                                                  scores[0] + at);
     });
 }
 
@@ -166,65 +185,64 @@ LMX_TARGET inline void weigh(float* scores, int64_t count, float scale, float* m
     *sum = sum_of<LANES>(sums);
 }
 
-// out[g][0 .. PAIRS * PAIR) = sum_j weights[g][j] * values[j], from the same columns of every value; `last`: so many of
-// them are there where it is less than one pair. soon: as many rows that are read next.
-template <typename Stored, int COUNT, int PAIRS>
-LMX_TARGET void blend(const float (*weights)[CHUNK], const Stored* values, const Stored* soon, int64_t count,
-                      int64_t stride, int64_t last, float* out, int64_t out_stride) {
+// out[g][0 .. PAIRS * PAIR) = sum_j weights[g][j] * values[j], from the columns of every value from `d` on; `last`: so many of
+// them are there where it is less than one pair.
+template <int COUNT, int PAIRS, typename Stored, bool NEAR>
+LMX_TARGET void blend(const float (*weights)[CHUNK], const Rows<Stored, NEAR>& values, int64_t d, int64_t last, float* out,
+                      int64_t out_stride) {
     Floats sums[COUNT][PAIRS][2], first, second;
     for (int g = 0; g < COUNT; ++g)
         for (int i = 0; i < PAIRS; ++i) sums[g][i][0] = sums[g][i][1] = Floats{};
-    for_positions<Stored>(count, stride, [&](auto rows, int64_t j, int64_t step) LMX_TARGET __attribute__((always_inline)) {
+    values.for_each([&](auto several, int64_t row, int64_t step) LMX_TARGET __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int64_t at = j; at < j + rows * step; at += step)
+        for (int64_t at = row; at < row + several * step; at += step) {
+            const Stored *value = values.at(at) + d, *soon = values.later(at) + d;
 #pragma GCC unroll 4
             for (int i = 0; i < PAIRS; ++i) {
-                const int64_t place = at * stride + i * PAIR;
-                ask_for(soon + place);
-                if (last < PAIR) load_last(values + place, last, first, second);
-                else load_pair(values + place, first, second);
+                values.ask_for(soon + i * PAIR);
+                if (last < PAIR) load_last(value + i * PAIR, last, first, second);
+                else load_pair(value + i * PAIR, first, second);
 #pragma GCC unroll 4
                 for (int g = 0; g < COUNT; ++g) {
                     sums[g][i][0] = fused(first, spread(weights[g][at]), sums[g][i][0]);
                     sums[g][i][1] = fused(second, spread(weights[g][at]), sums[g][i][1]);
                 }
             }
+        }
     });
     for (int g = 0; g < COUNT; ++g)
         for (int i = 0; i < PAIRS; ++i)
             for (int half = 0; half < 2; ++half)
-                std::memcpy(out + g * out_stride + i * PAIR + half * LANES, &sums[g][i][half], sizeof(Floats));
+                std::memcpy(out + g * out_stride + d + i * PAIR + half * LANES, &sums[g][i][half], sizeof(Floats));
 }
 
-template <typename Stored, int COUNT>
-LMX_TARGET void blend_all(const float (*weights)[CHUNK], const Stored* values, const Stored* soon, int64_t count,
-                          int64_t stride, int64_t width, float* out, int64_t out_stride) {
+template <int COUNT, typename Stored, bool NEAR>
+LMX_TARGET void blend_all(const float (*weights)[CHUNK], const Rows<Stored, NEAR>& values, int64_t width, float* out,
+                          int64_t out_stride) {
     constexpr int PAIRS = COUNT == 1 ? 4 : REGISTERS / 4 / COUNT;
     int64_t d = 0;
-    for (; d + PAIRS * PAIR <= width; d += PAIRS * PAIR)
-        blend<Stored, COUNT, PAIRS>(weights, values + d, soon + d, count, stride, PAIR, out + d, out_stride);
-    for (; d < width; d += PAIR)
-        blend<Stored, COUNT, 1>(weights, values + d, soon + d, count, stride, width - d, out + d, out_stride);
+    for (; d + PAIRS * PAIR <= width; d += PAIRS * PAIR) blend<COUNT, PAIRS>(weights, values, d, PAIR, out, out_stride);
+    for (; d < width; d += PAIR) blend<COUNT, 1>(weights, values, d, width - d, out, out_stride);
 }
 
-template <typename Stored, int COUNT>
+template <int COUNT, typename Stored, bool NEAR>
 LMX_TARGET void chunk_of(const float* queries, const Stored* keys, const Stored* values, const Stored* next, int64_t count,
                          int64_t stride, int64_t width, float* out, int64_t out_stride) {
     alignas(64) float scores[COUNT][CHUNK];
-    score<Stored, COUNT>(queries, keys, values, count, stride, width, scores);
+    score<COUNT>(queries, Rows<Stored, NEAR>(keys, values, count, stride), stride, width, scores);
     const float scale = 1.0f / std::sqrt(static_cast<float>(width));
     for (int g = 0; g < COUNT; ++g)
         weigh(scores[g], count, scale, out + g * out_stride, out + g * out_stride + 1);
-    blend_all<Stored, COUNT>(scores, values, next, count, stride, width, out + PARTIAL_HEAD, out_stride);
+    blend_all<COUNT>(scores, Rows<Stored, NEAR>(values, next, count, stride), width, out + PARTIAL_HEAD, out_stride);
 }
 
-template <typename Stored>
+template <typename Stored, bool NEAR>
 LMX_TARGET void chunk(const float* queries, int64_t group, const void* keys, const void* values, const void* next,
                       int64_t count, int64_t stride, int64_t width, float* out, int64_t out_stride) {
     const auto *k = static_cast<const Stored*>(keys), *v = static_cast<const Stored*>(values);
     const auto* after = static_cast<const Stored*>(next);
-    static constexpr decltype(&chunk_of<Stored, 1>) by_count[] = {chunk_of<Stored, 1>, chunk_of<Stored, 2>,
-                                                                  chunk_of<Stored, 3>, chunk_of<Stored, 4>};
+    static constexpr decltype(&chunk_of<1, Stored, NEAR>) by_count[] = {
+        chunk_of<1, Stored, NEAR>, chunk_of<2, Stored, NEAR>, chunk_of<3, Stored, NEAR>, chunk_of<4, Stored, NEAR>};
     static_assert(GROUP == 4, "one for each number of heads");
     for (int64_t g = 0; g < group; g += GROUP) {
         const int64_t several = std::min(group - g, GROUP);
@@ -253,10 +271,13 @@ LMX_TARGET void combine(const float* __restrict partials, int64_t chunks, int64_
     for (int64_t d = whole; d < width; ++d) answer[d] = sums[whole + place(d - whole, Stored{})];
 }
 
-AttentionPath path_of(Dtype dtype) {
-    if (dtype == BF16) return {factor<bf16>, shape<bf16>, lay_out<bf16>, chunk<bf16>, combine<bf16>};
-    return {factor<float>, shape<float>, lay_out<float>, chunk<float>, combine<float>};
+template <typename Stored>
+AttentionPath path_of() {
+    return {factor<Stored>, shape<Stored>, lay_out<Stored>, in_pages() ? chunk<Stored, false> : chunk<Stored, true>,
+            combine<Stored>};
 }
+
+AttentionPath path_of(Dtype dtype) { return dtype == BF16 ? path_of<bf16>() : path_of<float>(); }
 
 }  // namespace
 }  // namespace lmx

@@ -17,7 +17,8 @@ public:
     int64_t pieces() const { return step_.rows * projected_.kv_heads * chunks_; }
     // How many are worth a thread.
     int64_t pieces_a_thread() const;
-    // Asks memory for the keys and values of the pieces first .. last, as far as they have room in a core's cache.
+    // Asks memory for the keys and values of the first of these pieces, or, where attention asks for whole pieces ahead, of as
+    // many as have room in a core's second cache.
     void ask_for(int64_t first, int64_t last) const;
 
 private:
