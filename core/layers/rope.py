@@ -1,5 +1,6 @@
 """Rotary position embedding (arXiv 2104.09864), in the half-split layout of the hub's checkpoints."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -29,25 +30,35 @@ def rotary_tables(positions: Tensor, width: int, theta: float) -> Rotary:
 _BLOCK = 256
 
 
+@dataclass(frozen=True)
+class _Block:
+    """The tables of some positions, where they lie, and the bytes from each position to the next."""
+
+    tables: Rotary
+    places: tuple[int, int]
+    row_bytes: int
+
+
 @lru_cache(maxsize=64)
-def _block(number: int, width: int, theta: float) -> Rotary:
+def _block(number: int, width: int, theta: float) -> _Block:
     positions = torch.arange(number * _BLOCK, (number + 1) * _BLOCK, device="cpu")[None]
-    return rotary_tables(positions, width, theta)
+    cos, sin = rotary_tables(positions, width, theta)
+    return _Block((cos, sin), (cos.data_ptr(), sin.data_ptr()), cos.shape[-1] * cos.element_size())
 
 
 def rotary_row(position: int, width: int, theta: float) -> Rotary:
     """`rotary_tables` of one position on the CPU, [1, 1, 1, width / 2]: views of tables kept for 256 at a time."""
     block, row = divmod(position, _BLOCK)
-    cos, sin = _block(block, width, theta)
+    cos, sin = _block(block, width, theta).tables
     return cos[:, :, row : row + 1], sin[:, :, row : row + 1]
 
 
 def rotary_addresses(position: int, width: int, theta: float) -> tuple[int, int]:
     """Where the numbers of `rotary_row` lie, as long as the 64 blocks used last hold them."""
-    block, row = divmod(position, _BLOCK)
-    cos, sin = _block(block, width, theta)
-    offset = row * cos.shape[-1] * cos.element_size()
-    return cos.data_ptr() + offset, sin.data_ptr() + offset
+    number, row = divmod(position, _BLOCK)
+    block = _block(number, width, theta)
+    cos, sin = block.places
+    return cos + row * block.row_bytes, sin + row * block.row_bytes
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:

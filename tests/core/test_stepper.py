@@ -140,6 +140,31 @@ def test_a_clone_taken_between_steps_stays_as_it_was(family: str) -> None:
     assert torch.equal(model.stepper(kept).feed(ids(1, 1, 3)), first)
 
 
+@pytest.mark.parametrize("family", TAPED)
+def test_a_states_memory_may_be_exchanged_between_steps(family: str) -> None:
+    model = small(family, "nf4")
+    one, other = fresh(model, ids(1, 5)), fresh(model, ids(1, 5))
+    stepper = model.stepper(one)
+
+    def step_both(seed: int) -> None:
+        assert torch.equal(stepper.feed(ids(1, 1, seed)), called(model, ids(1, 1, seed), other))
+
+    step_both(0)
+    step_both(1)
+    for layer in one.layers:
+        for name, value in list(vars(layer).items()):
+            if isinstance(value, torch.Tensor):
+                setattr(layer, name, value.clone())
+                value.fill_(7)
+    step_both(2)
+    spares = one.clone(), other.clone()
+    step_both(3)
+    for state, spare in zip((one, other), spares, strict=True):  # no attribute of a layer is set
+        state.layers[-1] = spare.layers[-1]
+    step_both(4)
+    assert same_states(one, other)
+
+
 def test_a_prompt_between_steps_changes_nothing() -> None:
     model = small("recurrent_gemma")
     one, other = fresh(model, ids(1, 5)), fresh(model, ids(1, 5))
