@@ -74,12 +74,6 @@ class LayerState(ABC):
     KIND: str
     REWINDS: ClassVar[bool] = False
     """Whether it can be truncated to any length at any time."""
-    changes: ClassVar[int] = 0
-    """How often an attribute of any layer's memory was set: while it stays as it is, all lie where they lay."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        LayerState.changes += 1
-        super().__setattr__(name, value)
 
     @abstractmethod
     def tensors(self, length: int) -> dict[str, Tensor]:

@@ -22,18 +22,16 @@ from lmx.core.native.compiled import library
 from lmx.core.native.pick import can_embed, embed_rows
 from lmx.core.native.tape import Tape, recording
 from lmx.core.sampling import Chosen, Sampler
-from lmx.core.state import LayerState
 
 if TYPE_CHECKING:
     from lmx.core.model import AnyState, LanguageModel
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Noted:
     """A whole step. ids [rows, 1]: the tokens that it reads; tokens: the same numbers; logits [rows, vocab]: its
     answer; row: that of a single one; hidden: where an answer takes more than kernels, the stream behind the layers in
-    its stead; layers: the state's; buffers: what they lay in; changes: how many LayerState had counted when they were
-    seen to lie there; room: for how many tokens.
+    its stead; buffers: what the state lay in; room: for how many tokens.
     """
 
     tape: Tape
@@ -43,9 +41,7 @@ class _Noted:
     logits: Tensor | None
     row: Tensor | None
     hidden: Tensor
-    layers: tuple[LayerState, ...]
     buffers: tuple[Tensor, ...]
-    changes: int
     room: float
 
 
@@ -109,23 +105,12 @@ class Stepper:
             return False
         if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
             return False
-        if not self._lies_as(noted) or not noted.call.follow(state.length):
+        if not all(map(operator.is_, self._buffers(), noted.buffers)) or not noted.call.follow(state.length):
             return False
         for row, token_id in enumerate(tokens):
             noted.tokens[row] = token_id
         noted.tape.replay()
         state.length += 1
-        return True
-
-    def _lies_as(self, noted: _Noted) -> bool:
-        """Whether the state lies where it lay when the step was noted."""
-        if not all(map(operator.is_, self._state.layers, noted.layers)):
-            return False
-        changes = LayerState.changes
-        if noted.changes != changes:
-            if not all(map(operator.is_, self._buffers(), noted.buffers)):
-                return False
-            noted.changes = changes
         return True
 
     def _note(self, input_ids: Tensor) -> Tensor:
@@ -149,10 +134,7 @@ class Stepper:
         room = min((layer.keys.shape[2] for layer in state.layers if isinstance(layer, KVCache)), default=math.inf)
         tokens = (ctypes.c_int64 * len(ids)).from_address(ids.data_ptr())
         row = kept[0] if kept is not None and len(ids) == 1 else None
-        changes = LayerState.changes
-        lying = tuple(state.layers), self._buffers(), changes
-        noted = _Noted(tape, call, ids, tokens, kept, row, hidden, *lying, room)
-        self._noted = noted if whole else None
+        self._noted = _Noted(tape, call, ids, tokens, kept, row, hidden, self._buffers(), room) if whole else None
         self._tries = 2 if whole else self._tries - 1
         state.advance(span)
         return logits
