@@ -21,7 +21,7 @@ from lmx.cli.options import (
 )
 from lmx.cli.pull_progress import pull_watcher
 from lmx.cli.rows import write_rows
-from lmx.core.errors import UsageError
+from lmx.core.errors import LmxError, UsageError
 from lmx.core.text.safe import safe_line
 from lmx.device import limit_threads
 from lmx.quantization import Checked, Finished, Progress, Quantization, Report
@@ -107,7 +107,7 @@ def quantize_command(
         headers_only=dry_run,
     )
     started = time.perf_counter()
-    report = job.predict() if dry_run else _run(job, common.quiet)
+    report = _predict(job, common.quiet) if dry_run else _run(job, common.quiet)
     if not dry_run:
         seconds = time.perf_counter() - started
         note(f"{report.output}: done in {seconds:.0f} s", quiet=common.quiet)
@@ -121,6 +121,15 @@ def _scheme(four_bit: bool, eight_bit: bool, scheme: "Scheme | None") -> "Scheme
     if four_bit + eight_bit + (scheme is not None) > 1:
         raise UsageError("--4bit, --8bit and --scheme exclude each other", "give one of them")
     return scheme or ("int8" if eight_bit else "nf4")
+
+
+def _predict(job: Quantization, quiet: bool) -> Report:
+    report = job.predict()
+    try:
+        job.check_target()
+    except LmxError as error:
+        note(f"it would not be written: {error.message}: {error.hint}", quiet=quiet)
+    return report
 
 
 def _run(job: Quantization, quiet: bool) -> Report:

@@ -143,6 +143,12 @@ class Quantization:
 
         return predict(self.source, self.target, self.spec, self.options)
 
+    def check_target(self) -> None:
+        """Raise what `run` would for the name of its output: UsageError, ConflictError."""
+        from lmx.core.job import check_job
+
+        check_job(self.source, self.target, force=self.options.force)
+
     def run(self) -> Iterator[Event]:
         """Progress for each weight, and at last Finished with the report. Raises as `quantize`."""
         from lmx.quant.quantize import quantize

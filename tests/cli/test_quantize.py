@@ -31,6 +31,19 @@ def test_a_dry_run_prints_the_same_and_writes_nothing(lmx: Any, checkpoint: Path
         assert dry[key] == done[key]
 
 
+def test_a_dry_run_says_that_its_output_exists(lmx: Any, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("quantize", checkpoint, tmp_path / "out", "--json", "--dry-run")
+    free = lmx(*arguments)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    taken = lmx(*arguments)
+    assert (taken.code, free.err) == (0, "")
+    assert json.loads(taken.out)["kept"] == json.loads(free.out)["kept"]
+    assert "would not be written" in taken.err
+    assert "--force" in taken.err
+    assert lmx(*arguments, "--force").err == ""
+
+
 def test_without_a_name_it_is_called_after_model_and_scheme(
     lmx: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
