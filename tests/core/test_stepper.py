@@ -159,7 +159,7 @@ def test_a_states_memory_may_be_exchanged_between_steps(family: str) -> None:
     step_both(2)
     spares = one.clone(), other.clone()
     step_both(3)
-    for state, spare in zip((one, other), spares, strict=True):  # no attribute of a layer is set
+    for state, spare in zip((one, other), spares, strict=True):  # in the list, not in a layer
         state.layers[-1] = spare.layers[-1]
     step_both(4)
     assert same_states(one, other)

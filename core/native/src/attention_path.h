@@ -53,10 +53,11 @@ LMX_FORCE Floats spread(float x) { return x - Floats{}; }
 template <typename Stored, bool NEAR>
 class Rows {
 public:
-    // next: as many rows, `stride` apart too, or some that were read.
+    // next: rows that are read after these, `stride` apart too, or these again. Where there are fewer of them than of these, or
+    // four at once end behind the last of these, a few that are asked for are nobody's.
     Rows(const Stored* rows, const Stored* next, int64_t count, int64_t stride)
         : rows_(rows), next_(next), count_(count), stride_(stride),
-          ahead_((has_large_first_cache() ? 8192 : 5120) / (stride * static_cast<int64_t>(sizeof(Stored)))) {}
+          ahead_(std::min(count, std::max<int64_t>(1, near_ahead() / (stride * static_cast<int64_t>(sizeof(Stored)))))) {}
 
     LMX_FORCE const Stored* at(int64_t row) const { return rows_ + row * stride_; }
     LMX_FORCE const Stored* later(int64_t row) const {
@@ -80,11 +81,13 @@ public:
         int64_t row = 0;
         for (; row + four * step <= count_; row += four * step)
             for (int64_t i = 0; i < step; ++i) several(four, row + i, step);
-        for (; row + four <= count_; row += four) several(four, row, 1);
+        if constexpr (!NEAR)
+            for (; row + four <= count_; row += four) several(four, row, 1);
         for (; row < count_; ++row) several(one, row, 1);
     }
 
 private:
+    static int64_t near_ahead() { return has_large_first_cache() ? 8192 : 5120; }
     const Stored *const rows_, *const next_;
     const int64_t count_, stride_, ahead_;
 };
@@ -185,7 +188,7 @@ LMX_TARGET inline void weigh(float* scores, int64_t count, float scale, float* m
     *sum = sum_of<LANES>(sums);
 }
 
-// out[g][0 .. PAIRS * PAIR) = sum_j weights[g][j] * values[j], from the columns of every value from `d` on; `last`: so many of
+// out[g][d .. d + PAIRS * PAIR) = sum_j weights[g][j] * values[j] in the same columns of every value; `last`: so many of
 // them are there where it is less than one pair.
 template <int COUNT, int PAIRS, typename Stored, bool NEAR>
 LMX_TARGET void blend(const float (*weights)[CHUNK], const Rows<Stored, NEAR>& values, int64_t d, int64_t last, float* out,
